@@ -1,0 +1,165 @@
+"""``SlimPlan``: which tokens each block keeps, and what that costs. Free of torch: every room and every device reads it."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from slimming.door import InputRejected, atomic_path
+
+Layout = Literal["split", "packed"]
+Mode = Literal["compact", "stale"]
+_Count = Annotated[int, Field(ge=1, le=1_000_000)]
+_Index = Annotated[int, Field(ge=0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Geometry(_Strict):
+    """The sizes that the analytic MAC count needs, as timm names them."""
+
+    embed_dim: _Count = Field(description="token width d")
+    mlp_hidden_dim: _Count = Field(description="width d' of the MLP's hidden layer")
+    patch_macs: Annotated[int, Field(ge=0)] = Field(description="MACs of the patch embedding, whole image")
+    head_macs: Annotated[int, Field(ge=0)] = Field(description="MACs of the classifier head or heads")
+
+
+class Calibration(_Strict):
+    """What the plan was found on."""
+
+    data: str
+    images: Annotated[int, Field(ge=0)]
+    fingerprint: str = Field(description="SHA-256 over the preprocessed calibration tensors, in order")
+
+
+class Origin(_Strict):
+    """How the plan was found."""
+
+    score: str = Field(description="token score: 'paper' is Eq. 6; 'none' for a plan made by hand or dense")
+    criterion: Literal["tolerance", "macs-reduction", "manual", "dense"]
+    value: float = Field(description="the tolerance or the fraction of MACs asked for; 0 for manual and dense")
+    tolerance: float | None = Field(default=None, description="the tolerance on E_{l+1} that the search ended at")
+    seed: int = 0
+    calibration: Calibration | None = None
+
+
+class SlimPlan(_Strict):
+    """The tokens whose output each block computes, from the first block to the last.
+
+    Token indices count prefix tokens first, then patches row by row. Masks are nested: a token that is dropped stays dropped.
+    """
+
+    schema_version: Literal[1] = 1
+    model: str
+    tokens: _Count = Field(description="N, prefix tokens included")
+    grid: tuple[_Count, _Count] = Field(description="patch rows and columns")
+    prefix_tokens: Annotated[int, Field(ge=0)]
+    pooling: Literal["token"] = Field(description="timm's global_pool")
+    head_tokens: list[_Index] = Field(description="tokens that the head reads: class, and distillation where there is one")
+    mode: Mode = Field(description="what later blocks see of a dropped token: nothing (compact), or its last value (stale)")
+    kept: list[list[_Index]] = Field(min_length=1, description="for every block the sorted original indices kept")
+    geometry: Geometry
+    origin: Origin
+
+    @model_validator(mode="after")
+    def _check(self) -> SlimPlan:
+        n = self.tokens
+        if self.prefix_tokens + self.grid[0] * self.grid[1] != n:
+            raise ValueError(f"tokens: {n} is not {self.prefix_tokens} prefix tokens + a {self.grid[0]} x {self.grid[1]} grid")
+        if not self.head_tokens or any(t >= self.prefix_tokens for t in self.head_tokens):
+            raise ValueError("head_tokens: must name at least one prefix token and nothing else")
+        for block, kept in enumerate(self.kept):
+            if any(b <= a for a, b in pairwise(kept)):
+                raise ValueError(f"kept[{block}]: indices must be sorted and unique")
+            if not kept or kept[-1] >= n:
+                raise ValueError(f"kept[{block}]: must name at least one token below {n}")
+            if not set(self.head_tokens) <= set(kept):
+                raise ValueError(f"kept[{block}]: lacks a token that the head reads")
+            if block < len(self.kept) - 1 and kept[: self.prefix_tokens] != list(range(self.prefix_tokens)):
+                raise ValueError(f"kept[{block}]: lacks a prefix token; they are kept until the last block")
+            if block and not set(kept) <= set(self.kept[block - 1]):
+                raise ValueError(f"kept[{block}]: not nested in kept[{block - 1}]; a dropped token cannot come back")
+        return self
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks L."""
+        return len(self.kept)
+
+    @property
+    def counts(self) -> list[int]:
+        """Tokens that each block's output has, first to last."""
+        return [len(kept) for kept in self.kept]
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether no block drops anything."""
+        return all(count == self.tokens for count in self.counts)
+
+    def macs(self, layout: Layout = "split") -> int:
+        """Multiply-accumulates of one image under the plan; see ``macs_of``."""
+        return macs_of(self.counts, self.tokens, self.geometry, self.mode, layout)
+
+    def dense_macs(self) -> int:
+        """Multiply-accumulates of one image through the unslimmed model."""
+        return macs_of([self.tokens] * self.depth, self.tokens, self.geometry)
+
+    def order(self) -> list[int]:
+        """Original indices sorted by the block that drops them, longest kept first, ties by index; prefix tokens lead.
+
+        Under this order every cut is a prefix slice: block l keeps the first ``counts[l]`` tokens.
+        """
+        survived = [sum(token in kept for kept in map(set, self.kept)) for token in range(self.tokens)]
+        head = set(self.head_tokens)
+        return sorted(
+            range(self.tokens),
+            key=lambda token: (token not in head, token >= self.prefix_tokens, -survived[token], token),
+        )
+
+    def save(self, path: Path) -> None:
+        """Write ``plan.json`` whole or not at all; raises ``OSError``."""
+        text = json.dumps(self.model_dump(mode="json"), indent=1)
+        with atomic_path(path) as part:
+            part.write_text(text + "\n", encoding="utf-8")
+
+
+def macs_of(
+    counts: list[int], tokens: int, geometry: Geometry, mode: Mode = "compact", layout: Layout = "split"
+) -> int:
+    """Multiply-accumulates of one image whose block l outputs ``counts[l]`` of ``tokens`` tokens (METHOD.md; biases, norms zero).
+
+    ``layout`` says how a cut block's projections are laid: ``split`` queries kept tokens only, ``packed`` keeps one qkv
+    projection over every token that the block reads, and so also spends the dropped tokens' queries.
+    """
+    d, hidden = geometry.embed_dim, geometry.mlp_hidden_dim
+    total = geometry.patch_macs + geometry.head_macs
+    for block, k in enumerate(counts):
+        n_in = tokens if mode == "stale" or block == 0 else counts[block - 1]
+        queries = n_in if layout == "packed" else k
+        total += queries * d * d + 2 * n_in * d * d + 2 * k * n_in * d + k * d * d + 2 * k * d * hidden
+    return total
+
+
+def load_plan(path: Path) -> SlimPlan:
+    """Read and check a ``plan.json``; raises ``InputRejected`` naming the file and the fault."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputRejected(f"{path}: cannot be read as a plan: {error}") from error
+    try:
+        return SlimPlan.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "plan"
+        raise InputRejected(f"{path}: not a valid plan: {where}: {first['msg']}") from error
+
+
+def plan_schema() -> dict[str, object]:
+    """The JSON Schema of ``plan.json``."""
+    return SlimPlan.model_json_schema()
