@@ -1,0 +1,278 @@
+"""The bundle's contracts: ``manifest.json`` and ``parity.json``, strict and versioned. Free of numpy, ONNX and torch."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, model_validator
+
+Status = Literal["passed", "failed", "not executed"]
+#: The stages of a parity report in order; an export may add others, such as ``onnx-slim-int8``.
+STAGES = ("pytorch", "pytorch-slim", "onnx-slim", "onnx-slim-fp16", "engine")
+
+_Count = Annotated[int, Field(ge=0)]
+_Size = Annotated[int, Field(ge=1, le=1 << 24)]
+_Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+_Points = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+_Error = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_Stage = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,63}$")]
+_Text = Annotated[str, Field(max_length=4096)]
+_Name = Annotated[str, Field(min_length=1, max_length=1024)]
+_ROUNDING = 1e-6  # points and percentages are written as floats; the integer counts beside them are the truth
+
+
+def plain_path(text: str) -> str:
+    """Return ``text`` if it is a plain relative POSIX path that stays inside the bundle; raises ``ValueError``."""
+    if not text or len(text) > 512 or re.search(r"[\\:\x00-\x1f\x7f]", text):
+        raise ValueError(f"{text[:80]!r} is not a plain relative path")
+    if any(part in ("", ".", "..") for part in text.split("/")):
+        raise ValueError(f"{text[:80]!r} is not a plain relative path: it must stay inside the bundle")
+    return text
+
+
+PlainPath = Annotated[str, AfterValidator(plain_path)]
+
+
+class Strict(BaseModel):
+    """Base of every record: unknown fields and wrong types are refused, NaN is not a number."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Macs(Strict):
+    """Multiply-accumulates of one image."""
+
+    dense: _Count
+    slim: _Count
+    reduction: Annotated[float, Field(ge=0, le=1)] = Field(description="fraction saved: 1 - slim / dense")
+    layout: _Name = Field(description="how the cut blocks are laid: 'split' or 'packed' projections")
+
+    @model_validator(mode="after")
+    def _check(self) -> Macs:
+        if not self.dense or abs(self.reduction - (1 - self.slim / self.dense)) > _ROUNDING:
+            raise ValueError(f"reduction: {self.reduction} is not 1 - {self.slim} / {self.dense}")
+        return self
+
+
+class Rung(Strict):
+    """One stage of the ladder, measured on the evaluation images. Slimming loss and numerical loss are never one number:
+    ``top1_drop`` is against the original, ``max_error`` against the stage named in ``compared_to``."""
+
+    stage: _Stage
+    images: _Count
+    top1: _Percent | None = Field(default=None, description="percent; null where the images have no labels")
+    top5: _Percent | None = None
+    top1_drop: _Points | None = Field(default=None, description="points lost against the original; negative is a gain")
+    lost: _Count | None = Field(default=None, description="images that the original answers rightly and this stage wrongly")
+    gained: _Count | None = Field(default=None, description="images that the original answers wrongly and this stage rightly")
+    drop_interval: tuple[_Points, _Points] | None = Field(default=None, description="95 % confidence interval of top1_drop")
+    agreement: _Percent | None = Field(default=None, description="percent of images whose top-1 equals the original's")
+    agreeing: _Count | None = Field(default=None, description="number of those images")
+    compared_to: _Stage | None = Field(default=None, description="the stage that the logit errors are against")
+    max_error: _Error | None = Field(default=None, description="largest absolute difference of a logit")
+    mean_error: _Error | None = Field(default=None, description="mean absolute difference of the logits")
+    tolerance: _Error | None = Field(default=None, description="largest max_error allowed; null where it is the slimming loss")
+    non_finite: _Count = Field(default=0, description="logits that are NaN or infinite")
+    status: Status = "not executed"
+    note: _Text = ""
+
+    @model_validator(mode="after")
+    def _check(self) -> Rung:
+        drop = self.exact_drop()
+        if (drop is None) != (self.top1_drop is None):
+            raise ValueError("top1_drop: must come with the counts lost and gained")
+        if drop is not None and self.top1_drop is not None and abs(self.top1_drop - float(drop)) > _ROUNDING:
+            raise ValueError(f"top1_drop: {self.top1_drop} is not 100 * ({self.lost} - {self.gained}) / {self.images}")
+        if (self.agreeing is None) != (self.agreement is None):
+            raise ValueError("agreement: must come with the count agreeing")
+        if self.agreement is not None and self.agreeing is not None:
+            exact = 100 * self.agreeing / self.images if self.images else -1
+            if abs(self.agreement - exact) > _ROUNDING:
+                raise ValueError(f"agreement: {self.agreement} is not 100 * {self.agreeing} / {self.images}")
+        if self.status != "not executed" and not self.images:
+            raise ValueError(f"status: {self.status!r}, but no image was run")
+        return self
+
+    def exact_drop(self) -> Fraction | None:
+        """Points of top-1 lost against the original, as an exact fraction of the integer counts; None without labels."""
+        if self.lost is None or self.gained is None or not self.images:
+            return None
+        return Fraction(100 * (self.lost - self.gained), self.images)
+
+
+class Gate(Strict):
+    """What a bundle must keep to be published."""
+
+    max_top1_drop: Annotated[float, Field(ge=0, le=100)] = Field(default=0.2, description="points of top-1")
+
+
+class EngineRecord(Strict):
+    """What serves the slim graph."""
+
+    backend: _Name = Field(description="'onnxruntime', 'tensorrt', 'tensorrt-rtx', 'openvino', ...")
+    version: _Text
+    targets: list[_Name] = Field(description="what it was built for, such as 'cpu' or 'sm89'")
+    precision: _Name
+    fused_attentions: _Count | None = Field(default=None, description="null where the backend does not say")
+    attentions: _Count | None = Field(default=None, description="attentions in the graph")
+    files: list[PlainPath] = Field(default_factory=list, description="the engine's files in the bundle")
+    status: Status = Field(description="whether it ran the evaluation images here, and how that ended")
+
+
+class Evaluation(Strict):
+    """The images that the rungs were measured on."""
+
+    data: _Name
+    split: _Text
+    images: _Count
+    fingerprint: _Text = Field(description="SHA-256 over the preprocessed tensors, in order")
+
+
+class _Results(Strict):
+    """What the manifest and the parity report both carry."""
+
+    macs: Macs
+    evaluation: Evaluation
+    rungs: list[Rung] = Field(min_length=1)
+    engine: EngineRecord
+
+    @model_validator(mode="after")
+    def _stages_are_unique(self) -> _Results:
+        stages = [rung.stage for rung in self.rungs]
+        if len(set(stages)) != len(stages):
+            raise ValueError("rungs: a stage is named twice")
+        return self
+
+
+class ParityReport(_Results):
+    """``parity.json``: one rung per stage, so that each loss is laid at the stage that caused it."""
+
+    schema_version: Literal[1] = 1
+    gate: Gate
+    passed: bool
+
+
+class TensorSpec(Strict):
+    """An input or output tensor."""
+
+    name: _Name
+    dtype: Literal["float32", "float16", "bfloat16"]
+    shape: list[Literal["batch"] | _Size] = Field(
+        min_length=2, max_length=8, description="'batch' where the batch size is free"
+    )
+
+
+class Preprocessing(Strict):
+    """timm's evaluation transform in full, as ``timm.data.resolve_model_data_config`` names it."""
+
+    input_size: tuple[_Size, _Size, _Size] = Field(description="channels, height, width in pixels")
+    interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
+    crop_pct: Annotated[float, Field(gt=0, le=4)]
+    crop_mode: Literal["center", "squash", "border"]
+    mean: Annotated[list[FiniteFloat], Field(min_length=1, max_length=4)] = Field(
+        description="per channel, of pixels in [0, 1]"
+    )
+    std: Annotated[list[Annotated[FiniteFloat, Field(gt=0)]], Field(min_length=1, max_length=4)]
+
+    @model_validator(mode="after")
+    def _check(self) -> Preprocessing:
+        if not self.input_size[0] == len(self.mean) == len(self.std):
+            raise ValueError(f"mean, std: need one value for each of {self.input_size[0]} channels")
+        return self
+
+
+class FileRecord(Strict):
+    """One file of the bundle."""
+
+    path: PlainPath
+    size: _Count = Field(description="bytes")
+    sha256: _Sha256
+
+
+class Weights(Strict):
+    """Where the weights came from."""
+
+    source: _Name
+    sha256: _Sha256 | None = None
+
+
+class CalibrationRecord(Strict):
+    """What the plan was found on."""
+
+    data: _Name
+    images: _Count
+    share: Annotated[float, Field(ge=0, le=1)] | None = Field(default=None, description="fraction of the data set's split")
+    fingerprint: _Text
+
+
+class OnnxRecord(Strict):
+    """One ONNX file of the bundle and what it must answer on the golden inputs in ONNX Runtime."""
+
+    path: PlainPath
+    stage: _Stage
+    dtype: Literal["float32", "float16", "bfloat16"] = Field(default="float32", description="of its input and output")
+    max_error: _Error | None = Field(description="largest |logit - slim_logits| allowed; null: not runnable in ONNX Runtime")
+    min_agreement: _Percent = Field(default=100.0, description="percent of golden inputs with slim_logits' top-1")
+
+
+class Manifest(_Results):
+    """``manifest.json``: everything another team needs to check and serve the bundle. No dates: a bundle is reproducible."""
+
+    schema_version: Literal[1] = 1
+    name: _Name = Field(description="the bundle's name, fit for a serving configuration")
+    model: _Name = Field(description="timm's model name")
+    model_args: dict[str, JsonValue] = Field(default_factory=dict, description="arguments of timm.create_model")
+    weights: Weights
+    plan_digest: _Sha256 = Field(description="SHA-256 of plan.json's bytes")
+    tools: dict[str, str] = Field(description="versions of the tools that built the bundle")
+    target: dict[str, JsonValue] = Field(default_factory=dict, description="the deployment target that was asked for")
+    precision: _Name
+    inputs: list[TensorSpec] = Field(min_length=1, max_length=1)
+    outputs: list[TensorSpec] = Field(min_length=1, max_length=1)
+    preprocessing: Preprocessing
+    labels: list[str] = Field(description="class names in output order; empty if unknown")
+    calibration: CalibrationRecord | None = None
+    tokens_per_block: list[_Size] = Field(min_length=1, description="tokens that each block's output has")
+    onnx: list[OnnxRecord] = Field(min_length=1)
+    files: list[FileRecord] = Field(min_length=1, description="every file but manifest.json, sorted by path")
+
+    @model_validator(mode="after")
+    def _check(self) -> Manifest:
+        names = [file.path for file in self.files]
+        if len({name.casefold() for name in names}) != len(names) or "manifest.json" in names:
+            raise ValueError("files: a path is listed twice, or manifest.json lists itself")
+        graphs = [record.path for record in self.onnx]
+        if len(set(graphs)) != len(graphs):
+            raise ValueError("onnx: a path is listed twice")
+        for path in [*graphs, *self.engine.files, "plan.json", "golden.npz", "parity.json"]:
+            if path not in names:
+                raise ValueError(f"files: lacks {path}")
+        if unrecorded := [name for name in names if name.endswith(".onnx") and name not in graphs]:
+            raise ValueError(f"onnx: lacks {unrecorded[0]}")
+        if all(record.max_error is None for record in self.onnx):
+            raise ValueError("onnx: no file has a max_error, so nothing could be checked")
+        if self.inputs[0].shape[1:] != list(self.preprocessing.input_size):
+            raise ValueError("inputs: the shape is not preprocessing.input_size")
+        if len(self.outputs[0].shape) != 2 or self.outputs[0].shape[0] != self.inputs[0].shape[0]:
+            raise ValueError("outputs: the shape must be the input's batch by classes")
+        if self.outputs[0].shape[1] == "batch" or (self.labels and len(self.labels) != self.outputs[0].shape[1]):
+            raise ValueError(f"labels: {len(self.labels)} for {self.outputs[0].shape[1]} classes")
+        return self
+
+    @property
+    def classes(self) -> int:
+        """Number of classes C."""
+        return int(self.outputs[0].shape[1])
+
+
+def manifest_schema() -> dict[str, object]:
+    """The JSON Schema of ``manifest.json``."""
+    return Manifest.model_json_schema()
+
+
+def parity_schema() -> dict[str, object]:
+    """The JSON Schema of ``parity.json``."""
+    return ParityReport.model_json_schema()
