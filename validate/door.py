@@ -1,6 +1,6 @@
 """Exit codes, the errors that carry them, and the frame around ``validate``'s command line.
 
-The same meanings as at every door of the project, kept apart on purpose: ``validate`` runs where nothing else of ours is installed.
+The same meanings as at every door of the project, kept apart on purpose: ``validate`` runs where nothing else of ours is.
 """
 
 from __future__ import annotations

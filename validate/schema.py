@@ -152,7 +152,18 @@ class ParityReport(_Results):
 
     schema_version: Literal[1] = 1
     gate: Gate
-    passed: bool
+    passed: bool = Field(description="no rung failed, and at least one stage after the original was run")
+
+    @model_validator(mode="after")
+    def _check(self) -> ParityReport:
+        if self.passed != ladder_passed(self.rungs):
+            raise ValueError(f"passed: {self.passed} is not what the rungs say")
+        return self
+
+
+def ladder_passed(rungs: list[Rung]) -> bool:
+    """Whether no rung failed and at least one stage after the original, which is the first, was run."""
+    return all(rung.status != "failed" for rung in rungs) and any(rung.status == "passed" for rung in rungs[1:])
 
 
 class TensorSpec(Strict):
@@ -254,6 +265,8 @@ class Manifest(_Results):
             raise ValueError(f"onnx: lacks {unrecorded[0]}")
         if all(record.max_error is None for record in self.onnx):
             raise ValueError("onnx: no file has a max_error, so nothing could be checked")
+        if any(record.max_error is not None and record.dtype == "bfloat16" for record in self.onnx):
+            raise ValueError("onnx: a bfloat16 file does not run in ONNX Runtime on a CPU; its max_error must be null")
         if self.inputs[0].shape[1:] != list(self.preprocessing.input_size):
             raise ValueError("inputs: the shape is not preprocessing.input_size")
         if len(self.outputs[0].shape) != 2 or self.outputs[0].shape[0] != self.inputs[0].shape[0]:

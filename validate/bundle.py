@@ -1,0 +1,120 @@
+"""Writing and reading a bundle's records: digests, the file list, ``manifest.json`` and ``parity.json``. Standard library alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from validate.door import InputRejected, atomic_path
+from validate.schema import FileRecord, Manifest, ParityReport, Strict, plain_path
+
+MANIFEST = "manifest.json"
+PARITY = "parity.json"
+PLAN = "plan.json"
+GOLDEN = "golden.npz"
+_MAX_JSON_BYTES = 64 << 20
+_MAX_FILES = 10_000
+_Record = TypeVar("_Record", bound=Strict)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal; raises ``OSError``."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def list_files(folder: Path) -> list[str]:
+    """Plain relative paths of every file under ``folder``, sorted; raises ``InputRejected``.
+
+    Links, devices, pipes and sockets are refused, whatever they point to: a bundle is folders and regular files.
+    """
+    return sorted(_walk(folder, folder))
+
+
+def _walk(root: Path, folder: Path) -> Iterator[str]:
+    seen = 0
+    try:
+        for entry in os.scandir(folder):
+            path = Path(entry.path)
+            if entry.is_dir(follow_symlinks=False):
+                yield from _walk(root, path)
+                continue
+            if not entry.is_file(follow_symlinks=False):
+                raise InputRejected(f"{path}: is a link or a special file; a bundle holds regular files and folders only")
+            name = path.relative_to(root).as_posix()
+            plain_path(name)
+            seen += 1
+            if seen > _MAX_FILES:
+                raise InputRejected(f"{folder}: holds more than {_MAX_FILES} files")
+            yield name
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputRejected(f"{folder}: cannot be read as a bundle's folder: {error}") from error
+
+
+def record_files(folder: Path) -> list[FileRecord]:
+    """Records of every file under ``folder`` but ``manifest.json``, sorted by path; raises ``InputRejected``."""
+    return [
+        FileRecord(path=name, size=(folder / name).stat().st_size, sha256=digest(folder / name))
+        for name in list_files(folder)
+        if name != MANIFEST
+    ]
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write ``manifest.json`` whole or not at all, last of the bundle's files; raises ``OSError``."""
+    _write(folder / MANIFEST, manifest)
+
+
+def write_parity(folder: Path, report: ParityReport) -> None:
+    """Write ``parity.json`` whole or not at all; raises ``OSError``."""
+    _write(folder / PARITY, report)
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Read and check ``manifest.json``; raises ``InputRejected`` naming the file and the fault."""
+    return _load(folder / MANIFEST, Manifest)
+
+
+def load_parity(folder: Path) -> ParityReport:
+    """Read and check ``parity.json``; raises ``InputRejected`` naming the file and the fault."""
+    return _load(folder / PARITY, ParityReport)
+
+
+def read_json_text(path: Path) -> str:
+    """Text of a JSON file of bounded size; raises ``InputRejected`` naming the file and the fault."""
+    try:
+        info = path.lstat()
+        if not stat.S_ISREG(info.st_mode):
+            raise InputRejected(f"{path}: is not a regular file")
+        if info.st_size == 0:
+            raise InputRejected(f"{path}: is empty")
+        if info.st_size > _MAX_JSON_BYTES:
+            raise InputRejected(f"{path}: {info.st_size} bytes are more than the {_MAX_JSON_BYTES} allowed")
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise InputRejected(f"{path}: is missing") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputRejected(f"{path}: cannot be read: {error}") from error
+
+
+def _write(path: Path, record: Strict) -> None:
+    text = json.dumps(record.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False)
+    with atomic_path(path) as part:
+        part.write_text(text + "\n", encoding="utf-8")
+
+
+def _load(path: Path, kind: type[_Record]) -> _Record:
+    text = read_json_text(path)
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or path.stem
+        raise InputRejected(f"{path}: not valid: {where}: {first['msg']}") from error

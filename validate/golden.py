@@ -1,0 +1,91 @@
+"""``golden.npz``: real inputs with the original's and the slim model's logits, written reproducibly and read without trust."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from validate.door import InputRejected, atomic_path
+
+Array = npt.NDArray[Any]
+#: No bundle needs more; it also bounds the memory that a hostile one can ask for.
+MAX_BYTES = 1 << 30
+_HEADER_BYTES = 4096
+_NAMES = ("inputs", "labels", "original_logits", "slim_logits")
+
+
+@dataclasses.dataclass(frozen=True)
+class Golden:
+    """Arrays of ``golden.npz`` for k images.
+
+    ``inputs`` (k, channels, height, width) float32, preprocessed; ``labels`` (k,) int64, -1 where unknown; both logits (k, classes)
+    float32, of the PyTorch original and of the PyTorch slim model.
+    """
+
+    inputs: Array
+    labels: Array
+    original_logits: Array
+    slim_logits: Array
+
+
+def write_golden(path: Path, golden: Golden) -> None:
+    """Write ``golden.npz`` whole or not at all; the same arrays give the same bytes. Raises ``OSError``."""
+    arrays = {name: getattr(golden, name) for name in _NAMES}
+    kinds = {name: np.dtype(np.int64 if name == "labels" else np.float32) for name in _NAMES}
+    with atomic_path(path) as part, part.open("wb") as file:
+        ready: dict[str, Any] = {name: np.ascontiguousarray(array, dtype=kinds[name]) for name, array in arrays.items()}
+        np.savez(file, **ready)
+
+
+def read_golden(path: Path, input_size: tuple[int, int, int], classes: int) -> Golden:
+    """Read ``golden.npz`` for a model of ``input_size`` (channels, height, width) and ``classes``.
+
+    Every array's header is checked before its data is read, and no more is read than the header says, so neither pickles nor
+    zip bombs get anywhere. Raises ``InputRejected`` naming the file and the fault.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            if sorted(entry.filename for entry in entries) != sorted(f"{name}.npy" for name in _NAMES):
+                raise InputRejected(f"{path}: must hold the arrays {', '.join(_NAMES)} and nothing else")
+            arrays = {name: _read(archive, name, input_size, classes) for name in _NAMES}
+    except (OSError, EOFError, RuntimeError, NotImplementedError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputRejected(f"{path}: is not a readable golden.npz: {error}") from error
+    golden = Golden(**arrays)
+    counts = {name: len(array) for name, array in arrays.items()}
+    if len(set(counts.values())) != 1:
+        raise InputRejected(f"{path}: arrays have different numbers of images: {counts}")
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise InputRejected(f"{path}: {name} holds NaN or infinite values")
+    if golden.labels.min() < -1 or golden.labels.max() >= classes:
+        raise InputRejected(f"{path}: labels must be in [0, {classes}), or -1 where unknown")
+    return golden
+
+
+def _read(archive: zipfile.ZipFile, name: str, input_size: tuple[int, int, int], classes: int) -> Array:
+    expected_tail = {"inputs": input_size, "labels": ()}.get(name, (classes,))
+    expected_dtype = np.dtype("<i8" if name == "labels" else "<f4")
+    with archive.open(f"{name}.npy") as stream:
+        version = np.lib.format.read_magic(stream)
+        if version != (1, 0):
+            raise ValueError(f"{name}: npy format {version} is not (1, 0)")
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream, max_header_size=_HEADER_BYTES)
+        if dtype != expected_dtype or fortran:
+            raise ValueError(f"{name}: is {dtype}{' in Fortran order' if fortran else ''}, not {expected_dtype} in C order")
+        if len(shape) != 1 + len(expected_tail) or shape[1:] != expected_tail or shape[0] < 1:
+            raise ValueError(f"{name}: has shape {shape}, not (images, {', '.join(map(str, expected_tail))})")
+        size = math.prod(shape) * dtype.itemsize
+        if size > MAX_BYTES:
+            raise ValueError(f"{name}: {size} bytes are more than the {MAX_BYTES} allowed")
+        data = stream.read(size)
+        if len(data) != size or stream.read(1):  # the read past the end also has zipfile verify the CRC
+            raise ValueError(f"{name}: its data is not the {size} bytes that its shape {shape} needs")
+    return np.frombuffer(data, dtype=dtype).reshape(shape)

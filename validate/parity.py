@@ -1,0 +1,160 @@
+"""The arithmetic of parity: accuracy, agreement, logit errors and the gate. NumPy alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from validate.schema import Rung, ladder_passed
+
+Array = npt.NDArray[Any]
+_Z95 = 1.959963984540054  # the standard normal's 97.5 % point
+
+
+def rung(
+    stage: str,
+    logits: Array,
+    targets: Array | None = None,
+    original_logits: Array | None = None,
+    reference_logits: Array | None = None,
+    *,
+    compared_to: str | None = None,
+    tolerance: float | None = None,
+    note: str = "",
+) -> Rung:
+    """Measure one stage; ``gate`` decides its status.
+
+    ``logits``, ``original_logits`` and ``reference_logits`` are (n, classes); ``targets`` is (n,) class indices, None where the
+    images have no labels. Without ``original_logits`` the stage is the original itself. ``reference_logits`` are those of
+    the stage ``compared_to``, which the logit errors are against; ``tolerance`` is the largest error allowed, None where the
+    difference is the slimming loss. An image with a NaN or infinite logit counts as answered wrongly and as disagreeing.
+    Raises ``ValueError`` for shapes that do not fit.
+    """
+    logits = _matrix(logits, stage)
+    n, classes = logits.shape
+    original = logits if original_logits is None else _matrix(original_logits, "original_logits", logits.shape)
+    if (reference_logits is None) != (compared_to is None):
+        raise ValueError("reference_logits and compared_to belong together")
+    finite = np.isfinite(logits).all(axis=1)
+    fields: dict[str, Any] = {}
+    if targets is not None:
+        if targets.shape != (n,) or not np.issubdtype(targets.dtype, np.integer):
+            raise ValueError(f"targets: must be {n} integers, not {targets.shape} {targets.dtype}")
+        if n and not (targets.min() >= 0 and targets.max() < classes):
+            raise ValueError(f"targets: must be in [0, {classes})")
+        rank = target_rank(logits, targets)
+        right = finite & (rank == 0)
+        was_right = np.isfinite(original).all(axis=1) & (target_rank(original, targets) == 0)
+        lost, gained = int((was_right & ~right).sum()), int((right & ~was_right).sum())
+        fields |= {
+            "top1": 100 * int(right.sum()) / n,
+            "top5": 100 * int((finite & (rank < 5)).sum()) / n,
+            "top1_drop": 100 * (lost - gained) / n,
+            "lost": lost,
+            "gained": gained,
+            "drop_interval": drop_interval(lost, gained, n),
+        }
+    same = finite & np.isfinite(original).all(axis=1) & (top1(logits) == top1(original))
+    agreeing = int(same.sum())
+    if reference_logits is not None:
+        maximum, mean = logit_errors(logits, _matrix(reference_logits, "reference_logits", logits.shape))
+        fields |= {"max_error": maximum, "mean_error": mean}
+    return Rung(
+        stage=stage,
+        images=n,
+        agreement=100 * agreeing / n,
+        agreeing=agreeing,
+        compared_to=compared_to,
+        tolerance=tolerance,
+        non_finite=int(logits.size - np.isfinite(logits).sum()),
+        note=note,
+        **fields,
+    )
+
+
+def not_executed(stage: str, note: str) -> Rung:
+    """A rung for a stage that could not run here; ``note`` says why."""
+    return Rung(stage=stage, images=0, status="not executed", note=note)
+
+
+def top1(logits: Array) -> Array:
+    """Index of the largest of (n, classes) logits, (n,); the lowest index wins a tie, NaN counts as minus infinity."""
+    return np.asarray(np.argmax(np.where(np.isnan(logits), -np.inf, logits), axis=1))
+
+
+def target_rank(logits: Array, targets: Array) -> Array:
+    """How many classes come before the target's, (n,): a larger logit, or an equal one at a lower index.
+
+    NaN counts as minus infinity.
+    """
+    clean = np.where(np.isnan(logits), -np.inf, logits)
+    own = clean[np.arange(len(targets)), targets][:, None]
+    earlier = np.arange(clean.shape[1])[None, :] < targets[:, None]
+    return np.asarray(((clean > own) | ((clean == own) & earlier)).sum(axis=1))
+
+
+def logit_errors(logits: Array, reference: Array) -> tuple[float | None, float | None]:
+    """Largest and mean absolute difference over the images whose logits are finite on both sides; None where there is none."""
+    finite = np.isfinite(logits).all(axis=1) & np.isfinite(reference).all(axis=1)
+    if not finite.any():
+        return None, None
+    difference = np.abs(logits[finite].astype(np.float64) - reference[finite].astype(np.float64))
+    return float(difference.max()), float(difference.mean())
+
+
+def drop_interval(lost: int, gained: int, images: int) -> tuple[float, float]:
+    """95 % confidence interval of the top-1 drop in points, for the two models run on the same images.
+
+    The adjusted Wald interval for matched pairs (Agresti and Min, Statistics in Medicine 24, 2005, pp. 729-740): half an
+    observation is added to each of the four cells of the paired table, so with b = lost + 1/2, c = gained + 1/2 and N = images + 2 it is
+    ``(b - c) / N +- z sqrt(b + c - (b - c)^2 / N) / N``. It keeps a width when no image changed sides.
+    """
+    b, c, n = lost + 0.5, gained + 0.5, images + 2
+    centre = (b - c) / n
+    half = _Z95 * math.sqrt(b + c - (b - c) ** 2 / n) / n
+    return max(-100.0, 100 * (centre - half)), min(100.0, 100 * (centre + half))
+
+
+def gate(rungs: Iterable[Rung], max_top1_drop: float) -> tuple[list[Rung], bool]:
+    """Decide the status of every rung, the original first, and of the whole ladder.
+
+    A rung that ran fails when it has a NaN or infinite logit, when its top-1 is more than ``max_top1_drop`` points below the
+    original's (exactly as many passes), or when its ``max_error`` exceeds its ``tolerance``. Without labels the share of images
+    that disagree with the original is gated instead: the drop cannot be larger.
+    """
+    judged = [_judge(one, max_top1_drop) for one in rungs]
+    return judged, ladder_passed(judged)
+
+
+def _judge(one: Rung, max_top1_drop: float) -> Rung:
+    if not one.images:
+        return one.model_copy(update={"status": "not executed"})
+    limit = Fraction(repr(float(max_top1_drop)))  # 0.2 means one fifth, not the binary float just above it
+    faults = []
+    if one.non_finite:
+        faults.append(f"{one.non_finite} logits are NaN or infinite")
+    drop = one.exact_drop()
+    if drop is not None and drop > limit:
+        faults.append(f"top-1 drops by {float(drop):.3f} points, more than {max_top1_drop:g}")
+    if drop is None and one.agreeing is not None and Fraction(100 * (one.images - one.agreeing), one.images) > limit:
+        faults.append(f"no labels, and top-1 disagrees with the original on more than {max_top1_drop:g} % of the images")
+    if one.tolerance is not None:
+        if one.max_error is None:
+            faults.append(f"no finite logits to compare with {one.compared_to}")
+        elif one.max_error > one.tolerance:
+            faults.append(f"max logit error {one.max_error:.3g} against {one.compared_to}, more than {one.tolerance:.3g}")
+    notes = [one.note] if one.note else []
+    return one.model_copy(update={"status": "failed" if faults else "passed", "note": "; ".join(notes + faults)})
+
+
+def _matrix(array: Array, name: str, shape: tuple[int, ...] | None = None) -> Array:
+    if array.ndim != 2 or not array.size:
+        raise ValueError(f"{name}: logits must be (images, classes) and not empty, not {array.shape}")
+    if shape is not None and array.shape != shape:
+        raise ValueError(f"{name}: logits are {array.shape}, not {shape}")
+    return array

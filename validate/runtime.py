@@ -1,0 +1,97 @@
+"""Running an ONNX file in ONNX Runtime: the one place that opens sessions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from validate.door import InputRejected, Unavailable
+from validate.schema import plain_path
+
+Array = npt.NDArray[Any]
+
+
+def check_onnx(path: Path, allowed_data: set[str]) -> None:
+    """Refuse an ONNX file that does not parse, holds no nodes, or keeps weights in files outside ``allowed_data``.
+
+    ``allowed_data`` are names relative to the ONNX file's folder. Raises ``InputRejected`` naming the file and the fault.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except (DecodeError, OSError, ValueError) as error:
+        raise InputRejected(f"{path}: is not a readable ONNX file: {error}") from error
+    if not model.graph.node:
+        raise InputRejected(f"{path}: is empty or truncated: its graph has no nodes")
+    for tensor in onnx.external_data_helper._get_all_tensors(model):
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+        try:
+            plain_path(location)
+        except ValueError as error:
+            raise InputRejected(f"{path}: weight {tensor.name!r} is stored outside the bundle: {error}") from error
+        if location not in allowed_data:
+            raise InputRejected(f"{path}: weight {tensor.name!r} is stored in {location}, which the manifest does not list")
+
+
+def open_session(path: Path, *, provider: str = "CPUExecutionProvider", threads: int = 0) -> Any:
+    """Open ``path`` in ONNX Runtime on ``threads`` threads (0: its own choice) that do not spin between runs.
+
+    Raises ``Unavailable`` when ONNX Runtime, the provider or an operator's kernel is not here, ``InputRejected`` when ONNX
+    Runtime refuses the file.
+    """
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise Unavailable("ONNX Runtime is not installed: install patchslim[edge]") from error
+    if provider not in ort.get_available_providers():
+        here = ", ".join(ort.get_available_providers())
+        raise Unavailable(f"ONNX Runtime has no {provider} here; it has {here}")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        return ort.InferenceSession(str(path), options, providers=[provider])
+    except Exception as error:  # onnxruntime's exceptions share no base of their own
+        if type(error).__name__ == "NotImplemented":
+            raise Unavailable(f"{path}: ONNX Runtime has no kernel for it on {provider}: {error}") from error
+        raise InputRejected(f"{path}: ONNX Runtime refuses it: {error}") from error
+
+
+def interface(session: Any) -> list[tuple[str, str, list[int | str]]]:
+    """(name, ONNX Runtime type, shape) of the inputs and then the outputs; a free axis is ``'batch'``."""
+    tensors = [*session.get_inputs(), *session.get_outputs()]
+    return [(t.name, t.type, [axis if isinstance(axis, int) else "batch" for axis in t.shape]) for t in tensors]
+
+
+def run_logits(session: Any, images: Array, *, batch: int = 8) -> Array:
+    """Logits (n, classes) float32 of ``images`` (n, channels, height, width), run in batches; raises ``InputRejected``.
+
+    A model of fixed batch size is fed that size, the last batch filled up by repeating its last image.
+    """
+    feed = session.get_inputs()[0]
+    output = session.get_outputs()[0].name
+    fixed = isinstance(feed.shape[0], int)
+    size = feed.shape[0] if fixed else batch
+    dtype = np.float16 if feed.type == "tensor(float16)" else np.float32
+    parts = []
+    for start in range(0, len(images), size):
+        chunk = images[start : start + size]
+        wanted = len(chunk)
+        if fixed and wanted < size:
+            chunk = np.concatenate([chunk, np.repeat(chunk[-1:], size - wanted, axis=0)])
+        try:
+            logits = session.run([output], {feed.name: chunk.astype(dtype, copy=False)})[0]
+        except Exception as error:
+            raise InputRejected(f"ONNX Runtime fails to run it: {error}") from error
+        if logits.ndim != 2 or len(logits) != len(chunk):
+            raise InputRejected(f"answers with shape {logits.shape} for {len(chunk)} images")
+        parts.append(np.asarray(logits[:wanted], dtype=np.float32))
+    return np.concatenate(parts)
