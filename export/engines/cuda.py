@@ -1,0 +1,92 @@
+"""The few calls of the CUDA driver that engines need, through ctypes: no torch, no CUDA toolkit.
+
+Only the detection of a machine without a driver has been executed; the rest follows the CUDA driver API reference.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import TYPE_CHECKING, Any
+
+from slimming.door import Unavailable
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL | None:
+    for name in ("libcuda.so.1", "nvcuda.dll"):
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    return None
+
+
+@functools.cache
+def local_target() -> str | None:
+    """Return the architecture of the first visible GPU, as ``sm89``; None without a driver or a GPU."""
+    driver, count = _driver(), ctypes.c_int(0)
+    if driver is None or driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value == 0:
+        return None
+    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    _check(driver.cuDeviceGet(ctypes.byref(device), 0), "cuDeviceGet")
+    _check(driver.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device), "cuDeviceGetAttribute")
+    _check(driver.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device), "cuDeviceGetAttribute")
+    return f"sm{major.value}{minor.value}"
+
+
+class Stream:
+    """A CUDA stream on the first visible GPU, with copies to and from buffers of its memory; not executed on a GPU yet.
+
+    Raises:
+        Unavailable: there is no driver, or a driver call fails.
+    """
+
+    def __init__(self) -> None:
+        driver = _driver()
+        if driver is None or local_target() is None:
+            raise Unavailable("no CUDA driver or no visible GPU on this machine")
+        self._driver = driver
+        context, stream = ctypes.c_void_p(), ctypes.c_void_p()
+        # The primary context is the one that the CUDA runtime inside TensorRT uses.
+        _check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0), "cuDevicePrimaryCtxRetain")
+        _check(driver.cuCtxSetCurrent(context), "cuCtxSetCurrent")
+        _check(driver.cuStreamCreate(ctypes.byref(stream), 1), "cuStreamCreate")  # 1: CU_STREAM_NON_BLOCKING
+        self.handle = stream.value or 0
+
+    def allocate(self, size: int) -> int:
+        """Return the device address of ``size`` new bytes; ``free`` gives them back."""
+        address = ctypes.c_uint64()
+        _check(self._driver.cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(size)), "cuMemAlloc")
+        return address.value
+
+    def free(self, address: int) -> None:
+        _check(self._driver.cuMemFree_v2(ctypes.c_uint64(address)), "cuMemFree")
+
+    def upload(self, address: int, array: NDArray[Any]) -> None:
+        """Copy the C-contiguous ``array`` to device memory, in stream order."""
+        source = ctypes.c_void_p(array.ctypes.data)
+        size, stream = ctypes.c_size_t(array.nbytes), ctypes.c_void_p(self.handle)
+        _check(self._driver.cuMemcpyHtoDAsync_v2(ctypes.c_uint64(address), source, size, stream), "cuMemcpyHtoDAsync")
+
+    def download(self, array: NDArray[Any], address: int) -> None:
+        """Fill the C-contiguous ``array`` from device memory, and wait until the stream has done all its work."""
+        destination = ctypes.c_void_p(array.ctypes.data)
+        size, stream = ctypes.c_size_t(array.nbytes), ctypes.c_void_p(self.handle)
+        _check(self._driver.cuMemcpyDtoHAsync_v2(destination, ctypes.c_uint64(address), size, stream), "cuMemcpyDtoHAsync")
+        _check(self._driver.cuStreamSynchronize(stream), "cuStreamSynchronize")
+
+    def close(self) -> None:
+        """Destroy the stream and release the context; the object cannot be used afterwards."""
+        _check(self._driver.cuStreamDestroy_v2(ctypes.c_void_p(self.handle)), "cuStreamDestroy")
+        _check(self._driver.cuDevicePrimaryCtxRelease_v2(0), "cuDevicePrimaryCtxRelease")
+
+
+def _check(status: int, call: str) -> None:
+    if status != 0:
+        raise Unavailable(f"the CUDA driver refused {call} with error {status}")

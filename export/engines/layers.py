@@ -1,0 +1,80 @@
+"""TensorRT's account of the kernels it compiled: reading it from the build log, and counting fused attentions in it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+LAYERS_PREFIX = "Layers:"
+"""The first word of the log message that lists the compiled kernels (verbose log, detailed profiling verbosity)."""
+
+_KERNEL = re.compile(
+    r"Name: (?P<name>.*?), LayerType: (?P<type>[^,]*), Inputs: \[(?P<inputs>.*?)\], (?:Constants: \[.*?\], )?"
+    r"Outputs: \[(?P<outputs>.*?)\], (?:.*?, )??TacticName: (?P<tactic>[^,]*)(?:, .*?Metadata: (?P<metadata>.*))?$"
+)
+_TENSOR = re.compile(r"\{ Name: (?P<name>.*?), Dimensions: \[(?P<shape>[^\]]*)\],.*?Datatype: (?P<dtype>\w+)")
+_FUSED = re.compile(r"_+(?:[a-z]+_)?f?mha(?:_|$)")  # from the start: a kernel may also bear the name of an ONNX node called mha
+_ORIGIN = re.compile(r"\[ONNX Layer: (.*?)\](?=\[|$|\s)")
+
+Kernel = dict[str, Any]
+"""``name``, ``type``, ``tactic``, ``onnx_nodes``; ``inputs`` and ``outputs``, each of ``name``, ``shape`` (-1: batch), ``dtype``."""
+
+
+def parse_layers(message: str) -> list[Kernel]:
+    """Return the kernels that the ``Layers:`` log message lists, in order.
+
+    Raises:
+        ValueError: the message is not in the form known from TensorRT-RTX 1.7, so nothing can be said about the kernels.
+    """
+    lines = message.splitlines()
+    if not lines or not lines[0].startswith(LAYERS_PREFIX):
+        raise ValueError("no list of layers")
+    kernels = []
+    for line in lines[1:]:
+        if not line.strip():
+            break  # what follows lists the engine's inputs and outputs in a like form
+        match = _KERNEL.match(line)
+        if match is None:
+            raise ValueError(f"a line of the list of layers has an unknown form: {line[:200]}")
+        kernels.append(
+            {
+                "name": match["name"],
+                "type": match["type"],
+                "tactic": match["tactic"],
+                "inputs": _tensors(match["inputs"]),
+                "outputs": _tensors(match["outputs"]),
+                "onnx_nodes": _ORIGIN.findall(match["metadata"] or ""),
+            }
+        )
+    if not kernels:
+        raise ValueError("the list of layers is empty")
+    return kernels
+
+
+def count_kernels(kernels: Iterable[Kernel]) -> int:
+    """Return how many kernels run on the GPU; a ``shape_call`` only computes shapes on the host."""
+    return sum(kernel["type"] != "shape_call" for kernel in kernels)
+
+
+def count_fused_attentions(kernels: Iterable[Kernel], attentions: Iterable[str]) -> int:
+    """Return how many attentions run as one multi-head-attention kernel (``_gemm_mha_v2``, ``_gemv_mha_v1`` and kin).
+
+    ``attentions`` names the ONNX graph's Softmax and Attention nodes. An attention counts once however many kernels carry its
+    node; where no kernel tells its ONNX origin, kernels are counted by name instead.
+    """
+    fused = [kernel for kernel in kernels if _FUSED.match(kernel["name"])]
+    names = set(attentions)
+    origins = {node for kernel in fused for node in kernel["onnx_nodes"] if node in names}
+    return len(origins) if origins else len({kernel["name"] for kernel in fused})
+
+
+def _tensors(text: str) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": match["name"],
+            "shape": [int(size) for size in match["shape"].split(",") if size.strip()],
+            "dtype": match["dtype"],
+        }
+        for match in _TENSOR.finditer(text)
+    ]

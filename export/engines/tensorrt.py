@@ -1,0 +1,220 @@
+"""TensorRT engines, by full TensorRT or by TensorRT-RTX: one build for both, told apart by what each of them has."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from export.engines import cuda
+from export.engines.base import (
+    DEFAULT_TARGETS,
+    TARGETS,
+    Batch,
+    EngineResult,
+    OnnxFacts,
+    Precision,
+    Progress,
+    ProgressCallback,
+)
+from export.engines.trt_worker import BuildRequest
+from slimming.door import InputRejected, Unavailable, UsageError
+
+_GRACE = 5.0  # seconds that a cancelled build has to end by itself
+_NAMES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
+_INSTALL = (
+    'install one of them: pip install "patchslim[rtx]" (TensorRT-RTX: builds for RTX GPUs, also on a machine without one) or '
+    'pip install "patchslim[trt]" (TensorRT: builds for the GPU of this machine)'
+)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The TensorRT to build with and what to build for; ``ahead_of_time`` where the targets need not be in this machine."""
+
+    name: Literal["tensorrt", "tensorrt_rtx"]
+    targets: tuple[str, ...]
+    ahead_of_time: bool
+
+
+def choose_backend(targets: Sequence[str] | None = None) -> Backend:
+    """Return full TensorRT where it is installed, a GPU is visible and no other target is asked for; else TensorRT-RTX.
+
+    Raises:
+        UsageError: a target that nothing builds for.
+        Unavailable: neither is installed, or what is installed cannot build for these targets here.
+    """
+    local = cuda.local_target()
+    wanted = tuple(dict.fromkeys(target.lower() for target in targets or ()))
+    unknown = [target for target in wanted if target not in TARGETS and target != local]
+    if unknown:
+        raise UsageError(f"unknown target {', '.join(unknown)}; valid targets are {', '.join(TARGETS)}")
+    full = importlib.util.find_spec("tensorrt") is not None
+    if full and local is not None and wanted in ((), (local,)):
+        return Backend("tensorrt", (local,), ahead_of_time=False)
+    if importlib.util.find_spec("tensorrt_rtx") is not None:
+        foreign = [target for target in wanted if target not in TARGETS]
+        if foreign:
+            raise Unavailable(f"TensorRT-RTX does not build for {', '.join(foreign)}; {_INSTALL}")
+        return Backend("tensorrt_rtx", wanted or DEFAULT_TARGETS, ahead_of_time=True)
+    if not full:
+        raise Unavailable(f"neither tensorrt nor tensorrt_rtx is installed; {_INSTALL}")
+    here = f"only for this machine's {local}" if local else "nothing on a machine without a GPU"
+    raise Unavailable(f'tensorrt is installed, but builds {here}; for RTX GPUs elsewhere: pip install "patchslim[rtx]"')
+
+
+def build(
+    onnx_path: Path,
+    output_dir: Path,
+    facts: OnnxFacts,
+    *,
+    targets: Sequence[str] | None,
+    precision: Precision,
+    batch: Batch,
+    progress: ProgressCallback,
+) -> EngineResult:
+    """Build one engine per target, each in its own process; see ``export.engines.build_engine``."""
+    backend = choose_backend(targets)
+    if precision == "fp32" and "sm75" in backend.targets and backend.ahead_of_time:
+        raise UsageError(
+            "TensorRT-RTX has no fp32 matrix product for sm75: use --precision fp16, or leave sm75 out of --target"
+        )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    done: dict[str, dict[str, Any]] = {}
+    layers: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".engines-") as staging:
+        for target in backend.targets:
+            work = Path(staging) / target
+            work.mkdir()
+            request = BuildRequest(
+                backend=backend.name,
+                onnx=str(onnx_path.resolve()),
+                engine=str(work / "engine"),
+                layers=str(work / "layers.json"),
+                target=target if backend.ahead_of_time else None,
+                precision=precision,
+                input_name=facts.input_name,
+                image_shape=facts.image_shape,
+                batch=None if facts.fixed_batch else batch,
+                attentions=facts.attentions,
+            )
+            done[target] = _run_worker(request, work, target, progress)
+            if (work / "layers.json").is_file():
+                layers[target] = json.loads((work / "layers.json").read_text())
+        # Nothing reaches its final name before every target is built.
+        files = [output_dir / f"{onnx_path.stem}.{target}.engine" for target in backend.targets]
+        for target, path in zip(backend.targets, files, strict=True):
+            (Path(staging) / target / "engine").replace(path)
+        layers_file = output_dir / "engine_layers.json" if layers else None
+        if layers_file:
+            part = Path(staging) / "engine_layers.json"
+            part.write_text(json.dumps(layers, indent=1) + "\n")
+            part.replace(layers_file)
+    executed, reason = _try(dict(zip(backend.targets, files, strict=True)), backend, facts, batch)
+    return EngineResult(
+        backend=backend.name,
+        version=next(iter(done.values()))["version"],
+        targets=list(backend.targets),
+        precision=precision,
+        batch=batch,
+        files=files,
+        layers_file=layers_file,
+        attentions=len(facts.attentions),
+        executed=executed,
+        reason=reason,
+        kernels={target: outcome["kernels"] for target, outcome in done.items() if "kernels" in outcome},
+        fused={target: outcome["fused_attentions"] for target, outcome in done.items() if "fused_attentions" in outcome},
+        seconds={target: round(outcome["seconds"], 2) for target, outcome in done.items()},
+    )
+
+
+def _run_worker(request: BuildRequest, work: Path, target: str, progress: ProgressCallback) -> dict[str, Any]:
+    """Run one build process to its end; kill it on any way out, Ctrl-C included."""
+    request.write(work / "request.json")
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    with (work / "log.txt").open("w+") as log:
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "export.engines.trt_worker", str(work / "request.json")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+            start_new_session=True,  # Ctrl-C reaches this process alone, which then ends the build
+        )
+        try:
+            outcome = _follow(worker, target, progress)
+            worker.wait()
+        finally:
+            _end(worker)
+        log.seek(0)
+        tail = " | ".join(log.read().strip().splitlines()[-5:])
+    name, onnx = _NAMES[request.backend], Path(request.onnx).name
+    if outcome["event"] == "done":
+        return outcome
+    if outcome["event"] == "failed" and outcome["kind"] == "rejected":
+        raise InputRejected(f"{onnx}: {name} cannot read it: {outcome['message']}")
+    if outcome["event"] == "failed":
+        raise Unavailable(f"{onnx}: {name} did not build it for {target}: {outcome['message']}")
+    code = worker.returncode
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    raise Unavailable(f"{onnx}: the {name} build for {target} {how}; last messages: {tail or 'none'}")
+
+
+def _follow(worker: subprocess.Popen[str], target: str, progress: ProgressCallback) -> dict[str, Any]:
+    assert worker.stdout is not None
+    for line in worker.stdout:
+        report: dict[str, Any] = json.loads(line)
+        if report["event"] in ("done", "failed"):
+            return report
+        if progress(Progress(target, report["phase"], report["parent"], report["step"], report["total"])) is False:
+            raise KeyboardInterrupt
+    return {"event": "died"}
+
+
+def _end(worker: subprocess.Popen[str]) -> None:
+    if worker.poll() is None:
+        assert worker.stdin is not None
+        with contextlib.suppress(OSError):
+            worker.stdin.close()  # asks TensorRT to stop at its next step
+        try:
+            worker.wait(_GRACE)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            worker.kill()
+            worker.wait()
+    for pipe in (worker.stdin, worker.stdout):
+        if pipe is not None:
+            with contextlib.suppress(OSError):
+                pipe.close()
+
+
+def _try(engines: dict[str, Path], backend: Backend, facts: OnnxFacts, batch: Batch) -> tuple[bool, str]:
+    """Run this machine's engine once on blank images; return whether it ran, and else the reason."""
+    from export.engines.trt_session import TrtSession, can_execute
+
+    local = cuda.local_target()
+    able, reason = can_execute(backend.name, list(engines))
+    if not able or local is None:
+        return False, reason
+    import numpy as np
+
+    try:
+        session = TrtSession(engines[local], backend.name)
+        try:
+            session.run(np.zeros((batch[0], *facts.image_shape), dtype=np.float32))
+        finally:
+            session.close()
+    except (InputRejected, Unavailable) as error:
+        return False, str(error)
+    others = [target for target in engines if target != local]
+    return not others, f"only {local} ran here" if others else ""

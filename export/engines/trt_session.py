@@ -1,0 +1,102 @@
+"""Running a TensorRT engine on this machine's GPU.
+
+Written against the Python API of TensorRT 10 and 11 and TensorRT-RTX 1.7. Only its refusals on a machine without a GPU have
+been executed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from export.engines import cuda
+from slimming.door import InputRejected, Unavailable
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+def can_execute(backend: str, targets: Sequence[str]) -> tuple[bool, str]:
+    """Return whether an engine of ``backend`` for one of ``targets`` can run here, and the reason where it cannot."""
+    local = cuda.local_target()
+    if local is None:
+        return False, "no CUDA driver or no visible GPU on this machine"
+    if importlib.util.find_spec(backend) is None:
+        return False, f"{backend} is not installed"
+    if local not in targets:
+        return False, f"this machine's GPU is {local}, the engine is for {', '.join(targets)}"
+    return True, ""
+
+
+class TrtSession:
+    """An engine file on the first visible GPU, with one input (images) and its first output (logits).
+
+    Raises:
+        InputRejected: the file is missing, or is not an engine of this release of ``backend`` for this GPU.
+        Unavailable: no GPU, or ``backend`` is not installed.
+    """
+
+    def __init__(self, path: Path, backend: str) -> None:
+        if importlib.util.find_spec(backend) is None:
+            raise Unavailable(f"{path}: {backend} is not installed, so the engine cannot run")
+        if not Path(path).is_file():
+            raise InputRejected(f"{path}: no such file")
+        self._stream = cuda.Stream()  # first: without a GPU, TensorRT answers with None or not at all
+        self._trt: Any = importlib.import_module(backend)
+        self._logger = self._trt.Logger(self._trt.Logger.ERROR)
+        self._runtime = self._trt.Runtime(self._logger)
+        self._engine = self._runtime.deserialize_cuda_engine(Path(path).read_bytes())
+        if self._engine is None:
+            raise InputRejected(
+                f"{path}: not an engine that {backend} {self._trt.__version__} can load on {cuda.local_target()}"
+            )
+        self._context = self._engine.create_execution_context()
+        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        mode = self._trt.TensorIOMode
+        inputs = [name for name in names if self._engine.get_tensor_mode(name) == mode.INPUT]
+        self._outputs = [name for name in names if self._engine.get_tensor_mode(name) == mode.OUTPUT]
+        if len(inputs) != 1 or not self._outputs:
+            raise InputRejected(f"{path}: expected one input and an output, found {names}")
+        self.path, self.input_name = Path(path), inputs[0]
+        self.dtype = np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(self.input_name)))
+
+    def run(self, images: NDArray[Any]) -> NDArray[np.float32]:
+        """Return logits (batch, classes) as float32 for images (batch, channels, height, width), cast to the engine's type.
+
+        Raises:
+            InputRejected: the shape lies outside the engine's optimisation profile.
+            Unavailable: the GPU failed.
+        """
+        source = np.ascontiguousarray(images, dtype=self.dtype)
+        if not self._context.set_input_shape(self.input_name, source.shape):
+            raise InputRejected(f"{self.path}: images of shape {source.shape} lie outside the engine's optimisation profile")
+        results = {
+            name: np.empty(
+                tuple(self._context.get_tensor_shape(name)), dtype=self._trt.nptype(self._engine.get_tensor_dtype(name))
+            )
+            for name in self._outputs
+        }
+        buffers: list[int] = []
+        try:
+            for name, array in {self.input_name: source, **results}.items():
+                buffers.append(self._stream.allocate(array.nbytes))
+                self._context.set_tensor_address(name, buffers[-1])
+            self._stream.upload(buffers[0], source)
+            if not self._context.execute_async_v3(self._stream.handle):
+                raise Unavailable(f"{self.path}: the engine failed on the GPU")
+            for (_, array), address in zip(results.items(), buffers[1:], strict=True):
+                self._stream.download(array, address)
+        finally:
+            for address in buffers:
+                self._stream.free(address)
+        return np.asarray(results[self._outputs[0]], dtype=np.float32)
+
+    def close(self) -> None:
+        """Give back the GPU's memory; the session cannot be used afterwards."""
+        del self._context, self._engine, self._runtime
+        self._stream.close()
