@@ -1,4 +1,4 @@
-"""Writing and reading a bundle's records: digests, the file list, ``manifest.json`` and ``parity.json``. Standard library alone."""
+"""A bundle's records, written and read: digests, the file list, ``manifest.json`` and ``parity.json``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -35,27 +34,24 @@ def list_files(folder: Path) -> list[str]:
 
     Links, devices, pipes and sockets are refused, whatever they point to: a bundle is folders and regular files.
     """
-    return sorted(_walk(folder, folder))
-
-
-def _walk(root: Path, folder: Path) -> Iterator[str]:
-    seen = 0
-    try:
-        for entry in os.scandir(folder):
-            path = Path(entry.path)
-            if entry.is_dir(follow_symlinks=False):
-                yield from _walk(root, path)
-                continue
-            if not entry.is_file(follow_symlinks=False):
-                raise InputRejected(f"{path}: is a link or a special file; a bundle holds regular files and folders only")
-            name = path.relative_to(root).as_posix()
-            plain_path(name)
-            seen += 1
-            if seen > _MAX_FILES:
-                raise InputRejected(f"{folder}: holds more than {_MAX_FILES} files")
-            yield name
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputRejected(f"{folder}: cannot be read as a bundle's folder: {error}") from error
+    names: list[str] = []
+    waiting = [folder]
+    while waiting:
+        current = waiting.pop()
+        try:
+            for entry in os.scandir(current):
+                path = current / entry.name
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(path)
+                elif entry.is_file(follow_symlinks=False):
+                    names.append(plain_path(path.relative_to(folder).as_posix()))
+                else:
+                    raise InputRejected(f"{path}: is a link or a special file; a bundle holds regular files and folders only")
+        except (OSError, ValueError) as error:
+            raise InputRejected(f"{current}: cannot be read as a bundle's folder: {error}") from error
+        if len(names) + len(waiting) > _MAX_FILES:
+            raise InputRejected(f"{folder}: holds more than {_MAX_FILES} files and folders")
+    return sorted(names)
 
 
 def record_files(folder: Path) -> list[FileRecord]:

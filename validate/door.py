@@ -11,14 +11,14 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
-EXIT_DONE = 0
-EXIT_USAGE = 2
-EXIT_REJECTED = 3
-EXIT_UNAVAILABLE = 4
-EXIT_PARITY = 5
-EXIT_INTERRUPTED = 130
+EXIT_DONE: Final = 0
+EXIT_USAGE: Final = 2
+EXIT_REJECTED: Final = 3
+EXIT_UNAVAILABLE: Final = 4
+EXIT_PARITY: Final = 5
+EXIT_INTERRUPTED: Final = 130
 
 
 class DoorError(Exception):

@@ -25,8 +25,8 @@ _NAMES = ("inputs", "labels", "original_logits", "slim_logits")
 class Golden:
     """Arrays of ``golden.npz`` for k images.
 
-    ``inputs`` (k, channels, height, width) float32, preprocessed; ``labels`` (k,) int64, -1 where unknown; both logits (k, classes)
-    float32, of the PyTorch original and of the PyTorch slim model.
+    ``inputs`` (k, channels, height, width) float32, preprocessed; ``labels`` (k,) int64, -1 where unknown; both logits
+    (k, classes) float32, of the PyTorch original and of the PyTorch slim model.
     """
 
     inputs: Array

@@ -111,8 +111,8 @@ def drop_interval(lost: int, gained: int, images: int) -> tuple[float, float]:
     """95 % confidence interval of the top-1 drop in points, for the two models run on the same images.
 
     The adjusted Wald interval for matched pairs (Agresti and Min, Statistics in Medicine 24, 2005, pp. 729-740): half an
-    observation is added to each of the four cells of the paired table, so with b = lost + 1/2, c = gained + 1/2 and N = images + 2 it is
-    ``(b - c) / N +- z sqrt(b + c - (b - c)^2 / N) / N``. It keeps a width when no image changed sides.
+    observation is added to each of the four cells of the paired table, so with b = lost + 1/2, c = gained + 1/2 and
+    N = images + 2 it is ``(b - c) / N +- z sqrt(b + c - (b - c)^2 / N) / N``. It keeps a width when no image changed sides.
     """
     b, c, n = lost + 0.5, gained + 0.5, images + 2
     centre = (b - c) / n

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ def check_onnx(path: Path, allowed_data: set[str]) -> None:
     ``allowed_data`` are names relative to the ONNX file's folder. Raises ``InputRejected`` naming the file and the fault.
     """
     import onnx
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
         model = onnx.load(path, load_external_data=False)
@@ -28,7 +29,7 @@ def check_onnx(path: Path, allowed_data: set[str]) -> None:
         raise InputRejected(f"{path}: is not a readable ONNX file: {error}") from error
     if not model.graph.node:
         raise InputRejected(f"{path}: is empty or truncated: its graph has no nodes")
-    for tensor in onnx.external_data_helper._get_all_tensors(model):
+    for tensor in _tensors(model):
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
@@ -38,6 +39,18 @@ def check_onnx(path: Path, allowed_data: set[str]) -> None:
             raise InputRejected(f"{path}: weight {tensor.name!r} is stored outside the bundle: {error}") from error
         if location not in allowed_data:
             raise InputRejected(f"{path}: weight {tensor.name!r} is stored in {location}, which the manifest does not list")
+
+
+def _tensors(message: Any) -> Iterator[Any]:
+    """Every stored tensor of an ONNX message: initialisers, sparse ones, attributes, subgraphs and functions."""
+    if message.DESCRIPTOR.name == "TensorProto":
+        yield message
+        return
+    for field, value in message.ListFields():
+        if field.message_type is None:
+            continue
+        for child in [value] if hasattr(value, "ListFields") else value:
+            yield from _tensors(child)
 
 
 def open_session(path: Path, *, provider: str = "CPUExecutionProvider", threads: int = 0) -> Any:

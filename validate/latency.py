@@ -1,0 +1,110 @@
+"""How much faster the slim graph is than the dense one in ONNX Runtime, measured so that the machine's moods cancel."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field
+
+from validate.door import InputRejected
+from validate.runtime import check_onnx, interface, open_session
+from validate.schema import Strict
+
+#: The speed-up must be at least this fraction of the MAC ratio.
+CRITERION = 0.95
+
+
+class LatencyReport(Strict):
+    """Dense against slim, side by side. Times are of one whole batch; ``rounds`` pairs were taken in alternating order."""
+
+    dense: str
+    slim: str
+    provider: str
+    batch: int
+    threads: int
+    rounds: int
+    dense_ms: Annotated[float, Field(gt=0)] = Field(description="median time of a batch, milliseconds")
+    slim_ms: Annotated[float, Field(gt=0)] = Field(description="median time of a batch, milliseconds")
+    speedup: float = Field(description="median over the rounds of dense time / slim time")
+    speedup_p10: float = Field(description="10th percentile of those ratios")
+    speedup_p90: float = Field(description="90th percentile of those ratios")
+    macs_ratio: float | None = Field(description="dense MACs / slim MACs, as laid")
+    efficiency: float | None = Field(description="speedup / macs_ratio: the share of the saved work that is saved time")
+    meets_criterion: bool | None = Field(description=f"efficiency is at least {CRITERION}")
+
+
+def compare_latency(
+    dense: Path,
+    slim: Path,
+    macs_ratio: float | None = None,
+    *,
+    batch: int = 8,
+    threads: int = 1,
+    rounds: int = 30,
+    warmup: int = 3,
+    provider: str = "CPUExecutionProvider",
+) -> LatencyReport:
+    """Time both ONNX files on the same random batch, a pair per round, the order swapped every round.
+
+    The ratio is taken within each round, so a slow moment hits both sides, and the median over rounds drops the outliers; neither
+    session's threads spin while the other runs. Raises ``InputRejected`` for files that do not run or differ in their inputs,
+    ``Unavailable`` where ONNX Runtime or ``provider`` is not here.
+    """
+    sessions = []
+    for path in (dense, slim):
+        if not path.is_file():
+            raise InputRejected(f"{path}: is not a file")
+        check_onnx(path, {file.relative_to(path.parent).as_posix() for file in path.parent.rglob("*")})
+        sessions.append(open_session(path, provider=provider, threads=threads))
+    feeds = [_feed(session, path, batch) for session, path in zip(sessions, (dense, slim), strict=True)]
+    if interface(sessions[0])[0][2] != interface(sessions[1])[0][2]:
+        raise InputRejected(
+            f"{slim}: its input is {interface(sessions[1])[0][2]}, and {dense} has {interface(sessions[0])[0][2]}"
+        )
+    for _ in range(warmup):
+        for session, feed in zip(sessions, feeds, strict=True):
+            _seconds(session, feed)
+    times = np.empty((rounds, 2))
+    for number in range(rounds):
+        for which in (0, 1) if number % 2 == 0 else (1, 0):
+            times[number, which] = _seconds(sessions[which], feeds[which])
+    ratios = times[:, 0] / times[:, 1]
+    low, speedup, high = (float(value) for value in np.percentile(ratios, [10, 50, 90]))
+    efficiency = None if macs_ratio is None else speedup / macs_ratio
+    return LatencyReport(
+        dense=dense.name,
+        slim=slim.name,
+        provider=provider,
+        batch=batch,
+        threads=threads,
+        rounds=rounds,
+        dense_ms=float(np.median(times[:, 0])) * 1e3,
+        slim_ms=float(np.median(times[:, 1])) * 1e3,
+        speedup=speedup,
+        speedup_p10=low,
+        speedup_p90=high,
+        macs_ratio=macs_ratio,
+        efficiency=efficiency,
+        meets_criterion=None if efficiency is None else efficiency >= CRITERION,
+    )
+
+
+def _feed(session: Any, path: Path, batch: int) -> dict[str, Any]:
+    inputs = session.get_inputs()
+    if len(inputs) != 1 or len(inputs[0].shape) != 4 or not all(isinstance(axis, int) for axis in inputs[0].shape[1:]):
+        raise InputRejected(f"{path}: must have one input (batch, channels, height, width), not {interface(session)}")
+    fixed = inputs[0].shape[0]
+    if isinstance(fixed, int) and fixed != batch:
+        raise InputRejected(f"{path}: has the fixed batch size {fixed}, not {batch}")
+    dtype = np.float16 if inputs[0].type == "tensor(float16)" else np.float32
+    shape = (batch, *inputs[0].shape[1:])
+    return {inputs[0].name: np.random.default_rng(0).standard_normal(shape).astype(dtype)}
+
+
+def _seconds(session: Any, feed: dict[str, Any]) -> float:
+    start = time.perf_counter()
+    session.run(None, feed)
+    return time.perf_counter() - start

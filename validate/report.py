@@ -1,0 +1,79 @@
+"""The verdict as a person reads it: rich tables of the rungs and the checks."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from validate.check import BundleVerdict
+from validate.schema import Rung
+
+_STYLES = {"passed": "green", "failed": "red", "not executed": "yellow"}
+
+
+def print_verdict(verdict: BundleVerdict, measured: list[Rung], console: Console) -> None:
+    """Print the build's rungs, the checks made here and, where images were given, the rungs measured on them."""
+    if verdict.manifest is not None:
+        manifest = verdict.manifest
+        macs, engine = manifest.macs, manifest.engine
+        console.print(
+            f"{escape(manifest.name)}: {macs.slim / 1e9:.3f} of {macs.dense / 1e9:.3f} GMACs ({macs.reduction:.1%} saved), "
+            f"{escape(engine.backend)} {escape(engine.precision)} for {escape(', '.join(engine.targets)) or 'no target'}"
+        )
+        evaluation = manifest.evaluation
+        where = f"{evaluation.data}, {evaluation.images} images"
+        console.print(rung_table(manifest.rungs, f"Measured by the build ({escape(where)})"))
+    console.print(_check_table(verdict))
+    if measured:
+        console.print(rung_table(measured, "Measured here on the images given"))
+    word = "passed" if verdict.passed else "failed"
+    console.print(f"[{_STYLES[word]}]{word}[/]: exit code {verdict.exit_code}")
+
+
+def rung_table(rungs: list[Rung], title: str) -> Table:
+    """A row per stage; blank where a number does not apply."""
+    table = Table(title=title, title_justify="left")
+    for heading in (
+        "stage",
+        "images",
+        "top-1 %",
+        "top-5 %",
+        "drop (95 % CI)",
+        "agreement %",
+        "max / mean error",
+        "against",
+        "status",
+    ):
+        table.add_column(heading)
+    for rung in rungs:
+        interval = "" if rung.drop_interval is None else f" ({rung.drop_interval[0]:.2f} to {rung.drop_interval[1]:.2f})"
+        table.add_row(
+            rung.stage,
+            str(rung.images),
+            _number(rung.top1),
+            _number(rung.top5),
+            _number(rung.top1_drop) + interval,
+            _number(rung.agreement),
+            "" if rung.max_error is None else f"{rung.max_error:.3g} / {rung.mean_error or 0:.3g}",
+            rung.compared_to or "",
+            _status(rung.status) + (f"\n{escape(rung.note)}" if rung.note else ""),
+        )
+    return table
+
+
+def _check_table(verdict: BundleVerdict) -> Table:
+    table = Table(title=f"Checks of {escape(verdict.folder)}", title_justify="left")
+    for heading in ("check", "file", "status", "found"):
+        table.add_column(heading, overflow="fold")
+    for check in verdict.checks:
+        table.add_row(check.name, escape(check.subject), _status(check.status), escape(check.detail))
+    return table
+
+
+def _status(status: str) -> str:
+    return f"[{_STYLES[status]}]{status}[/]"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"

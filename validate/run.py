@@ -1,0 +1,107 @@
+"""``python -m validate.run BUNDLE``: check a bundle whole, on any device, with the ``edge`` extra alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from validate.door import InputRejected, UsageError, open_door
+
+if TYPE_CHECKING:
+    from validate.check import BundleVerdict
+    from validate.schema import Manifest, Rung
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of ``validate.run``."""
+
+    bundle: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="BUNDLE")]
+    """The bundle's folder."""
+    images: Path | None = None
+    """A folder of images, one subfolder per class, to measure top-1 and top-5 on as well."""
+    json: bool = False
+    """Print the verdict as one JSON object instead of tables."""
+    threads: int = 0
+    """Threads of ONNX Runtime; 0 leaves the choice to it."""
+    batch: int = 8
+    """Images per run when --images is measured."""
+    provider: str = "CPUExecutionProvider"
+    """ONNX Runtime's execution provider."""
+
+
+def main(options: Options) -> int:
+    """Check the bundle, print what was found, and return the exit code: 0 right, 3 broken, 4 not runnable here, 5 wrong answers."""
+    if options.threads < 0 or options.batch < 1:
+        raise UsageError("--threads must not be negative, --batch must be at least 1")
+    from rich.console import Console
+
+    from validate.check import check_bundle
+
+    errors = Console(stderr=True)
+    with errors.status("") as status:
+        verdict = check_bundle(
+            options.bundle, provider=options.provider, threads=options.threads, progress=lambda what: status.update(what)
+        )
+        measured = []
+        if options.images is not None and verdict.passed and verdict.manifest is not None:
+            measured = measure(options.bundle, verdict.manifest, options)
+    _print(verdict, measured, options)
+    for fault in verdict.faults:
+        print(f"validate: {fault}", file=sys.stderr)
+    return verdict.exit_code
+
+
+def measure(folder: Path, manifest: Manifest, options: Options) -> list[Rung]:
+    """Top-1 and top-5 of every ONNX file that runs in ONNX Runtime, over ``options.images``; agreement is with the first of them."""
+    import numpy as np
+
+    from validate import parity
+    from validate.images import batches, list_images
+    from validate.runtime import open_session, run_logits
+
+    assert options.images is not None
+    images = list_images(options.images, manifest)
+    records = [record for record in manifest.onnx if record.max_error is not None]
+    sessions = [open_session(folder / r.path, provider=options.provider, threads=options.threads) for r in records]
+    logits: list[list[np.ndarray]] = [[] for _ in records]
+    targets = []
+    for tensors, classes in batches(images, manifest.preprocessing, options.batch):
+        targets.append(classes)
+        for record, session, parts in zip(records, sessions, logits, strict=True):
+            try:
+                parts.append(run_logits(session, tensors, batch=options.batch))
+            except InputRejected as error:
+                raise InputRejected(f"{folder / record.path}: {error}") from error
+    whole = [np.concatenate(parts) for parts in logits]
+    rungs = [
+        parity.rung(record.stage, one, np.concatenate(targets), whole[0], whole[0], compared_to=records[0].stage)
+        for record, one in zip(records, whole, strict=True)
+    ]
+    return [one.model_copy(update={"status": "failed" if one.non_finite else "passed"}) for one in rungs]
+
+
+def _print(verdict: BundleVerdict, measured: list[Rung], options: Options) -> None:
+    if options.json:
+        import json
+
+        record = verdict.model_dump(mode="json") | {
+            "passed": verdict.passed,
+            "exit_code": verdict.exit_code,
+            "measured": [one.model_dump(mode="json") for one in measured],
+        }
+        print(json.dumps(record, indent=1))
+        return
+    from rich.console import Console
+
+    from validate.report import print_verdict
+
+    print_verdict(verdict, measured, Console())
+
+
+if __name__ == "__main__":
+    sys.exit(open_door(Options, main, prog="validate", description="Check a patchslim bundle whole."))
