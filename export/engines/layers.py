@@ -11,14 +11,17 @@ LAYERS_PREFIX = "Layers:"
 
 _KERNEL = re.compile(
     r"Name: (?P<name>.*?), LayerType: (?P<type>[^,]*), Inputs: \[(?P<inputs>.*?)\], (?:Constants: \[.*?\], )?"
-    r"Outputs: \[(?P<outputs>.*?)\], (?:.*?, )??TacticName: (?P<tactic>[^,]*)(?:, .*?Metadata: (?P<metadata>.*))?$"
+    r"Outputs: \[(?P<outputs>.*?)\], TacticName: (?P<tactic>[^,]*)(?:, .*?Metadata: (?P<metadata>.*))?$"
 )
 _TENSOR = re.compile(r"\{ Name: (?P<name>.*?), Dimensions: \[(?P<shape>[^\]]*)\],.*?Datatype: (?P<dtype>\w+)")
 _FUSED = re.compile(r"_+(?:[a-z]+_)?f?mha(?:_|$)")  # from the start: a kernel may also bear the name of an ONNX node called mha
 _ORIGIN = re.compile(r"\[ONNX Layer: (.*?)\](?=\[|$|\s)")
 
 Kernel = dict[str, Any]
-"""``name``, ``type``, ``tactic``, ``onnx_nodes``; ``inputs`` and ``outputs``, each of ``name``, ``shape`` (-1: batch), ``dtype``."""
+"""``name``, ``type``, ``tactic``, ``onnx_nodes``, ``inputs`` and ``outputs``.
+
+A tensor is ``name``, ``shape`` (-1: the batch) and ``dtype``.
+"""
 
 
 def parse_layers(message: str) -> list[Kernel]:
@@ -61,10 +64,11 @@ def count_fused_attentions(kernels: Iterable[Kernel], attentions: Iterable[str])
     """Return how many attentions run as one multi-head-attention kernel (``_gemm_mha_v2``, ``_gemv_mha_v1`` and kin).
 
     ``attentions`` names the ONNX graph's Softmax and Attention nodes. An attention counts once however many kernels carry its
-    node; where no kernel tells its ONNX origin, kernels are counted by name instead.
+    node. Where the names do not tell the nodes apart, or no kernel tells its ONNX origin, kernels are counted instead.
     """
     fused = [kernel for kernel in kernels if _FUSED.match(kernel["name"])]
-    names = set(attentions)
+    expected = list(attentions)
+    names = set(expected) - {""} if len(set(expected)) == len(expected) else set()
     origins = {node for kernel in fused for node in kernel["onnx_nodes"] if node in names}
     return len(origins) if origins else len({kernel["name"] for kernel in fused})
 
