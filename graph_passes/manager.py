@@ -1,0 +1,108 @@
+"""Runs passes in order and checks the model after each one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import onnx
+
+import graph_passes.passes  # noqa: F401 - registers the passes
+from graph_passes.files import save_model
+from graph_passes.match import MatchFailure
+from graph_passes.proto import export_model, import_graph, with_shapes
+from graph_passes.registry import PASSES, PassResult, Refusal, Settings
+from slimming.door import InputRejected, UsageError
+from slimming.plan import Layout, SlimPlan
+
+Precision = Literal["fp32", "fp16"]
+
+
+@dataclass(frozen=True)
+class SlimResult:
+    """The model after the passes, and what each of them did."""
+
+    model: onnx.ModelProto
+    results: list[PassResult]
+
+    @property
+    def modified(self) -> bool:
+        """Whether any pass changed anything."""
+        return any(result.modified for result in self.results)
+
+
+def default_passes(layout: Layout, precision: Precision) -> list[str]:
+    """The passes that ``slim`` runs, in order."""
+    left_out = {"split_qkv"} if layout == "packed" else set()
+    if precision == "fp32":
+        left_out.add("to_fp16")
+    return [name for name in PASSES if name not in left_out]
+
+
+def run_passes(
+    model: onnx.ModelProto, names: Sequence[str], settings: Settings, save_intermediates: Path | None = None
+) -> SlimResult:
+    """Run the named passes; ``model`` itself is not changed.
+
+    A pass that does not understand the graph leaves it as it was and says so in its result's ``refused``. After each change
+    the model is checked and, where ``save_intermediates`` is a folder, saved there as ``NN_name.onnx``.
+    Raises ``UsageError`` for an unknown pass, ``InputRejected`` for an invalid model or a plan that is for another one.
+    """
+    if unknown := [name for name in names if name not in PASSES]:
+        raise UsageError(f"no pass named {', '.join(unknown)}; there are {', '.join(PASSES)}")
+    current = onnx.ModelProto()
+    current.CopyFrom(model)
+    results: list[PassResult] = []
+    graph = import_graph(with_shapes(current))
+    for number, name in enumerate(names):
+        try:
+            sites = PASSES[name].run(graph, settings)
+        except MatchFailure as failure:
+            results.append(PassResult(name, False, 0, [Refusal(failure.site, failure.expected)]))
+            graph = import_graph(with_shapes(current))
+            continue
+        results.append(PassResult(name, sites > 0, sites))
+        if sites:
+            current = export_model(graph, like=current)
+            graph = import_graph(with_shapes(current))
+            if save_intermediates is not None:
+                save_model(current, save_intermediates / f"{number:02d}_{name}.onnx")
+    return SlimResult(current, results)
+
+
+def slim(
+    model: onnx.ModelProto,
+    plan: SlimPlan,
+    *,
+    layout: Layout = "split",
+    precision: Precision = "fp32",
+    passes: Sequence[str] | None = None,
+    save_intermediates: Path | None = None,
+) -> SlimResult:
+    """Cut the plan's tokens out of a dense Vision Transformer (``images [B, 3, H, W]`` to ``logits [B, classes]``).
+
+    ``layout``: in cut blocks ``split`` query and key/value projections, or one ``packed`` projection. ``precision``: ``fp16``
+    types the result. ``passes``: names to run instead of the default ones. Deterministic; a second call on the result changes
+    nothing.
+    Raises ``InputRejected`` (with node and expectation) where the graph is not understood or the plan does not fit it.
+    """
+    names = default_passes(layout, precision) if passes is None else passes
+    result = run_passes(model, names, Settings(plan, layout), save_intermediates)
+    ensure_none_refused(result)
+    return result
+
+
+def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model typed as FP16, its inputs and outputs float32 (see the pass ``to_fp16``); raises ``InputRejected``."""
+    result = run_passes(model, ["to_fp16"], Settings())
+    ensure_none_refused(result)
+    return result.model
+
+
+def ensure_none_refused(result: SlimResult) -> None:
+    """Raise ``InputRejected`` for the first refusal: half a plan would be a wrong model."""
+    for entry in result.results:
+        for refusal in entry.refused:
+            raise InputRejected(f"pass {entry.name} refused at {refusal.site}: {refusal.reason}")

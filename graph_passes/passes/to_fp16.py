@@ -1,0 +1,90 @@
+"""Type the graph as FP16: what an ONNX file says is what a strongly typed engine computes.
+
+Every float32 constant becomes float16, with one Cast behind each graph input and one before each output, which stay float32.
+Kept safe: LayerNormalization takes its statistics in float32 (``stash_type`` 1); Softmax stays float16, since every
+implementation subtracts the row's maximum first, so that its exponentials lie in (0, 1] and cannot overflow, and since the
+attention scale is already folded into the queries, so that the scores before it are as small as they can be.
+
+Before: float32 throughout. After: float16 between the Casts; it runs in ONNX Runtime and builds strongly typed. A weight that
+float16 cannot hold is refused. Site: a constant.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from graph_passes.match import MatchFailure, label, replace_input
+from graph_passes.registry import Settings, graph_pass
+from graph_passes.structure import find_structure
+
+FLOAT, FLOAT16 = int(onnx.TensorProto.FLOAT), int(onnx.TensorProto.FLOAT16)
+LARGEST = float(np.finfo(np.float16).max)
+
+
+@graph_pass("to_fp16")
+def run(graph: gs.Graph, settings: Settings) -> int:
+    """Returns the number of constants made float16; raises ``MatchFailure``."""
+    find_structure(graph)
+    constants = _float_constants(graph)
+    if not constants:
+        return 0
+    halves = [(tensor, _half(tensor.name, np.asarray(tensor.values))) for tensor in constants]
+    for tensor, values in halves:
+        tensor.values = values
+    for node in graph.nodes:
+        if node.op == "LayerNormalization":
+            node.attrs["stash_type"] = 1
+        elif node.op == "Cast" and node.attrs.get("to") == FLOAT:
+            node.attrs["to"] = FLOAT16
+    for tensor in graph.tensors().values():
+        if isinstance(tensor, gs.Variable) and tensor.dtype == np.float32:
+            tensor.dtype = np.dtype(np.float16)
+    for tensor in [t for t in graph.inputs if t.dtype == np.float16]:
+        _cast_input(graph, tensor)
+    for index, tensor in enumerate(graph.outputs):
+        if tensor.dtype == np.float16:
+            graph.outputs[index] = _cast_output(graph, tensor)
+    return len(halves)
+
+
+def _float_constants(graph: gs.Graph) -> list[gs.Constant]:
+    """Every float32 initializer and node attribute, in graph order, each once."""
+    found: dict[int, gs.Constant] = {}
+    for node in graph.nodes:
+        if "value_float" in node.attrs or "value_floats" in node.attrs:
+            raise MatchFailure(label(node), "expected constants as tensors")
+        for tensor in [*node.inputs, *(node.attrs.get(key) for key in ("value",))]:
+            if isinstance(tensor, gs.Constant) and tensor.dtype == np.float32:
+                found[id(tensor)] = tensor
+    return list(found.values())
+
+
+def _half(name: str, values: NDArray[np.float32]) -> NDArray[np.float16]:
+    """``values`` in float16; raises ``MatchFailure`` where one is not finite or is too large."""
+    largest = float(np.abs(values).max()) if values.size else 0.0
+    if not largest <= LARGEST:  # NaN too
+        raise MatchFailure(
+            f"initializer '{name}'", f"its largest magnitude {largest:g} does not fit float16 (at most {LARGEST:g})"
+        )
+    return values.astype(np.float16)
+
+
+def _cast_input(graph: gs.Graph, tensor: gs.Variable) -> None:
+    readers = list(tensor.outputs)
+    tensor.dtype = np.dtype(np.float32)
+    half = gs.Variable(f"{tensor.name}.fp16", dtype=np.float16)
+    graph.nodes.insert(0, gs.Node("Cast", f"{tensor.name}.to_fp16", {"to": FLOAT16}, [tensor], [half]))
+    for reader in readers:
+        if reader.op != "Shape":
+            replace_input(reader, tensor, half)
+
+
+def _cast_output(graph: gs.Graph, tensor: gs.Variable) -> gs.Variable:
+    """Append the Cast to float32 and return the new graph output, which takes over the old one's name."""
+    out = gs.Variable(tensor.name, dtype=np.float32, shape=tensor.shape)
+    tensor.name = f"{tensor.name}.fp16"
+    graph.nodes.append(gs.Node("Cast", f"{out.name}.to_fp32", {"to": FLOAT}, [tensor], [out]))
+    return out

@@ -1,0 +1,78 @@
+"""The list of graph passes, and what each reports."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from slimming.plan import Layout, SlimPlan
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A place that a pass did not change, and why; ``site`` names the node or block."""
+
+    site: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What one pass did: whether it changed the graph, at how many sites, and which sites it refused."""
+
+    name: str
+    modified: bool
+    sites: int
+    refused: list[Refusal] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, object]:
+        """The result as plain values, for a report."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the passes are told: the plan (None for passes that need none) and the layout of cut blocks."""
+
+    plan: SlimPlan | None = None
+    layout: Layout = "split"
+
+    def require_plan(self) -> SlimPlan:
+        """The plan; raises ``ValueError`` when there is none."""
+        if self.plan is None:
+            raise ValueError("this pass needs a SlimPlan")
+        return self.plan
+
+
+# A pass takes the graph (an onnx_graphsurgeon.Graph) and changes it in place; it returns the number of sites it changed. It
+# raises match.MatchFailure when it does not understand the graph, and the manager then restores the graph as it was.
+Run = Callable[[Any, Settings], int]
+
+
+@dataclass(frozen=True)
+class GraphPass:
+    """A registered pass: its name, its explanation (the module's docstring) and the function that does it."""
+
+    name: str
+    explanation: str
+    run: Run
+
+    @property
+    def summary(self) -> str:
+        """First line of the explanation."""
+        return self.explanation.splitlines()[0]
+
+
+PASSES: dict[str, GraphPass] = {}
+
+
+def graph_pass(name: str) -> Callable[[Run], Run]:
+    """Register the decorated function as the pass ``name``; its module's docstring explains it."""
+
+    def register(run: Run) -> Run:
+        PASSES[name] = GraphPass(name, inspect.getdoc(inspect.getmodule(run)) or name, run)
+        return run
+
+    return register
