@@ -57,7 +57,7 @@ def rung(
             "top1_drop": 100 * (lost - gained) / n,
             "lost": lost,
             "gained": gained,
-            "drop_interval": drop_interval(lost, gained, n),
+            "drop_interval": None if original_logits is None else drop_interval(lost, gained, n),
         }
     same = finite & np.isfinite(original).all(axis=1) & (top1(logits) == top1(original))
     agreeing = int(same.sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -18,52 +19,50 @@ def print_verdict(verdict: BundleVerdict, measured: list[Rung], console: Console
         manifest = verdict.manifest
         macs, engine = manifest.macs, manifest.engine
         console.print(
-            f"{escape(manifest.name)}: {macs.slim / 1e9:.3f} of {macs.dense / 1e9:.3f} GMACs ({macs.reduction:.1%} saved), "
+            f"{escape(manifest.name)}: {macs.slim / 1e9:.4g} of {macs.dense / 1e9:.4g} GMACs ({macs.reduction:.1%} saved), "
             f"{escape(engine.backend)} {escape(engine.precision)} for {escape(', '.join(engine.targets)) or 'no target'}"
         )
         evaluation = manifest.evaluation
         where = f"{evaluation.data}, {evaluation.images} images"
-        console.print(rung_table(manifest.rungs, f"Measured by the build ({escape(where)})"))
+        _print_rungs(manifest.rungs, f"Measured by the build ({escape(where)})", console)
     console.print(_check_table(verdict))
     if measured:
-        console.print(rung_table(measured, "Measured here on the images given"))
+        _print_rungs(measured, "Measured here on the images given", console)
     word = "passed" if verdict.passed else "failed"
     console.print(f"[{_STYLES[word]}]{word}[/]: exit code {verdict.exit_code}")
 
 
+def _print_rungs(rungs: list[Rung], title: str, console: Console) -> None:
+    console.print(rung_table(rungs, title))
+    for rung in rungs:
+        if rung.note:
+            console.print(f"  {rung.stage}: {escape(rung.note)}", highlight=False)
+
+
 def rung_table(rungs: list[Rung], title: str) -> Table:
     """A row per stage; blank where a number does not apply."""
-    table = Table(title=title, title_justify="left")
-    for heading in (
-        "stage",
-        "images",
-        "top-1 %",
-        "top-5 %",
-        "drop (95 % CI)",
-        "agreement %",
-        "max / mean error",
-        "against",
-        "status",
-    ):
-        table.add_column(heading)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("stage", "images", "top-1", "top-5", "drop", "95 % CI", "agree", "max err", "against", "status"):
+        table.add_column(heading, overflow="fold")
     for rung in rungs:
-        interval = "" if rung.drop_interval is None else f" ({rung.drop_interval[0]:.2f} to {rung.drop_interval[1]:.2f})"
+        interval = rung.drop_interval
         table.add_row(
             rung.stage,
             str(rung.images),
             _number(rung.top1),
             _number(rung.top5),
-            _number(rung.top1_drop) + interval,
+            _number(rung.top1_drop),
+            "" if interval is None else f"{interval[0]:.2f}..{interval[1]:.2f}",
             _number(rung.agreement),
-            "" if rung.max_error is None else f"{rung.max_error:.3g} / {rung.mean_error or 0:.3g}",
+            "" if rung.max_error is None else f"{rung.max_error:.2g}",
             rung.compared_to or "",
-            _status(rung.status) + (f"\n{escape(rung.note)}" if rung.note else ""),
+            _status(rung.status),
         )
     return table
 
 
 def _check_table(verdict: BundleVerdict) -> Table:
-    table = Table(title=f"Checks of {escape(verdict.folder)}", title_justify="left")
+    table = Table(title=f"Checks of {escape(verdict.folder)}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ("check", "file", "status", "found"):
         table.add_column(heading, overflow="fold")
     for check in verdict.checks:

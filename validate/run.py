@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from validate.door import InputRejected, UsageError, open_door
+from validate.door import InputRejected, ParityFailed, UsageError, open_door
 
 if TYPE_CHECKING:
     from validate.check import BundleVerdict
@@ -35,7 +35,7 @@ class Options:
 
 
 def main(options: Options) -> int:
-    """Check the bundle, print what was found, and return the exit code: 0 right, 3 broken, 4 not runnable here, 5 wrong answers."""
+    """Check the bundle, print what was found, and return the exit code: 0 right, 3 broken, 5 wrong answers."""
     if options.threads < 0 or options.batch < 1:
         raise UsageError("--threads must not be negative, --batch must be at least 1")
     from rich.console import Console
@@ -53,11 +53,19 @@ def main(options: Options) -> int:
     _print(verdict, measured, options)
     for fault in verdict.faults:
         print(f"validate: {fault}", file=sys.stderr)
+    for one in measured:
+        if one.non_finite:
+            raise ParityFailed(
+                f"{options.bundle}: {one.stage}: {one.non_finite} logits on {options.images} are NaN or infinite"
+            )
     return verdict.exit_code
 
 
 def measure(folder: Path, manifest: Manifest, options: Options) -> list[Rung]:
-    """Top-1 and top-5 of every ONNX file that runs in ONNX Runtime, over ``options.images``; agreement is with the first of them."""
+    """Top-1 and top-5 over ``options.images`` of every ONNX file that runs in ONNX Runtime.
+
+    Drop, agreement and errors are against the first of them; a rung with a NaN or infinite logit has failed.
+    """
     import numpy as np
 
     from validate import parity
@@ -78,10 +86,9 @@ def measure(folder: Path, manifest: Manifest, options: Options) -> list[Rung]:
             except InputRejected as error:
                 raise InputRejected(f"{folder / record.path}: {error}") from error
     whole = [np.concatenate(parts) for parts in logits]
-    rungs = [
-        parity.rung(record.stage, one, np.concatenate(targets), whole[0], whole[0], compared_to=records[0].stage)
-        for record, one in zip(records, whole, strict=True)
-    ]
+    rungs = [parity.rung(records[0].stage, whole[0], np.concatenate(targets))]
+    for record, one in zip(records[1:], whole[1:], strict=True):
+        rungs.append(parity.rung(record.stage, one, np.concatenate(targets), whole[0], whole[0], compared_to=records[0].stage))
     return [one.model_copy(update={"status": "failed" if one.non_finite else "passed"}) for one in rungs]
 
 
@@ -100,7 +107,8 @@ def _print(verdict: BundleVerdict, measured: list[Rung], options: Options) -> No
 
     from validate.report import print_verdict
 
-    print_verdict(verdict, measured, Console())
+    wide = None if sys.stdout.isatty() else 120  # a log file has no width to wrap to
+    print_verdict(verdict, measured, Console(width=wide))
 
 
 if __name__ == "__main__":

@@ -15,10 +15,11 @@ from validate.schema import plain_path
 Array = npt.NDArray[Any]
 
 
-def check_onnx(path: Path, allowed_data: set[str]) -> None:
+def check_onnx(path: Path, allowed_data: set[str] | None = None) -> None:
     """Refuse an ONNX file that does not parse, holds no nodes, or keeps weights in files outside ``allowed_data``.
 
-    ``allowed_data`` are names relative to the ONNX file's folder. Raises ``InputRejected`` naming the file and the fault.
+    ``allowed_data`` are names relative to the ONNX file's folder, None for any file below it.
+    Raises ``InputRejected`` naming the file and the fault.
     """
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
@@ -37,7 +38,7 @@ def check_onnx(path: Path, allowed_data: set[str]) -> None:
             plain_path(location)
         except ValueError as error:
             raise InputRejected(f"{path}: weight {tensor.name!r} is stored outside the bundle: {error}") from error
-        if location not in allowed_data:
+        if allowed_data is not None and location not in allowed_data:
             raise InputRejected(f"{path}: weight {tensor.name!r} is stored in {location}, which the manifest does not list")
 
 

@@ -1,0 +1,152 @@
+"""Makes a complete small bundle: a linear classifier of 8 x 8 images as ONNX, its golden answers, its plan and its reports."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from slimming.plan import Geometry, Origin, SlimPlan
+from validate import parity
+from validate.bundle import digest, load_manifest, record_files, write_manifest, write_parity
+from validate.golden import Golden, write_golden
+from validate.schema import (
+    EngineRecord,
+    Evaluation,
+    Gate,
+    Macs,
+    Manifest,
+    OnnxRecord,
+    ParityReport,
+    Preprocessing,
+    TensorSpec,
+    Weights,
+)
+
+SIZE, CLASSES, IMAGES = 8, 6, 10
+MODEL = "vit_tiny_patch16_224"
+PREPROCESSING = Preprocessing(
+    input_size=(3, SIZE, SIZE), interpolation="bicubic", crop_pct=0.9, crop_mode="center", mean=[0.5] * 3, std=[0.5] * 3
+)
+
+
+def weight(seed: int = 0) -> np.ndarray:
+    """The classifier's (pixels, classes) matrix."""
+    return np.random.default_rng(seed).standard_normal((3 * SIZE * SIZE, CLASSES)).astype(np.float32) / 14
+
+
+def write_onnx(path: Path, matrix: np.ndarray, batch: str | int = "batch", external: str | None = None) -> None:
+    """A one-layer ONNX classifier; ``external`` names a file for its weights."""
+    tensor = numpy_helper.from_array(matrix, "weight")
+    if external is not None:
+        path.with_name("weights.bin").write_bytes(tensor.raw_data)
+        tensor.ClearField("raw_data")
+        tensor.data_location = TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value=external)
+    kind = helper.np_dtype_to_tensor_dtype(matrix.dtype)
+    graph = helper.make_graph(
+        [helper.make_node("Flatten", ["image"], ["flat"]), helper.make_node("MatMul", ["flat", "weight"], ["logits"])],
+        "classifier",
+        [helper.make_tensor_value_info("image", kind, [batch, 3, SIZE, SIZE])],
+        [helper.make_tensor_value_info("logits", kind, [batch, CLASSES])],
+        [tensor],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+
+
+def plan() -> SlimPlan:
+    """A plan of three blocks over one class token and a 2 x 2 grid."""
+    return SlimPlan(
+        model=MODEL,
+        tokens=5,
+        grid=(2, 2),
+        prefix_tokens=1,
+        pooling="token",
+        head_tokens=[0],
+        mode="compact",
+        kept=[[0, 1, 2, 3, 4], [0, 2, 3], [0]],
+        geometry=Geometry(embed_dim=8, mlp_hidden_dim=16, patch_macs=100, head_macs=48),
+        origin=Origin(score="paper", criterion="manual", value=0.0),
+    )
+
+
+def make_bundle(folder: Path, **changes: Any) -> Path:
+    """Write a bundle that passes every check, but for ``changes`` to its manifest's fields."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(1)
+    inputs = rng.standard_normal((IMAGES, 3, SIZE, SIZE)).astype(np.float32)
+    original = inputs.reshape(IMAGES, -1) @ weight()
+    slim = original + np.float32(0.01)
+    slim_weight = weight()
+    labels = original.argmax(axis=1)
+    plan().save(folder / "plan.json")
+    write_onnx(folder / "model.onnx", slim_weight)
+    write_onnx(folder / "model-fp16.onnx", slim_weight.astype(np.float16))
+    write_golden(folder / "golden.npz", Golden(inputs, labels, original, slim))
+    p = plan()
+    macs = Macs(dense=p.dense_macs(), slim=p.macs(), reduction=1 - p.macs() / p.dense_macs(), layout="split")
+    rungs, passed = parity.gate(
+        [
+            parity.rung("pytorch", original, labels),
+            parity.rung("pytorch-slim", slim, labels, original, original, compared_to="pytorch"),
+            parity.rung("onnx-slim", original, labels, original, slim, compared_to="pytorch-slim", tolerance=0.02),
+            parity.not_executed("engine", "no GPU on this machine"),
+        ],
+        0.2,
+    )
+    engine = EngineRecord(
+        backend="onnxruntime",
+        version="1",
+        targets=["cpu"],
+        precision="fp32",
+        fused_attentions=None,
+        files=["model.onnx"],
+        status="not executed",
+    )
+    results: dict[str, Any] = {
+        "macs": macs,
+        "rungs": rungs,
+        "engine": engine,
+        "evaluation": Evaluation(data="digits", split="test", images=IMAGES, fingerprint="0" * 64),
+    }
+    write_parity(folder, ParityReport(gate=Gate(), passed=passed, **results))
+    fields: dict[str, Any] = {
+        "name": "tiny",
+        "model": MODEL,
+        "weights": Weights(source="random"),
+        "plan_digest": digest(folder / "plan.json"),
+        "tools": {"onnx": onnx.__version__},
+        "precision": "fp32",
+        "inputs": [TensorSpec(name="image", dtype="float32", shape=["batch", 3, SIZE, SIZE])],
+        "outputs": [TensorSpec(name="logits", dtype="float32", shape=["batch", CLASSES])],
+        "preprocessing": PREPROCESSING,
+        "labels": [f"class {number}" for number in range(CLASSES)],
+        "tokens_per_block": p.counts,
+        "onnx": [
+            OnnxRecord(path="model.onnx", stage="onnx-slim", max_error=0.02),
+            OnnxRecord(path="model-fp16.onnx", stage="onnx-slim-fp16", dtype="float16", max_error=0.05),
+        ],
+        "files": record_files(folder),
+    }
+    write_manifest(folder, Manifest(**(results | fields | changes)))
+    return folder
+
+
+def reseal(folder: Path, **changes: Any) -> None:
+    """Write the manifest anew over the files as they are now, as someone who tampers carefully would."""
+    fields = {name: getattr(load_manifest(folder), name) for name in Manifest.model_fields}
+    fields |= {"files": record_files(folder), "plan_digest": digest(folder / "plan.json")}
+    write_manifest(folder, Manifest(**(fields | changes)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a run of ``python -m validate.run`` gave."""
+
+    code: int
+    out: str
+    err: str
