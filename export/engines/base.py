@@ -70,6 +70,8 @@ class EngineResult:
         parts = [f"{self.backend} {self.version}", self.precision, " ".join(self.targets)]
         if self.fused_attentions is not None:
             parts.append(f"{self.fused_attentions} of {self.attentions} attentions fused")
+        elif self.backend != "onnxruntime":
+            parts.append("fused attentions not known")
         parts.append(self.status + (f" ({self.reason})" if self.reason else ""))
         return ", ".join(parts)
 

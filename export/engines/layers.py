@@ -9,11 +9,12 @@ from typing import Any
 LAYERS_PREFIX = "Layers:"
 """The first word of the log message that lists the compiled kernels (verbose log, detailed profiling verbosity)."""
 
+_LIST = r"(?:\{[^{}]*\}|[^\[\]{}])*"  # tensors in braces; inside them, shapes in brackets
 _KERNEL = re.compile(
-    r"Name: (?P<name>.*?), LayerType: (?P<type>[^,]*), Inputs: \[(?P<inputs>.*?)\], (?:Constants: \[.*?\], )?"
-    r"Outputs: \[(?P<outputs>.*?)\], TacticName: (?P<tactic>[^,]*)(?:, .*?Metadata: (?P<metadata>.*))?$"
+    rf"Name: (?P<name>.*?), LayerType: (?P<type>[^,]*), Inputs: \[(?P<inputs>{_LIST})\], (?:Constants: \[{_LIST}\], )?"
+    rf"Outputs: \[(?P<outputs>{_LIST})\], (?:.*?, )??TacticName: (?P<tactic>[^,]*)(?:, .*?Metadata: (?P<metadata>.*))?$"
 )
-_TENSOR = re.compile(r"\{ Name: (?P<name>.*?), Dimensions: \[(?P<shape>[^\]]*)\],.*?Datatype: (?P<dtype>\w+)")
+_TENSOR = re.compile(r"\{ Name: (?P<name>.*?), Dimensions: \[(?P<shape>[^\]]*)\],[^{}]*?Datatype: (?P<dtype>[^,{}]*)")
 _FUSED = re.compile(r"_+(?:[a-z]+_)?f?mha(?:_|$)")  # from the start: a kernel may also bear the name of an ONNX node called mha
 _ORIGIN = re.compile(r"\[ONNX Layer: (.*?)\](?=\[|$|\s)")
 
@@ -78,7 +79,7 @@ def _tensors(text: str) -> list[dict[str, Any]]:
         {
             "name": match["name"],
             "shape": [int(size) for size in match["shape"].split(",") if size.strip()],
-            "dtype": match["dtype"],
+            "dtype": match["dtype"].strip(),
         }
         for match in _TENSOR.finditer(text)
     ]

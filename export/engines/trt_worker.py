@@ -7,6 +7,7 @@ warnings and errors go to stderr. The end of stdin cancels the build, so a paren
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -62,7 +63,8 @@ def main(request_path: str) -> int:
         outcome = {"event": "done", **build(BuildRequest.read(Path(request_path)), reports)}
     except BuildFailed as error:
         outcome = {"event": "failed", "kind": error.kind, "message": str(error)}
-    print(json.dumps(outcome), file=reports, flush=True)
+    with contextlib.suppress(OSError):  # a parent that was killed reads no more
+        print(json.dumps(outcome), file=reports, flush=True)
     # Leave at once: a thread still waits on stdin, and the backends' own clean-up at exit has nothing left to save.
     os._exit(0 if outcome["event"] == "done" else 1)
 
@@ -85,7 +87,8 @@ def build(request: BuildRequest, reports: TextIO) -> dict[str, Any]:
         raise BuildFailed("unavailable", " ".join(logger.errors) or "TensorRT gave no engine and no reason")
     engine = bytes(serialized)
     Path(request.engine).write_bytes(engine)
-    return {"version": trt.__version__, "seconds": seconds, **_write_layers(request, logger.layers)}
+    layers = logger.layers or (_inspect(trt, logger, engine) if request.target is None else "")
+    return {"version": trt.__version__, "seconds": seconds, **_write_layers(request, layers)}
 
 
 def _parse(trt: Any, logger: Any, builder: Any, request: BuildRequest) -> Any:
@@ -123,11 +126,21 @@ def _configure(trt: Any, builder: Any, network: Any, request: BuildRequest) -> A
     return config
 
 
+def _inspect(trt: Any, logger: Any, engine: bytes) -> str:
+    """Ask the engine itself for its layers, for releases that do not log them; needs the GPU, and has not been executed yet."""
+    runtime = trt.Runtime(logger)
+    loaded = runtime.deserialize_cuda_engine(engine)
+    if loaded is None:
+        return ""
+    return str(loaded.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.ONELINE))
+
+
 def _write_layers(request: BuildRequest, message: str) -> dict[str, Any]:
     try:
         kernels = parse_layers(message)
     except ValueError as error:
-        return {"layers_reason": str(error)}
+        print(f"kernels not listed: {error}", file=sys.stderr)
+        return {}
     fused = count_fused_attentions(kernels, request.attentions)
     layers = {"kernels": kernels, "fused_attentions": fused, "attentions": len(request.attentions)}
     Path(request.layers).write_text(json.dumps(layers))
@@ -194,7 +207,10 @@ def _make_monitor(trt: Any, reports: TextIO) -> Any:
         def _report(self, event: str, name: str, step: int) -> None:
             parent, total = self._open.get(name, (None, step))
             line = {"event": event, "phase": name, "parent": parent, "step": step, "total": total}
-            print(json.dumps(line), file=reports, flush=True)
+            try:
+                print(json.dumps(line), file=reports, flush=True)
+            except OSError:  # the parent is gone
+                cancelled.set()
 
     return Monitor()
 
