@@ -103,7 +103,7 @@ def test_a_path_out_of_the_bundle(bundle: Path, path: str) -> None:
     (bundle.parent / "outside").write_bytes(b"")
     record = {"path": path, "size": 0, "sha256": "0" * 64}
     edit(bundle / "manifest.json", lambda m: m["files"].append(record))
-    refused(bundle, 3, "manifest.json", "files.6.path", "plain relative path")
+    refused(bundle, 3, "manifest.json", "files.5.path", "plain relative path")
 
 
 def test_links_are_refused(bundle: Path) -> None:
