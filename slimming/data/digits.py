@@ -24,7 +24,7 @@ DEFAULT_LENGTH = {"train": 50_000, "test": 10_000}
 _GLYPH_SIDE = (88, 144)  # side of the digit's square with one empty cell all round, 10 x 10, pixels
 _OFFSET_SIGMA, _OFFSET_MAX = 14.0, 40.0  # of the digit's centre from the image's, pixels
 _CROP_SIDE = (140, 400)  # side of the photograph's crop, pixels, before it is resized to SIZE
-_BRIGHTNESS = (0.35, 0.75)  # of the photograph, so that a brighter colour is left for the digit
+_BRIGHTNESS = (0.3, 0.6)  # of the photograph, so that a brighter colour is left for the digit
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 
@@ -60,11 +60,11 @@ def _background(rng: np.random.Generator, photographs: list[Image.Image]) -> np.
 
 
 def _colour(rng: np.random.Generator, local_luma: float) -> np.ndarray:
-    """A random colour brighter than its surroundings by 0.3 of luma at least, so that the digit can be seen at all."""
-    while True:
-        colour = rng.random(3, dtype=np.float32)
-        if float(colour @ _LUMA) - local_luma >= 0.3:
-            return colour
+    """A random colour, mixed with white until its luma is 0.3 to 0.4 above the surroundings', so that the digit can be seen."""
+    colour = rng.random(3, dtype=np.float32)
+    luma, wanted = float(colour @ _LUMA), local_luma + rng.uniform(0.3, 0.4)
+    white = max(0.0, (wanted - luma) / (1 - luma))
+    return colour + np.float32(white) * (1 - colour)
 
 
 def render(split: str, index: int) -> tuple[Image.Image, int, tuple[int, int]]:

@@ -1,0 +1,204 @@
+"""One address form for every data set, its splits, and the share that calibrates when there are none.
+
+    digits | DIR | FILE.tar | hfds/NAME | wds/PATH_WITHOUT_SPLIT
+
+A folder with ``train`` and ``val``, ``validation`` or ``test`` inside has splits, and so has a hub data set. Any other folder or
+file is divided once and for good: a fifth of its images, drawn by a fixed permutation, calibrates, the others are evaluated on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slimming.data.digits import CLASSES, Digits
+from slimming.door import InputRejected, Unavailable
+
+CALIBRATION_SHARE = 0.2
+_EVALUATION_SPLITS = ("validation", "val", "test")
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """The images ``indices`` of one opened data set, in that order."""
+
+    address: str
+    split: str
+    share: str  # "all", or which disjoint share of an undivided data set this is
+    labels: list[str]
+    samples: Any  # map-style: samples[i] -> (PIL image, class); samples.transform is applied when set
+    indices: list[int]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def describe(self) -> dict[str, object]:
+        """What a manifest records of it."""
+        return {"data": self.address, "split": self.split, "share": self.share, "images": len(self)}
+
+
+def calibration_set(address: str, count: int, seed: int = 0) -> ImageSet:
+    """``count`` images (or as many as there are) for plans to be made from: never any that ``evaluation_set`` gives.
+
+    Drawn by ``seed`` without replacement. Raises ``InputRejected`` or ``Unavailable``.
+    """
+    opened = _open(address, training=True, limit=count)
+    rng = np.random.default_rng([seed, 1])
+    pool = opened.indices
+    chosen = sorted(rng.permutation(len(pool))[:count].tolist()) if count < len(pool) else range(len(pool))
+    return replace(opened, indices=[pool[index] for index in chosen])
+
+
+def evaluation_set(address: str, count: int | None) -> ImageSet:
+    """The first ``count`` held-out images (None: all) of an evenly spread order, so that few images still cover every class."""
+    opened = _open(address, training=False, limit=count)
+    indices = opened.indices
+    if count is not None and count < len(indices):
+        if address == "digits":
+            indices = indices[:count]
+        else:
+            indices = [indices[position * len(indices) // count] for position in range(count)]
+    return replace(opened, indices=indices)
+
+
+def load_tensors(images: ImageSet, transform: Callable[[Any], Any], batch_size: int = 32) -> Iterator[tuple[Any, Any]]:
+    """Batches of (float tensor (b, 3, h, w), class tensor (b,)), in order; one worker process decodes ahead."""
+    import torch
+
+    images.samples.transform = transform
+    subset = torch.utils.data.Subset(images.samples, images.indices)
+    workers = 1 if len(images) > 4 * batch_size else 0
+    loader = torch.utils.data.DataLoader(subset, batch_size=batch_size, num_workers=workers)
+    iterator = iter(loader)
+    while True:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except Exception as error:  # a worker wraps whatever the decoder raised; the cause is in its text
+            raise InputRejected(f"{images.address}: an image cannot be read: {str(error).strip().splitlines()[-1]}") from error
+        yield batch
+
+
+def fingerprint_of(images: ImageSet) -> str:
+    """SHA-256 over the images' bytes and classes, in order: what a cache is keyed by.
+
+    ``digits`` is a function of split and index, so its code and its source stand for its pixels.
+    """
+    digest = hashlib.sha256(f"{images.address.partition('/')[0] if images.address == 'digits' else ''}".encode())
+    if isinstance(images.samples, Digits):
+        digest.update(Path(__file__).with_name("digits.py").read_bytes())
+        digest.update(f"{images.split} {images.indices}".encode())
+        return digest.hexdigest()
+    reader = getattr(images.samples, "reader", None)
+    for index in images.indices:
+        if reader is not None:
+            stream, target = reader[index]
+            with stream:
+                digest.update(stream.read() if hasattr(stream, "read") else np.asarray(stream).tobytes())
+        else:
+            image, target = images.samples[index]
+            digest.update(np.asarray(image).tobytes())
+        digest.update(str(target).encode())
+    return digest.hexdigest()
+
+
+def _open(address: str, *, training: bool, limit: int | None) -> ImageSet:
+    if address == "digits":
+        split = "train" if training else "test"
+        samples: Any = Digits(split)
+        return ImageSet(address, split, "all", list(CLASSES), samples, list(range(len(samples))))
+    prefix = address.partition("/")[0].lower()
+    if prefix in ("hfds", "hfids", "tfds", "torch", "wds"):
+        return _open_named(address, prefix, training=training, limit=limit)
+    path = Path(address)
+    if not path.exists():
+        raise InputRejected(f"{address}: no such data; --data takes digits, a folder, FILE.tar, hfds/NAME or wds/PATH")
+    if path.is_dir():
+        wanted = ("train", "training") if training else _EVALUATION_SPLITS
+        found = [path / name for name in wanted if (path / name).is_dir()]
+        others = [path / name for name in ("train", "training", *_EVALUATION_SPLITS) if (path / name).is_dir()]
+        if found and len(others) > 1:
+            samples = _with_reader(address, found[0])
+            return ImageSet(address, found[0].name, "all", _labels(samples), samples, list(range(len(samples))))
+    samples = _with_reader(address, path)
+    shuffled = np.random.default_rng(20221).permutation(len(samples))
+    cut = max(1, round(len(samples) * CALIBRATION_SHARE))
+    indices = sorted((shuffled[:cut] if training else shuffled[cut:]).tolist())
+    share = f"{CALIBRATION_SHARE if training else 1 - CALIBRATION_SHARE:.0%}, disjoint"
+    if not indices:
+        raise InputRejected(f"{address}: {len(samples)} image(s) cannot be divided into calibration and evaluation images")
+    return ImageSet(address, "none", share, _labels(samples), samples, indices)
+
+
+def _with_reader(address: str, path: Path) -> Any:
+    """timm's data set over a folder or a tar file of class folders."""
+    from timm.data import ImageDataset
+
+    try:
+        samples = ImageDataset(str(path))
+    except (RuntimeError, AssertionError, OSError, tarfile.TarError, ValueError, IndexError) as error:
+        raise InputRejected(f"{path}: cannot be read as class folders of images: {error}") from error
+    if not len(samples):
+        raise InputRejected(f"{path}: holds no images in class folders")
+    return samples
+
+
+def _open_named(address: str, prefix: str, *, training: bool, limit: int | None) -> ImageSet:
+    """A data set of timm's named readers; offline, from what is on this machine."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+    from timm.data import create_dataset
+
+    reasons = []
+    for split in ("train",) if training else _EVALUATION_SPLITS:
+        try:
+            if prefix == "wds":
+                folder = address.partition("/")[2]
+                stream = create_dataset("wds/", root=folder, split=split, is_training=False, batch_size=1)
+                samples = _Materialised(list(islice(stream, limit)))
+            else:
+                samples = create_dataset(address, root=None, split=split)
+        except ImportError as error:
+            raise Unavailable(f"{address}: {error}; install the readers: pip install 'patchslim[readers]'") from error
+        except Exception as error:
+            reasons.append(f"{split}: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}")
+            continue
+        if len(samples):
+            return ImageSet(address, split, "all", _labels(samples), samples, list(range(len(samples))))
+        reasons.append(f"{split}: empty")
+    raise InputRejected(f"{address}: no usable split here, offline ({'; '.join(reasons)})")
+
+
+class _Materialised:
+    """The first images of a streamed data set, held so that they have an index, a length and a transform like any other."""
+
+    def __init__(self, samples: list[tuple[Any, int]]) -> None:
+        self.samples = samples
+        self.transform: Callable[[Any], Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image, target = self.samples[index]
+        return (image if self.transform is None else self.transform(image)), target
+
+
+def _labels(samples: Any) -> list[str]:
+    reader = getattr(samples, "reader", None)
+    mapping = getattr(reader, "class_to_idx", None)
+    if mapping:
+        return [str(name) for name, _ in sorted(mapping.items(), key=lambda item: item[1])]
+    features = getattr(getattr(reader, "dataset", None), "features", None)
+    if features and "label" in features and getattr(features["label"], "names", None):
+        return list(features["label"].names)
+    return []

@@ -1,0 +1,190 @@
+"""Which model, with which weights: presets, any timm name, and weights from the package, a file or a hub."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import os
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slimming.door import InputRejected, Unavailable, UsageError
+
+PRESETS = {
+    "vit_ti": "vit_tiny_patch16_224",
+    "vit_s": "vit_small_patch16_224",
+    "vit_b": "vit_base_patch16_224",
+    "deit_ti": "deit_tiny_patch16_224",
+    "deit_s": "deit_small_patch16_224",
+    "deit_b": "deit_base_patch16_224",
+}
+BUNDLED = {"vit_ti": Path(__file__).parent / "bundled" / "vit_ti_digits.safetensors"}
+PREPROCESSING = ("img_size", "mean", "std", "crop_pct", "interpolation")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A timm model in eval mode with all that is known of it."""
+
+    name: str  # as asked for: a preset or a timm name
+    architecture: str  # timm's name
+    arguments: dict[str, Any]  # given to timm.create_model
+    module: Any
+    data_config: dict[str, Any]  # timm's: input_size, interpolation, mean, std, crop_pct, crop_mode
+    weights: str  # bundled, pretrained, random or the file's name
+    weights_sha256: str  # over names, shapes and values of the state dict
+    record: dict[str, Any]  # what a bundled file says of its own training; else empty
+
+
+def parse_arguments(pairs: tuple[str, ...]) -> dict[str, Any]:
+    """``("img_size=96", "reg_tokens=4")`` -> keyword arguments; values are Python literals, else text. Raises ``UsageError``."""
+    arguments: dict[str, Any] = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator or not key.isidentifier():
+            raise UsageError(f"--model-arg {pair}: expected key=value")
+        try:
+            arguments[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            arguments[key] = value
+    return arguments
+
+
+def load_model(
+    name: str,
+    *,
+    weights: str = "bundled",
+    arguments: dict[str, Any] | None = None,
+    preprocessing: dict[str, Any] | None = None,
+    classes: int | None = None,
+    seed: int = 0,
+) -> LoadedModel:
+    """Create a timm model and give it its weights.
+
+    ``name`` is a preset or a timm name, ``weights`` one of ``bundled``, ``pretrained`` (the only one that may use the network),
+    ``random`` (drawn from ``seed``) or a path; ``classes`` sizes the head unless ``arguments`` do or weights are pretrained;
+    ``preprocessing`` overrides the model's data config (timm's names).
+    Raises ``UsageError``, ``InputRejected`` (unknown model, unusable file) or ``Unavailable`` (no such weights here).
+    """
+    if weights == "bundled" and name not in BUNDLED:
+        raise Unavailable(
+            f"no weights are bundled for {name} (only for {', '.join(BUNDLED)}): pass --weights PATH, pretrained or random"
+        )
+    if weights != "pretrained":
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import timm
+    import torch
+    from timm.data import resolve_data_config
+
+    architecture = PRESETS.get(name, name)
+    arguments = dict(arguments or {})
+    overrides = {key: value for key, value in (preprocessing or {}).items() if value is not None}
+    if "img_size" in overrides:
+        arguments.setdefault("img_size", overrides["img_size"])
+    if classes is not None and weights != "pretrained":
+        arguments.setdefault("num_classes", classes)
+    if not timm.is_model(architecture.split(".")[0]):
+        raise InputRejected(f"model {name}: not a preset ({', '.join(PRESETS)}) and not a model of timm {timm.__version__}")
+    torch.manual_seed(seed)
+    try:
+        module = timm.create_model(architecture, pretrained=weights == "pretrained", **arguments)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise InputRejected(f"model {name}: timm refuses {arguments or 'it'}: {error}") from error
+    except (OSError, RuntimeError) as error:
+        if weights != "pretrained":
+            raise InputRejected(f"model {name}: timm cannot create it: {error}") from error
+        raise Unavailable(
+            f"the pretrained weights of {name} cannot be fetched from here ({_first_line(error)}): "
+            "pass --weights PATH with a safetensors file, or --weights random to try the pipeline"
+        ) from error
+    record: dict[str, Any] = {}
+    if weights not in ("pretrained", "random"):
+        path = BUNDLED[name] if weights == "bundled" else Path(weights)
+        state, record = read_weights(path)
+        apply_weights(module, state, path)
+    config = resolve_data_config(args=overrides, pretrained_cfg={**module.pretrained_cfg, **record.get("data_config", {})})
+    if "img_size" not in overrides:
+        side = module.patch_embed.img_size if hasattr(module, "patch_embed") else None
+        if side is not None:
+            config["input_size"] = (config["input_size"][0], *side)
+    config = {key: list(value) if isinstance(value, (tuple, list)) else value for key, value in config.items()}
+    return LoadedModel(
+        name=name,
+        architecture=architecture,
+        arguments=arguments,
+        module=module.eval().requires_grad_(False),
+        data_config=config,
+        weights=weights if weights in ("bundled", "pretrained", "random") else Path(weights).name,
+        weights_sha256=state_digest(module.state_dict()),
+        record=record,
+    )
+
+
+def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read a state dict, and the training record of a bundled file, from safetensors or a ``weights_only`` pickle.
+
+    Raises ``InputRejected`` naming the file and the fault.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise InputRejected(f"{path}: no such weights file; --weights takes bundled, pretrained, random or a file")
+    if path.stat().st_size == 0:
+        raise InputRejected(f"{path}: the weights file is empty")
+    record: dict[str, Any] = {}
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                record = json.loads((file.metadata() or {}).get("patchslim", "{}"))
+                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputRejected(f"{path}: not a plain weights pickle: {_first_line(error)}; save it as safetensors") from error
+    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
+        raise InputRejected(f"{path}: truncated or corrupt weights: {_first_line(error)}") from error
+    for wrapper in ("state_dict_ema", "model_ema", "state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise InputRejected(f"{path}: holds no state dict of tensors")
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    for key, value in state.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise InputRejected(f"{path}: {key} holds NaN or Inf")
+    return state, record
+
+
+def apply_weights(module: Any, state: dict[str, Any], path: Path) -> None:
+    """Load ``state`` into ``module``; raises ``InputRejected`` listing every tensor that is missing, unknown or of another shape."""
+    expected = module.state_dict()
+    faults = [f"{key}: missing" for key in expected if key not in state]
+    faults += [f"{key}: not in the model" for key in state if key not in expected]
+    faults += [
+        f"{key}: shape {tuple(state[key].shape)} in the file, {tuple(expected[key].shape)} in the model"
+        for key in expected
+        if key in state and state[key].shape != expected[key].shape
+    ]
+    if faults:
+        shown = "\n  ".join(faults[:12]) + (f"\n  and {len(faults) - 12} more" if len(faults) > 12 else "")
+        raise InputRejected(f"{path}: these weights do not fit the model:\n  {shown}")
+    module.load_state_dict({key: state[key].to(expected[key].dtype) for key in expected})
+
+
+def state_digest(state: dict[str, Any]) -> str:
+    """SHA-256 over names, types, shapes and values, independent of the file format they came in."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        value = state[key].detach().cpu().contiguous()
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.flatten().view(-1).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__
