@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped,unused-ignore]
@@ -47,6 +48,8 @@ def read_model(path: Path) -> onnx.ModelProto:
         model.ParseFromString(data)
     except (DecodeError, RuntimeError, ValueError) as error:
         raise InputRejected(f"{path}: not an ONNX file, or a truncated or corrupt one ({error})") from error
+    if not _is_utf8(model):
+        raise InputRejected(f"{path}: a corrupt file: one of its names is not UTF-8 text")
     if not model.graph.node:
         raise InputRejected(f"{path}: holds a graph with no nodes; not an ONNX model, or a truncated one")
     _load_external_data(model, path)
@@ -76,6 +79,17 @@ def _load_external_data(model: onnx.ModelProto, path: Path) -> None:
             raise InputRejected(f"{path}: the data of '{tensor.name}' cannot be read from '{location}': {error}") from error
         tensor.data_location = onnx.TensorProto.DEFAULT
         del tensor.external_data[:]
+
+
+def _is_utf8(message: Any) -> bool:
+    """Whether every string in a protobuf message is text; protobuf hands out bytes where it is not."""
+    for field, value in message.ListFields():
+        entries = value if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else [value]
+        if field.type == field.TYPE_STRING and not all(isinstance(entry, str) for entry in entries):
+            return False
+        if field.type == field.TYPE_MESSAGE and not all(_is_utf8(entry) for entry in entries):
+            return False
+    return True
 
 
 def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:

@@ -114,7 +114,7 @@ def static_dim(tensor: gs.Tensor, axis: int, what: str) -> int:
 def make_constant(name: str, values: NDArray[np.generic] | Sequence[int]) -> gs.Constant:
     """A fresh initializer; Python integers become int64. Weights are never changed in place: exporters share them."""
     array = values if isinstance(values, np.ndarray) else np.asarray(values, dtype=np.int64)
-    return gs.Constant(name, np.ascontiguousarray(array))
+    return gs.Constant(name, np.array(array, order="C"))  # ascontiguousarray would make a scalar one-dimensional
 
 
 def replace_input(node: gs.Node, old: gs.Tensor, new: gs.Tensor) -> None:

@@ -106,10 +106,11 @@ def _report(options: Options, result: SlimResult, macs: int, dense_macs: int) ->
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("pass", "changed", "sites", title=f"{options.output}: {macs / 1e9:.3f} of {dense_macs / 1e9:.3f} GMACs")
+    table = Table("pass", "changed", "sites")
     for entry in result.results:
         table.add_row(entry.name, "yes" if entry.modified else "no", str(entry.sites))
     Console().print(table)
+    print(f"{options.output}: {macs / 1e9:.3f} GMACs; dense, {dense_macs / 1e9:.3f}")
 
 
 def _describe(options: Options) -> int:

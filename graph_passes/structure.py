@@ -93,7 +93,10 @@ def find_structure(graph: gs.Graph) -> Structure:
             )
     first = blocks[0].input
     tokens, width = static_dim(first, 1, "token count"), static_dim(first, 2, "token width")
-    return Structure(tokens, width, _match_stem(first, tokens), blocks, _match_head(blocks[-1].output))
+    stem = _match_stem(first, tokens)
+    head_tokens, head = _match_head(blocks[-1].output)
+    _ensure_only_head_is_read(graph, [stem.concat, *anchors], head)
+    return Structure(tokens, width, stem, blocks, head_tokens)
 
 
 def _match_block(index: int, attention: Attention) -> Block:
@@ -173,18 +176,31 @@ def _match_stem(tensor: gs.Tensor, tokens: int) -> Stem:
     return Stem(concat, patches, gather, positions, prefix_tokens, grid, order)
 
 
-def _match_head(tensor: gs.Tensor) -> list[int]:
-    """Positions of the tokens that the head reads, found forward from the last block's output."""
+def _match_head(tensor: gs.Tensor) -> tuple[list[int], list[gs.Node]]:
+    """Positions of the tokens that the head reads, and the nodes that take them, forward from the last block's output."""
     rows = static_dim(tensor, 1, "token count")
-    found: list[int] = []
     while True:
         readers = list(tensor.outputs)
-        if readers and all(node.op in ("Gather", "Slice") and rows_taken(node, 1, rows) is not None for node in readers):
-            for node in readers:
-                found += rows_taken(node, 1, rows) or []
-            return sorted(set(found))
+        taken = [rows_taken(node, 1, rows) if node.op in ("Gather", "Slice") else None for node in readers]
+        if readers and None not in taken:
+            return sorted({position for positions in taken if positions is not None for position in positions}), readers
         node = only_consumer(tensor, "the final norm or the head's choice of tokens")
         if node.op not in POINTWISE and node.op != "LayerNormalization":
             raise MatchFailure(label(node), "expected the head to take constant tokens (a Gather or Slice on axis 1)")
         ensure_tokenwise(node, "the final norm")
         tensor = node.outputs[0]
+
+
+def _ensure_only_head_is_read(graph: gs.Graph, inner: list[gs.Node], head: list[gs.Node]) -> None:
+    """Raise unless every graph output depends on tokens through the ``head`` nodes alone: others would change with a cut."""
+    stop, forbidden = {id(node) for node in head}, {id(node) for node in inner}
+    for output in graph.outputs:
+        pending, seen = list(output.inputs), set(stop)
+        while pending:
+            node = pending.pop()
+            if id(node) in forbidden:
+                expected = f"expected it to read tokens by the head only, not by {label(node)}"
+                raise MatchFailure(f"graph output '{output.name}'", expected)
+            if id(node) not in seen:
+                seen.add(id(node))
+                pending.extend(source for tensor in node.inputs for source in tensor.inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -148,10 +149,35 @@ def macs_of_graph(model: onnx.ModelProto) -> int:
     total = 0
     for node in inferred.graph.node:
         out = shapes.get(node.output[0], [])
-        if node.op_type == "MatMul":
-            total += int(np.prod(out)) * shapes[node.input[0]][-1]
-        elif node.op_type == "Gemm":
+        if node.op_type in ("MatMul", "Gemm"):
             total += int(np.prod(out)) * shapes[node.input[0]][-1]
         elif node.op_type == "Conv":
             total += int(np.prod(out)) * int(np.prod(shapes[node.input[1]][1:]))
     return total
+
+
+@cache
+def dense(kind: str) -> tuple[VisionTransformer, onnx.ModelProto]:
+    """A tiny model of four blocks and its export, made once per test run; do not change either."""
+    model = tiny_vit(kind)
+    return model, export_dense(model)
+
+
+def tiny_cnn() -> onnx.ModelProto:
+    """A valid ONNX graph that is no Vision Transformer: one convolution, pooled and classified with a Softmax."""
+    weight = onnx.numpy_helper.from_array(np.ones((10, 3, 4, 4), np.float32), "weight")
+    nodes = [
+        onnx.helper.make_node("Conv", ["images", "weight"], ["features"], name="conv"),
+        onnx.helper.make_node("GlobalAveragePool", ["features"], ["pooled"], name="pool"),
+        onnx.helper.make_node("Flatten", ["pooled"], ["flat"], name="flatten"),
+        onnx.helper.make_node("Softmax", ["flat"], ["logits"], name="classify"),
+    ]
+    tensor = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        nodes,
+        "cnn",
+        [tensor("images", onnx.TensorProto.FLOAT, ["batch", 3, 32, 32])],
+        [tensor("logits", onnx.TensorProto.FLOAT, ["batch", 10])],
+        [weight],
+    )
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)

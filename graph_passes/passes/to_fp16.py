@@ -1,9 +1,8 @@
 """Type the graph as FP16: what an ONNX file says is what a strongly typed engine computes.
 
-Every float32 constant becomes float16, with one Cast behind each graph input and one before each output, which stay float32.
-Kept safe: LayerNormalization takes its statistics in float32 (``stash_type`` 1); Softmax stays float16, since every
-implementation subtracts the row's maximum first, so that its exponentials lie in (0, 1] and cannot overflow, and since the
-attention scale is already folded into the queries, so that the scores before it are as small as they can be.
+Every float32 constant becomes float16, with one Cast behind each graph input and one before each output, which stay
+float32. Kept safe: LayerNormalization takes its statistics in float32 (``stash_type`` 1), and each attention's Softmax computes
+in float32 between two Casts. TensorRT-RTX 1.7 still fuses every such attention into one kernel, at the same kernel count.
 
 Before: float32 throughout. After: float16 between the Casts; it runs in ONNX Runtime and builds strongly typed. A weight that
 float16 cannot hold is refused. Site: a constant.
@@ -27,7 +26,7 @@ LARGEST = float(np.finfo(np.float16).max)
 @graph_pass("to_fp16")
 def run(graph: gs.Graph, settings: Settings) -> int:
     """Returns the number of constants made float16; raises ``MatchFailure``."""
-    find_structure(graph)
+    structure = find_structure(graph)
     constants = _float_constants(graph)
     if not constants:
         return 0
@@ -42,6 +41,8 @@ def run(graph: gs.Graph, settings: Settings) -> int:
     for tensor in graph.tensors().values():
         if isinstance(tensor, gs.Variable) and tensor.dtype == np.float32:
             tensor.dtype = np.dtype(np.float16)
+    for block in structure.blocks:
+        _keep_softmax(graph, block.attention.softmax)
     for tensor in [t for t in graph.inputs if t.dtype == np.float16]:
         _cast_input(graph, tensor)
     for index, tensor in enumerate(graph.outputs):
@@ -70,6 +71,16 @@ def _half(name: str, values: NDArray[np.float32]) -> NDArray[np.float16]:
             f"initializer '{name}'", f"its largest magnitude {largest:g} does not fit float16 (at most {LARGEST:g})"
         )
     return values.astype(np.float16)
+
+
+def _keep_softmax(graph: gs.Graph, softmax: gs.Node) -> None:
+    """Compute a Softmax in float32, with a Cast before and one behind it."""
+    scores, weights = softmax.inputs[0], softmax.outputs[0]
+    wide = gs.Variable(f"{scores.name}.fp32", dtype=np.float32)
+    graph.nodes.append(gs.Node("Cast", f"{softmax.name}.to_fp32", {"to": FLOAT}, [scores], [wide]))
+    softmax.inputs[0] = wide
+    softmax.outputs[0] = gs.Variable(f"{weights.name}.fp32", dtype=np.float32)
+    graph.nodes.append(gs.Node("Cast", f"{softmax.name}.to_fp16", {"to": FLOAT16}, [softmax.outputs[0]], [weights]))
 
 
 def _cast_input(graph: gs.Graph, tensor: gs.Variable) -> None:
