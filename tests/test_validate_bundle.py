@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import random
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -141,6 +142,9 @@ def test_a_manifest_that_is_none(bundle: Path, text: str, word: str) -> None:
         (lambda m: m.update(colour="red"), "colour"),
         (lambda m: m["macs"].update(reduction=0.9), "reduction"),
         (lambda m: m["rungs"][1].update(top1_drop=0.1), "top1_drop"),
+        (lambda m: m["engine"].update(status="passed"), "its rung says otherwise"),
+        (lambda m: m["onnx"][0].update(max_error=None) or m["onnx"][1].update(max_error=None), "nothing could be checked"),
+        (lambda m: m["onnx"][1].update(dtype="bfloat16"), "bfloat16"),
         (lambda m: m["files"].append(m["files"][0]), "twice"),
         (lambda m: m["files"].pop(0), "lacks"),
         (lambda m: m["onnx"].pop(1), "model-fp16.onnx"),
@@ -359,3 +363,24 @@ def test_a_broken_bundle_is_refused_before_it_runs(bundle: Path) -> None:
 def test_an_absent_provider_is_unavailable(good: Path) -> None:
     with pytest.raises(Unavailable, match="NoSuchProvider"):
         check_bundle(good, provider="NoSuchProvider")
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "model.onnx", "golden.npz", "parity.json", "plan.json"])
+def test_any_damage_ends_in_an_exit_code(bundle: Path, name: str) -> None:
+    rng = random.Random(name)
+    whole = {path.name: path.read_bytes() for path in bundle.iterdir()}
+    codes = set()
+    for _ in range(25):
+        data = bytearray(whole[name])
+        for _ in range(rng.randint(1, 3)):
+            data[rng.randrange(min(len(data), 600))] = rng.randrange(256)
+        if rng.random() < 0.3:
+            del data[rng.randrange(len(data)) :]
+        (bundle / name).write_bytes(data)
+        if name != "manifest.json":
+            reseal(bundle)
+        codes.add(check_bundle(bundle, threads=1).exit_code)
+        for other in ("manifest.json", name):
+            (bundle / other).write_bytes(whole[other])
+    assert 3 in codes
+    assert codes <= {0, 3, 5}  # a changed weight may still answer within the tolerance

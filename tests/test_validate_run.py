@@ -15,8 +15,9 @@ import pytest
 from bundle_factory import PREPROCESSING, SIZE, Answer, make_bundle, reseal, weight, write_onnx
 from PIL import Image
 
-from validate.door import InputRejected
+from validate.door import InputRejected, Unavailable, UsageError
 from validate.images import list_images, preprocess
+from validate.run import Options, main
 from validate.schema import Preprocessing
 
 ROOT = Path(__file__).parents[1]
@@ -75,7 +76,6 @@ def test_as_json_with_images(good: Path, photographs: list[Image.Image], tmp_pat
 
 def test_exit_codes(good: Path, tmp_path: Path) -> None:
     assert run().code == 2
-    assert run(good, "--batch", 0).code == 2
     broken = Path(shutil.copytree(good, tmp_path / "broken"))
     (broken / "model.onnx").write_bytes(b"")
     answer = run(broken)
@@ -87,9 +87,18 @@ def test_exit_codes(good: Path, tmp_path: Path) -> None:
     answer = run(wrong, "--json")
     assert answer.code == 5
     assert json.loads(answer.out)["exit_code"] == 5
-    assert run(good, "--provider", "NoSuchProvider").code == 4
-    assert run(good, "--images", tmp_path / "nowhere").code == 3
-    assert run(good, blocked=(*BLOCKED, "onnxruntime")).code == 4
+    answer = run(good, blocked=(*BLOCKED, "onnxruntime"))
+    assert answer.code == 4
+    assert "patchslim[edge]" in answer.err
+
+
+def test_options_that_cannot_be_met(good: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--batch"):
+        main(Options(good, batch=0))
+    with pytest.raises(Unavailable, match="NoSuchProvider"):
+        main(Options(good, provider="NoSuchProvider"))
+    with pytest.raises(InputRejected, match="nowhere"):
+        main(Options(good, images=tmp_path / "nowhere"))
 
 
 def test_help_is_quick() -> None:

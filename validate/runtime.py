@@ -72,11 +72,15 @@ def open_session(path: Path, *, provider: str = "CPUExecutionProvider", threads:
     options.log_severity_level = 4
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
-        return ort.InferenceSession(str(path), options, providers=[provider])
+        # Left to itself ONNX Runtime answers a provider that fails to start by running on the CPU.
+        session = ort.InferenceSession(str(path), options, providers=[provider], enable_fallback=0)
     except Exception as error:  # onnxruntime's exceptions share no base of their own
         if type(error).__name__ == "NotImplemented":
             raise Unavailable(f"{path}: ONNX Runtime has no kernel for it on {provider}: {error}") from error
         raise InputRejected(f"{path}: ONNX Runtime refuses it: {error}") from error
+    if session.get_providers()[0] != provider:
+        raise Unavailable(f"{provider} does not start here; ONNX Runtime offers {session.get_providers()[0]} instead")
+    return session
 
 
 def interface(session: Any) -> list[tuple[str, str, list[int | str]]]:

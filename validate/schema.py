@@ -140,10 +140,12 @@ class _Results(Strict):
     engine: EngineRecord
 
     @model_validator(mode="after")
-    def _stages_are_unique(self) -> _Results:
+    def _check_rungs(self) -> _Results:
         stages = [rung.stage for rung in self.rungs]
         if len(set(stages)) != len(stages):
             raise ValueError("rungs: a stage is named twice")
+        if any(rung.stage == "engine" and rung.status != self.engine.status for rung in self.rungs):
+            raise ValueError(f"engine: its status is {self.engine.status!r}, and its rung says otherwise")
         return self
 
 
