@@ -11,7 +11,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from slimming.plan import Geometry, Origin, SlimPlan
-from validate import parity
+from validate import check_bundle, parity
 from validate.bundle import digest, load_manifest, record_files, write_manifest, write_parity
 from validate.golden import Golden, write_golden
 from validate.schema import (
@@ -141,6 +141,14 @@ def reseal(folder: Path, **changes: Any) -> None:
     fields = {name: getattr(load_manifest(folder), name) for name in Manifest.model_fields}
     fields |= {"files": record_files(folder), "plan_digest": digest(folder / "plan.json")}
     write_manifest(folder, Manifest(**(fields | changes)))
+
+
+def refused(bundle: Path, code: int, *words: str) -> None:
+    """Assert that the check of ``bundle`` ends with exit ``code`` and that its faults say all the ``words``."""
+    verdict = check_bundle(bundle)
+    assert verdict.exit_code == code, verdict.checks
+    for word in words:
+        assert word in "; ".join(verdict.faults)
 
 
 @dataclasses.dataclass(frozen=True)
