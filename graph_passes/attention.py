@@ -230,6 +230,10 @@ def ensure_tokenwise(node: gs.Node, what: str) -> None:
     if node.op == "LayerNormalization":
         if node.attrs.get("axis", -1) in (-1, 2):
             return
+    elif node.op in ("Split", "Slice"):  # a gated MLP takes its halves of the width
+        bounds = read_slice(node) if node.op == "Slice" else (node.attrs.get("axis", 0),)
+        if bounds is not None and bounds[0] in (-1, 2):
+            return
     elif node.op in POINTWISE:
         parts = operands(node) if len(node.inputs) == 2 else None
         if node.op == "MatMul":

@@ -12,6 +12,7 @@ import onnxruntime as ort
 import timm.layers
 import torch
 from numpy.typing import NDArray
+from timm.layers import QuickGELU, SwiGLU, SwiGLUPacked
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 
@@ -25,14 +26,27 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
+# Variants of the same class, each with something in it that the finder has to see through.
+FORMS: dict[str, dict[str, Any]] = {
+    "gated_mlp": {"mlp_layer": SwiGLU},
+    "packed_gated_mlp": {"mlp_layer": SwiGLUPacked, "proj_bias": False},
+    "quick_gelu": {"act_layer": QuickGELU, "pre_norm": True, "no_embed_class": True},
+    "norms_inside": {"scale_attn_norm": True, "scale_mlp_norm": True, "qk_norm": True},
+    "no_positions": {"pos_embed": "none", "act_layer": "gelu_tanh", "fc_norm": True},
+}
+
+
 def tiny_vit(kind: str = "plain", depth: int = 4, size: int = 32) -> VisionTransformer:
     """A timm ViT of width 48 with 16 patches, seeded; norms, scales and biases random so that nothing is an identity."""
-    timm.layers.set_fused_attn(False)
     torch.manual_seed(0)
     family = VisionTransformerDistilled if kind == "distilled" else VisionTransformer
-    model = family(
-        img_size=size, patch_size=8, embed_dim=48, depth=depth, num_heads=3, mlp_ratio=2, num_classes=10, **SIZES[kind]
-    ).eval()
+    options = {"embed_dim": 48, "depth": depth, "num_heads": 3, "mlp_ratio": 2, "num_classes": 10, **(SIZES | FORMS)[kind]}
+    before = timm.layers.use_fused_attn()
+    timm.layers.set_fused_attn(False)
+    try:
+        model = family(img_size=size, patch_size=8, **options).eval()
+    finally:
+        timm.layers.set_fused_attn(bool(before))
     for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.data += 0.3 * torch.randn_like(parameter)
@@ -74,7 +88,7 @@ def plan_for(model: VisionTransformer, kept: list[list[int]], mode: str = "compa
             "kept": kept,
             "geometry": Geometry(
                 embed_dim=model.embed_dim,
-                mlp_hidden_dim=model.blocks[0].mlp.fc1.out_features,
+                mlp_hidden_dim=2 * model.embed_dim,
                 patch_macs=grid[0] * grid[1] * 3 * kernel[0] * kernel[1] * model.embed_dim,
                 head_macs=heads * model.num_classes * model.embed_dim,
             ),
@@ -113,7 +127,7 @@ def reference(model: VisionTransformer, plan: SlimPlan, images: torch.Tensor) ->
         q, k, v = attention.q_norm(qkv[0][:, :, rows]), attention.k_norm(qkv[1]), qkv[2]
         weights = (q @ k.transpose(-2, -1) * attention.scale).softmax(-1)
         mixed = (weights @ v).transpose(1, 2).reshape(batch, len(rows), width)
-        y = x[:, rows] + block.ls1(attention.proj(mixed))
+        y = x[:, rows] + block.ls1(attention.proj(attention.norm(mixed)))
         y = y + block.ls2(block.mlp(block.norm2(y)))
         if plan.mode == "stale":
             x = x.clone()

@@ -7,7 +7,7 @@ import onnx
 import onnx_graphsurgeon as gs
 import pytest
 import torch
-from onnx_models import dense, ort_logits, plan_for, reference, tiny_cnn
+from onnx_models import FORMS, dense, ort_logits, plan_for, random_plan, reference, tiny_cnn
 
 from graph_passes import PASSES, Settings, run_passes, slim
 from slimming.door import InputRejected
@@ -41,7 +41,7 @@ def test_sites_numbers_and_second_run_of_every_pass(mode: Mode, layout: Layout, 
     model, exported = dense("plain")
     assert list(PASSES) == ORDER
     before = exported.SerializeToString()
-    current, wanted = exported, reference(model, plan_of(), IMAGES)
+    current = exported
     with torch.no_grad():
         uncut = model(IMAGES).numpy()
     wanted = reference(model, plan_of(mode), IMAGES)
@@ -254,3 +254,14 @@ def test_names_that_the_model_already_uses_are_not_merged() -> None:
     del model.graph.value_info[:]
     expected = reference(dense("plain")[0], plan_of(), IMAGES)
     np.testing.assert_allclose(ort_logits(slim(model, plan_of()).model, IMAGES), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_the_block_that_timm_offers(form: str) -> None:
+    model, exported = dense(form)
+    for seed, mode in enumerate(("compact", "stale")):
+        plan = random_plan(model, seed, mode)
+        split, packed = (slim(exported, plan, layout=layout).model for layout in ("split", "packed"))
+        expected = reference(model, plan, IMAGES)
+        np.testing.assert_allclose(ort_logits(split, IMAGES), expected, atol=1e-4)
+        np.testing.assert_allclose(ort_logits(packed, IMAGES), expected, atol=1e-4)

@@ -24,7 +24,7 @@ RUN_TIME_INDEXING = {"TopK", "NonZero", "Where", "ScatterND", "ScatterElements",
 def test_cutting_the_export_equals_the_slimmed_module(kind: str, mode: Mode, layout: Layout, seed: int) -> None:
     model, exported = dense(kind)
     plan = random_plan(model, seed, mode)
-    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+    images = torch.randn(1 + seed % 3, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
     result = slim(exported, plan, layout=layout)
     logits = ort_logits(result.model, images)
     expected = reference(model, plan, images)

@@ -1,0 +1,57 @@
+"""What the passes' FP16 result becomes in TensorRT-RTX: every attention fused, packed with fewer kernels."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from pathlib import Path
+
+import onnx
+import pytest
+import timm.layers
+import torch
+from onnx_models import export_dense, plan_for
+from timm.models.vision_transformer import VisionTransformer
+
+from export.engines import build_engine, cuda
+from graph_passes import save_model, slim
+from slimming.plan import Layout, Mode, SlimPlan
+
+DEPTH = 4
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("tensorrt") is not None and cuda.local_target() is not None,
+        reason="full TensorRT and a GPU are here: engines are built for that GPU, not ahead of time",
+    ),
+]
+
+
+@cache
+def wide() -> tuple[VisionTransformer, onnx.ModelProto]:
+    """A ViT of four blocks with ViT-Ti's width and heads on a 4 x 4 grid, and its export."""
+    before = timm.layers.use_fused_attn()
+    timm.layers.set_fused_attn(False)
+    try:
+        model = VisionTransformer(img_size=64, patch_size=16, embed_dim=192, depth=DEPTH, num_heads=3, num_classes=10).eval()
+    finally:
+        timm.layers.set_fused_attn(bool(before))
+    torch.manual_seed(0)
+    return model, export_dense(model, 64)
+
+
+def plan_of(mode: Mode) -> SlimPlan:
+    """A cut in every block, the last to the class token."""
+    return plan_for(wide()[0], [[*range(0, 15, 2), 15], [0, 2, 6, 10, 14, 15], [0, 6, 14], [0]], mode)
+
+
+@pytest.mark.parametrize("mode", ["compact", "stale"])
+def test_every_rectangular_attention_is_fused_and_packed_takes_fewer_kernels(mode: Mode, tmp_path: Path) -> None:
+    kernels: dict[Layout, int] = {}
+    for layout in ("packed", "split"):
+        path = tmp_path / f"{layout}.onnx"
+        save_model(slim(wide()[1], plan_of(mode), layout=layout, precision="fp16").model, path)
+        result = build_engine("trt", path, tmp_path / layout, targets=["sm89"])
+        assert (result.fused_attentions, result.attentions, result.precision) == (DEPTH, DEPTH, "fp16")
+        kernels[layout] = result.kernels["sm89"]
+    assert kernels["packed"] < kernels["split"]
