@@ -1,0 +1,22 @@
+"""Write the JSON Schemas of the project's files into docs/schemas: ``python docs/make_schemas.py``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from slimming.plan import plan_schema
+from validate.schema import manifest_schema, parity_schema
+
+FOLDER = Path(__file__).parent / "schemas"
+SCHEMAS = {"plan": plan_schema, "manifest": manifest_schema, "parity": parity_schema}
+
+
+def render(name: str) -> str:
+    """The text of ``NAME.schema.json`` as the code has it now."""
+    return json.dumps(SCHEMAS[name](), indent=2) + "\n"
+
+
+if __name__ == "__main__":
+    for name in SCHEMAS:
+        (FOLDER / f"{name}.schema.json").write_text(render(name), encoding="utf-8")
