@@ -32,15 +32,15 @@ def find_plan(
 ) -> SlimPlan:
     """Find the top-down masks of a timm ViT by the paper's score on calibration images.
 
-    Give either ``macs_reduction`` (a fraction of the dense MACs) or ``tolerance`` (on E_{l+1}). ``transform`` maps a PIL image to
-    the model's input tensor. ``layout`` says how the cut projections will be laid, for the MAC count. ``bound`` is the number of
-    bytes of per-image state held in memory before it spills to disk.
+    Give either ``macs_reduction`` (a fraction of the dense MACs) or ``tolerance`` (on E_{l+1}). ``transform`` maps a PIL image
+    to the model's input tensor. ``layout`` says how the cut projections will be laid, for the MAC count. ``bound`` is the
+    number of bytes of per-image state held in memory before it spills to disk.
     Raises ``InputRejected`` for a model or images that cannot be used, ``BudgetUnreachable``, ``UsageError``.
     """
     check_supported(model, name)
     if tolerance is None and macs_reduction is None:
         raise UsageError("give a tolerance or a MAC reduction")
-    if tolerance is not None and not 0 <= tolerance:
+    if tolerance is not None and not tolerance >= 0:
         raise UsageError(f"--tolerance {tolerance}: must be 0 or more")
     if tolerance is None and macs_reduction is not None and not 0 <= macs_reduction < 1:
         raise UsageError(f"--macs-reduction {macs_reduction}: must be a fraction from 0 to below 1")
@@ -51,14 +51,9 @@ def find_plan(
             digest.update(batch.numpy().tobytes())
             yield batch
 
-    search = TopDownSearch(
-        model, batches(), len(images), mode=mode, layout=layout, bound=bound, progress=progress
-    )
+    search = TopDownSearch(model, batches(), len(images), mode=mode, layout=layout, bound=bound, progress=progress)
     try:
-        if tolerance is not None:
-            found = search.by_tolerance(tolerance)
-        else:
-            found = search.by_budget(macs_reduction or 0.0)
+        found = search.by_budget(macs_reduction or 0.0) if tolerance is None else search.by_tolerance(tolerance)
     finally:
         search.close()
     criterion: Literal["tolerance", "macs-reduction"] = "macs-reduction" if tolerance is None else "tolerance"
@@ -75,8 +70,10 @@ def find_plan(
     return make_plan(model, name, found.kept, mode=mode, origin=origin)
 
 
-def make_plan(model: Any, name: str, kept: list[list[int]], *, mode: Mode = "compact", origin: Origin | None = None) -> SlimPlan:
-    """A ``SlimPlan`` for ``model`` from masks; raises ``pydantic.ValidationError`` when they are not nested or lack a prefix token."""
+def make_plan(
+    model: Any, name: str, kept: list[list[int]], *, mode: Mode = "compact", origin: Origin | None = None
+) -> SlimPlan:
+    """A ``SlimPlan`` for ``model`` from masks; raises ``pydantic.ValidationError`` when they break a rule of ``SlimPlan``."""
     rows, columns = (int(side) for side in model.patch_embed.grid_size)
     prefix = int(model.num_prefix_tokens)
     return SlimPlan(

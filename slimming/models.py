@@ -40,7 +40,7 @@ class LoadedModel:
 
 
 def parse_arguments(pairs: tuple[str, ...]) -> dict[str, Any]:
-    """``("img_size=96", "reg_tokens=4")`` -> keyword arguments; values are Python literals, else text. Raises ``UsageError``."""
+    """``("img_size=96", "reg_tokens=4")`` -> keyword arguments; values are Python literals or text. Raises ``UsageError``."""
     arguments: dict[str, Any] = {}
     for pair in pairs:
         key, separator, value = pair.partition("=")
@@ -69,10 +69,6 @@ def load_model(
     ``preprocessing`` overrides the model's data config (timm's names).
     Raises ``UsageError``, ``InputRejected`` (unknown model, unusable file) or ``Unavailable`` (no such weights here).
     """
-    if weights == "bundled" and name not in BUNDLED:
-        raise Unavailable(
-            f"no weights are bundled for {name} (only for {', '.join(BUNDLED)}): pass --weights PATH, pretrained or random"
-        )
     if weights != "pretrained":
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import timm
@@ -88,6 +84,10 @@ def load_model(
         arguments.setdefault("num_classes", classes)
     if not timm.is_model(architecture.split(".")[0]):
         raise InputRejected(f"model {name}: not a preset ({', '.join(PRESETS)}) and not a model of timm {timm.__version__}")
+    if weights == "bundled" and name not in BUNDLED:
+        raise Unavailable(
+            f"no weights are bundled for {name} (only for {', '.join(BUNDLED)}): pass --weights PATH, pretrained or random"
+        )
     torch.manual_seed(seed)
     try:
         module = timm.create_model(architecture, pretrained=weights == "pretrained", **arguments)
@@ -106,10 +106,9 @@ def load_model(
         state, record = read_weights(path)
         apply_weights(module, state, path)
     config = resolve_data_config(args=overrides, pretrained_cfg={**module.pretrained_cfg, **record.get("data_config", {})})
-    if "img_size" not in overrides:
-        side = module.patch_embed.img_size if hasattr(module, "patch_embed") else None
-        if side is not None:
-            config["input_size"] = (config["input_size"][0], *side)
+    side = getattr(getattr(module, "patch_embed", None), "img_size", None)
+    if side is not None:  # the model's own, whatever the overrides and the record say
+        config["input_size"] = (config["input_size"][0], *side)
     config = {key: list(value) if isinstance(value, (tuple, list)) else value for key, value in config.items()}
     return LoadedModel(
         name=name,
@@ -135,7 +134,7 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise InputRejected(f"{path}: no such weights file; --weights takes bundled, pretrained, random or a file")
     if path.stat().st_size == 0:
         raise InputRejected(f"{path}: the weights file is empty")
-    record: dict[str, Any] = {}
+    record: Any = {}
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
@@ -150,17 +149,23 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     for wrapper in ("state_dict_ema", "model_ema", "state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items())
+    ):
         raise InputRejected(f"{path}: holds no state dict of tensors")
     state = {key.removeprefix("module."): value for key, value in state.items()}
     for key, value in state.items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise InputRejected(f"{path}: {key} holds NaN or Inf")
+    if not isinstance(record, dict):
+        raise InputRejected(f"{path}: its training record is not a JSON object")
     return state, record
 
 
 def apply_weights(module: Any, state: dict[str, Any], path: Path) -> None:
-    """Load ``state`` into ``module``; raises ``InputRejected`` listing every tensor that is missing, unknown or of another shape."""
+    """Load ``state`` into ``module``; raises ``InputRejected`` listing the tensors missing, unknown or of another shape."""
     expected = module.state_dict()
     faults = [f"{key}: missing" for key in expected if key not in state]
     faults += [f"{key}: not in the model" for key in state if key not in expected]

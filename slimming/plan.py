@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,7 +19,7 @@ _Index = Annotated[int, Field(ge=0)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Geometry(_Strict):
@@ -85,6 +86,9 @@ class SlimPlan(_Strict):
                 raise ValueError(f"kept[{block}]: lacks a prefix token; they are kept until the last block")
             if block and not set(kept) <= set(self.kept[block - 1]):
                 raise ValueError(f"kept[{block}]: not nested in kept[{block - 1}]; a dropped token cannot come back")
+            prefix = kept[: self.prefix_tokens]
+            if kept[-1] >= self.prefix_tokens and prefix != list(range(self.prefix_tokens)):
+                raise ValueError(f"kept[{block}]: keeps a patch, but not every prefix token")
         return self
 
     @property
@@ -115,7 +119,7 @@ class SlimPlan(_Strict):
 
         Under this order every cut is a prefix slice: block l keeps the first ``counts[l]`` tokens.
         """
-        survived = [sum(token in kept for kept in map(set, self.kept)) for token in range(self.tokens)]
+        survived = Counter(token for kept in self.kept for token in kept)
         head = set(self.head_tokens)
         return sorted(
             range(self.tokens),
@@ -129,10 +133,8 @@ class SlimPlan(_Strict):
             part.write_text(text + "\n", encoding="utf-8")
 
 
-def macs_of(
-    counts: list[int], tokens: int, geometry: Geometry, mode: Mode = "compact", layout: Layout = "split"
-) -> int:
-    """Multiply-accumulates of one image whose block l outputs ``counts[l]`` of ``tokens`` tokens (METHOD.md; biases, norms zero).
+def macs_of(counts: list[int], tokens: int, geometry: Geometry, mode: Mode = "compact", layout: Layout = "split") -> int:
+    """Multiply-accumulates of one image whose block l outputs ``counts[l]`` of ``tokens`` tokens; biases and norms count zero.
 
     ``layout`` says how a cut block's projections are laid: ``split`` queries kept tokens only, ``packed`` keeps one qkv
     projection over every token that the block reads, and so also spends the dropped tokens' queries.

@@ -1,12 +1,12 @@
 """Token significance: the paper's score (Eq. 6) by an exact Gram recursion, one block at a time, from the last block down.
 
-The score of token i at block t's output sums, over every path of heads h through the deeper blocks, how strongly the head's tokens
-hang on token i, times how large the token's attention-mixed input is:
+The score of token i at block t's output sums, over every path of heads h through the deeper blocks, how strongly the head's
+tokens hang on token i, times how large the token's attention-mixed input is:
 
     s_{t,i} = sum_paths ||A e_i||^2 * sum_h ||U_t^h[i, :]||^2,    U_t^h = P_t^h |Z_{t-1}|
 
-The first factor needs no enumeration of the H^(L-t) paths: it is the diagonal of G, where G starts as the rows that the head reads
-and each block replaces it by ``sum_h P_h^T G P_h`` (METHOD.md). Near the top G has low rank, so a factor F with ``G = F F^T`` is
+The first factor needs no enumeration of the H^(L-t) paths: it is the diagonal of G, where G starts as the rows that the head
+reads and each block replaces it by ``sum_h P_h^T G P_h``. Near the top G has low rank, so a factor F with ``G = F F^T`` is
 carried while it is the smaller form.
 """
 

@@ -1,4 +1,4 @@
-"""Top-down selection (Algorithm 1): from the last block down, keep what the blocks above need, by tolerance or by MAC budget."""
+"""Top-down selection (Algorithm 1): from the last block down, keep what the blocks above need, by tolerance or MAC budget."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimming.door import BudgetUnreachable
+from slimming.door import BudgetUnreachable, InputRejected
 from slimming.plan import Geometry, Layout, Mode, macs_of
 from slimming.scores import PathGram, input_magnitude, paper_score
 from slimming.store import DEFAULT_BOUND, TensorStore
@@ -26,6 +26,7 @@ PROBE = 32
 CLOSE_ENOUGH = 0.006
 PROBE_WALKS, FULL_WALKS = 8, 4
 _START, _LEAST, _STRIDE = 1e-3, 1e-7, 1.0  # tolerances to start at and to stop below; and the bracket's stride, in log
+_TINY = 1e-30
 
 Progress = Callable[[str, int, int], None]
 
@@ -43,8 +44,8 @@ class TopDownSearch:
     """Algorithm 1 on the dense features of a model over calibration images.
 
     The features of every block boundary are computed once; each search walks the blocks from the last to the first and carries
-    the path Gram along. E_{l+1} is ||Z^_{l+1} - Z_{l+1}||_F^2 / ||Z_{l+1}||_F^2 over the rows that block l+1 keeps, averaged over
-    the images. Per-image state past ``bound`` bytes is spilled to disk; attention maps are recomputed, never stored.
+    the path Gram along. E_{l+1} is ||Z^_{l+1} - Z_{l+1}||_F^2 / ||Z_{l+1}||_F^2 over the rows that block l+1 keeps, averaged
+    over the images. Per-image state past ``bound`` bytes is spilled to disk; attention maps are recomputed, never stored.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class TopDownSearch:
 
     @torch.inference_mode()
     def _see(self, model: Any, batches: Iterator[Tensor], images: int) -> None:
-        """Keep, per image, Z_0 ... Z_L (the dense input of every block and the last one's output) and ``sum_h ||U_t^h[i, :]||^2``."""
+        """Keep, per image, Z_0 ... Z_L (every block's dense input, the last one's output) and ``sum_h ||U_t^h[i, :]||^2``."""
         done = 0
         for batch in batches:
             tokens = embed(model, batch.to(self.device))
@@ -93,6 +94,8 @@ class TopDownSearch:
                     self.magnitudes[index][rows] = input_magnitude(attention_maps(block, tokens), tokens).cpu()
                 tokens = run_block(block, tokens)
                 self.features[index + 1][rows] = tokens.cpu()
+            if not bool(tokens.isfinite().all()):
+                raise InputRejected("the model's features on the calibration images are not finite: are its weights damaged?")
             done += len(tokens)
             self.progress("dense features", done, images)
 
@@ -129,13 +132,14 @@ class TopDownSearch:
                 result = run_block(self.blocks[block + 1], self._read(block, rows, kept), positions)
                 wanted = self.features[block + 2][rows][:, above].to(self.device)
                 difference = (result - wanted).square().sum(dim=(1, 2)).double()
-                total += float((difference / wanted.square().sum(dim=(1, 2)).double()).sum())
+                norm = wanted.square().sum(dim=(1, 2)).double().clamp_min(_TINY)  # all-zero features have no error
+                total += float((difference / norm).sum())
             self._errors[key] = total / self.images
         return self._errors[key]
 
     @torch.inference_mode()
     def _scores(self, block: int, above: list[int], grams: list[PathGram]) -> Tensor:
-        """Eq. 6 for every token of ``block``'s output, averaged over the images: (N,). ``grams`` stand at the block above's rows."""
+        """Eq. 6 for every token of ``block``'s output, a mean over the images: (N,). ``grams`` are at the rows ``above``."""
         total = torch.zeros(self.tokens, dtype=torch.float64)
         rows_above = torch.tensor(above, device=self.device)
         for gram, rows in zip(grams, self._batches(), strict=True):
@@ -166,7 +170,6 @@ class TopDownSearch:
         kept: list[list[int]] = [[] for _ in range(depth)]
         errors = [0.0] * depth
         kept[-1] = list(self.head)
-        held = self.store.held
         grams = [PathGram.of_rows(rows.stop - rows.start, len(self.head), device=self.device) for rows in self._batches()]
         for block in range(depth - 2, -1, -1):
             above = kept[block + 1]
@@ -176,7 +179,6 @@ class TopDownSearch:
             kept[block], errors[block] = self._fewest(block, base, above, ranking, tolerance)
             grams = self._carried(block, kept[block], above, grams)
             self.progress("top-down search", depth - 1 - block, depth - 1)
-        self.store.held = held  # the Grams of this walk are gone with it
         return Selection(kept, errors, tolerance)
 
     def _fewest(
@@ -230,12 +232,14 @@ class TopDownSearch:
         return self._meet(reduction, probe.tolerance, FULL_WALKS)
 
     def _meet(self, reduction: float, start: float, walks: int) -> Selection:
-        """Find the tolerance that just meets the budget, by false position on its logarithm, bracketed outwards from ``start``."""
+        """Find the tolerance that just meets the budget: false position on its logarithm, bracketed outwards from ``start``."""
         best: Selection | None = None
         below: tuple[float, float] | None = None  # (log tolerance, MACs removed) of the closest walk on either side
         above: tuple[float, float] | None = None
         at, walked = math.log(start), 0
-        while best is None or walked < walks:
+        while True:
+            if best is not None and walked >= walks:
+                return best
             found = self.by_tolerance(math.exp(at))
             removed = self.reduction(found.kept)
             walked += 1
@@ -244,21 +248,20 @@ class TopDownSearch:
                 if best is None or removed < self.reduction(best.kept):
                     best = found
                 if removed - reduction < CLOSE_ENOUGH:
-                    break
+                    return best
             else:
                 below = (at, removed)
             if above is None:
                 at += _STRIDE
             elif below is None:
                 at -= _STRIDE
-                if at < math.log(_LEAST):
-                    break
+                if best is not None and at < math.log(_LEAST):
+                    return best
             else:
                 share = (reduction + CLOSE_ENOUGH / 2 - below[1]) / max(above[1] - below[1], 1e-9)
                 at = below[0] + (above[0] - below[0]) * min(max(share, 0.1), 0.9)
-        return best
 
     def close(self) -> None:
-        """Delete what was spilled."""
-        self.store.close()
-
+        """Let go of the features; what was spilled of them goes with them."""
+        self.features.clear()
+        self.magnitudes.clear()

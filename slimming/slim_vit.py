@@ -35,6 +35,7 @@ class SlimViT(nn.Module):
         self.counts = plan.counts
         last = plan.kept[-1]
         head = plan.head_tokens if self.stale else [last.index(token) for token in plan.head_tokens]
+        self.head_rows: Tensor
         self.register_buffer("head_rows", torch.tensor(head), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-from timm.layers import Attention, Mlp
+from timm.layers import Attention, Mlp, PatchEmbed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -33,6 +32,8 @@ def _unsupported(model: Any) -> Iterator[str]:
         yield f"its pooling {model.global_pool!r} is not supported"
     if model.dynamic_img_size:
         yield "dynamic_img_size gives every image its own token grid, and a static plan needs one"
+    if type(model.patch_embed) is not PatchEmbed:
+        yield f"its patch embedding {type(model.patch_embed).__name__} is not supported"
     if not isinstance(model.head, nn.Linear):
         yield "it has no classifier head (num_classes=0)"
     for index, block in enumerate(model.blocks):
@@ -77,7 +78,7 @@ def classify(model: Any, tokens: Tensor) -> Tensor:
 
 
 def _heads(projected: Tensor, attention: Any) -> Tensor:
-    return projected.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
+    return projected.reshape(*projected.shape[:-1], attention.num_heads, attention.head_dim).transpose(1, 2)
 
 
 def _project(attention: Any, tokens: Tensor, part: int) -> Tensor:
@@ -97,7 +98,8 @@ def attention_maps(block: Any, tokens: Tensor, rows: Tensor | None = None) -> Te
     normed = block.norm1(tokens)
     queries = normed if rows is None else normed[:, rows]
     scaled = _project(block.attn, queries, 0) * block.attn.scale
-    return (scaled @ _project(block.attn, normed, 1).transpose(-2, -1)).softmax(-1)
+    maps: Tensor = (scaled @ _project(block.attn, normed, 1).transpose(-2, -1)).softmax(-1)
+    return maps
 
 
 def run_block(block: Any, tokens: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -114,6 +116,6 @@ def run_block(block: Any, tokens: Tensor, rows: Tensor | None = None) -> Tensor:
         mixed = functional.scaled_dot_product_attention(query, key, value)
     else:
         mixed = ((query * attention.scale) @ key.transpose(-2, -1)).softmax(-1) @ value
-    output: Tensor = shortcut + block.ls1(attention.proj(mixed.transpose(1, 2).flatten(2)))
-    output = output + block.ls2(block.mlp(block.norm2(output)))
+    attended: Tensor = shortcut + block.ls1(attention.proj(mixed.transpose(1, 2).flatten(2)))
+    output: Tensor = attended + block.ls2(block.mlp(block.norm2(attended)))
     return output

@@ -44,7 +44,8 @@ def source_indices(split: str) -> np.ndarray:
         raise ValueError(f"digits has the splits {', '.join(SPLITS)}, not {split!r}")
     everything = np.arange(len(_sources()[0]))
     is_test = everything % 5 == 4
-    return everything[is_test if split == "test" else ~is_test]
+    chosen: np.ndarray = everything[is_test if split == "test" else ~is_test]
+    return chosen
 
 
 def _background(rng: np.random.Generator, photographs: list[Image.Image]) -> np.ndarray:

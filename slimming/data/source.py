@@ -2,8 +2,9 @@
 
     digits | DIR | FILE.tar | hfds/NAME | wds/PATH_WITHOUT_SPLIT
 
-A folder with ``train`` and ``val``, ``validation`` or ``test`` inside has splits, and so has a hub data set. Any other folder or
-file is divided once and for good: a fifth of its images, drawn by a fixed permutation, calibrates, the others are evaluated on.
+A folder with ``train`` and ``val``, ``validation`` or ``test`` inside has splits, and so has a hub data set. Any other folder
+or file is divided once and for good: a fifth of its images, drawn by a fixed permutation, calibrates, and the others are
+evaluated on.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from slimming.data.digits import CLASSES, Digits
 from slimming.door import InputRejected, Unavailable
 
 CALIBRATION_SHARE = 0.2
+_TRAINING_SPLITS = ("train", "training")
 _EVALUATION_SPLITS = ("validation", "val", "test")
 
 
@@ -39,6 +41,11 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    @property
+    def fraction(self) -> float | None:
+        """The share of an undivided data set that this is; None where the data set has splits of its own."""
+        return None if self.share == "all" else float(self.share.partition("%")[0]) / 100
 
     def describe(self) -> dict[str, object]:
         """What a manifest records of it."""
@@ -84,7 +91,8 @@ def load_tensors(images: ImageSet, transform: Callable[[Any], Any], batch_size: 
         except StopIteration:
             return
         except Exception as error:  # a worker wraps whatever the decoder raised; the cause is in its text
-            raise InputRejected(f"{images.address}: an image cannot be read: {str(error).strip().splitlines()[-1]}") from error
+            cause = (str(error).strip() or type(error).__name__).splitlines()[-1].rpartition("InputRejected: ")[2]
+            raise InputRejected(f"{images.address}: an image cannot be read: {cause}") from error
         yield batch
 
 
@@ -123,13 +131,14 @@ def _open(address: str, *, training: bool, limit: int | None) -> ImageSet:
     if not path.exists():
         raise InputRejected(f"{address}: no such data; --data takes digits, a folder, FILE.tar, hfds/NAME or wds/PATH")
     if path.is_dir():
-        wanted = ("train", "training") if training else _EVALUATION_SPLITS
-        found = [path / name for name in wanted if (path / name).is_dir()]
-        others = [path / name for name in ("train", "training", *_EVALUATION_SPLITS) if (path / name).is_dir()]
-        if found and len(others) > 1:
-            samples = _with_reader(address, found[0])
-            return ImageSet(address, found[0].name, "all", _labels(samples), samples, list(range(len(samples))))
-    samples = _with_reader(address, path)
+        train, evaluation = (
+            [path / name for name in names if (path / name).is_dir()] for names in (_TRAINING_SPLITS, _EVALUATION_SPLITS)
+        )
+        if train and evaluation:
+            chosen = train[0] if training else evaluation[0]
+            samples = _with_reader(chosen)
+            return ImageSet(address, chosen.name, "all", _labels(samples), samples, list(range(len(samples))))
+    samples = _with_reader(path)
     shuffled = np.random.default_rng(20221).permutation(len(samples))
     cut = max(1, round(len(samples) * CALIBRATION_SHARE))
     indices = sorted((shuffled[:cut] if training else shuffled[cut:]).tolist())
@@ -139,12 +148,12 @@ def _open(address: str, *, training: bool, limit: int | None) -> ImageSet:
     return ImageSet(address, "none", share, _labels(samples), samples, indices)
 
 
-def _with_reader(address: str, path: Path) -> Any:
-    """timm's data set over a folder or a tar file of class folders."""
-    from timm.data import ImageDataset
+def _with_reader(path: Path) -> Any:
+    """The images of a folder or a tar file of class folders."""
+    from timm.data.readers import create_reader
 
     try:
-        samples = ImageDataset(str(path))
+        samples = _Read(create_reader("", root=str(path)))
     except (RuntimeError, AssertionError, OSError, tarfile.TarError, ValueError, IndexError) as error:
         raise InputRejected(f"{path}: cannot be read as class folders of images: {error}") from error
     if not len(samples):
@@ -164,9 +173,10 @@ def _open_named(address: str, prefix: str, *, training: bool, limit: int | None)
             if prefix == "wds":
                 folder = address.partition("/")[2]
                 stream = create_dataset("wds/", root=folder, split=split, is_training=False, batch_size=1)
-                samples = _Materialised(list(islice(stream, limit)))
+                samples: Any = _Materialised(list(islice(stream, limit)))
             else:
                 samples = create_dataset(address, root=None, split=split)
+                samples = _Read(samples.reader) if hasattr(samples, "reader") else samples
         except ImportError as error:
             raise Unavailable(f"{address}: {error}; install the readers: pip install 'patchslim[readers]'") from error
         except Exception as error:
@@ -176,6 +186,28 @@ def _open_named(address: str, prefix: str, *, training: bool, limit: int | None)
             return ImageSet(address, split, "all", _labels(samples), samples, list(range(len(samples))))
         reasons.append(f"{split}: empty")
     raise InputRejected(f"{address}: no usable split here, offline ({'; '.join(reasons)})")
+
+
+class _Read:
+    """The images of one of timm's readers. Unlike timm's data set, it refuses a damaged image rather than take the next one."""
+
+    def __init__(self, reader: Any) -> None:
+        self.reader = reader
+        self.transform: Callable[[Any], Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        from PIL import Image
+
+        try:
+            stream, target = self.reader[index]
+            with stream:
+                image = Image.open(stream).convert("RGB")
+        except Exception as error:
+            raise InputRejected(f"{self.reader.filename(index)}: {error}") from error
+        return (image if self.transform is None else self.transform(image)), int(target)
 
 
 class _Materialised:
@@ -195,7 +227,7 @@ class _Materialised:
 
 def _labels(samples: Any) -> list[str]:
     reader = getattr(samples, "reader", None)
-    mapping = getattr(reader, "class_to_idx", None)
+    mapping = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
     if mapping:
         return [str(name) for name, _ in sorted(mapping.items(), key=lambda item: item[1])]
     features = getattr(getattr(reader, "dataset", None), "features", None)
