@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from dataclasses import dataclass
@@ -63,18 +64,19 @@ def run(options: Options) -> int:
     from graph_passes.files import load_model, save_model
     from graph_passes.manager import slim
 
-    model = load_model(options.model)
-    try:
-        result = slim(
-            model,
-            plan,
-            layout=options.layout,
-            precision=options.precision,
-            passes=options.passes or None,
-            save_intermediates=options.save_intermediates,
-        )
-    except InputRejected as error:
-        raise InputRejected(f"{options.model} with plan {options.plan}: {error}") from error
+    with contextlib.redirect_stdout(sys.stderr):  # onnx-graphsurgeon logs to stdout, which is kept for the result
+        model = load_model(options.model)
+        try:
+            result = slim(
+                model,
+                plan,
+                layout=options.layout,
+                precision=options.precision,
+                passes=options.passes or None,
+                save_intermediates=options.save_intermediates,
+            )
+        except InputRejected as error:
+            raise InputRejected(f"{options.model} with plan {options.plan}: {error}") from error
     try:
         save_model(result.model, options.output)
         _report(options, result, plan.macs(options.layout), plan.dense_macs())
@@ -93,7 +95,7 @@ def _report(options: Options, result: SlimResult, macs: int, dense_macs: int) ->
         "precision": options.precision,
         "modified": result.modified,
         "nodes": len(result.model.graph.node),
-        "macs": macs,
+        "plan_macs": macs,
         "dense_macs": dense_macs,
         "passes": [entry.as_dict() for entry in result.results],
     }
@@ -110,7 +112,7 @@ def _report(options: Options, result: SlimResult, macs: int, dense_macs: int) ->
     for entry in result.results:
         table.add_row(entry.name, "yes" if entry.modified else "no", str(entry.sites))
     Console().print(table)
-    print(f"{options.output}: {macs / 1e9:.3f} GMACs; dense, {dense_macs / 1e9:.3f}")
+    print(f"{options.output}: the plan needs {macs / 1e9:.3f} GMACs, the dense model {dense_macs / 1e9:.3f}")
 
 
 def _describe(options: Options) -> int:

@@ -56,7 +56,7 @@ def test_it_writes_the_slim_model_a_report_and_the_intermediates(
     assert code == 0
     summary = json.loads(capsys.readouterr().out)
     assert summary == json.loads(report.read_text())
-    assert summary["macs"] == plan.macs("packed")
+    assert summary["plan_macs"] == plan.macs("packed")
     assert {entry["name"]: entry["sites"] for entry in summary["passes"]} == {
         "repair_reshapes": 8, "fold_scale": 4, "order_tokens": 1, "cut_tokens": 3,
     }  # fmt: skip
