@@ -13,6 +13,8 @@ from torch import Tensor
 from slimming.api import make_plan
 from slimming.plan import Mode, SlimPlan
 
+torch.set_num_threads(1)  # these models are too small for more
+
 TINY: dict[str, Any] = {"img_size": 48, "patch_size": 16, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 7}
 #: Supported kinds: timm's name and what differs from ``TINY``.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
