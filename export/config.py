@@ -1,0 +1,89 @@
+"""The options of ``python -m export.run``: names, defaults and help in one place."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from slimming.door import UsageError
+from slimming.options import ModelOptions
+from slimming.plan import Layout
+
+Engine = Literal["ort", "trt"]
+Precision = Literal["fp32", "fp16"]
+
+
+def default_work() -> Path:
+    """Where stages are cached: ``$PATCHSLIM_WORK``, else ``patchslim`` in the user's cache folder."""
+    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(os.environ.get("PATCHSLIM_WORK") or Path(cache) / "patchslim")
+
+
+@dataclass(frozen=True)
+class Options(ModelOptions):
+    """Take a Vision Transformer from PyTorch weights to a checked hand-off bundle."""
+
+    engine: Engine = "ort"
+    """ort: ONNX Runtime. trt: TensorRT for this machine's GPU, or TensorRT-RTX ahead of time where there is none."""
+    target: Annotated[
+        tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="sm75|sm80|sm86|sm89|sm120|sm121")
+    ] = ()
+    """GPU generations to build TensorRT-RTX engines for; may be given several times. Default: all from sm80."""
+    precision: Precision | None = None
+    """Type of the engine's weights and activations. Default: fp16 for trt, fp32 for ort."""
+    plan: Path | None = None
+    """Use this plan.json instead of searching for one."""
+    dense: bool = False
+    """Export the model unslimmed."""
+    eval_images: int | Literal["all"] = 2000
+    """Held-out images that every stage is measured on."""
+    max_top1_drop: float = 0.2
+    """Points of top-1 that any stage may lose against the PyTorch original; more means exit code 5 and no bundle."""
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """The bundle's folder. Default: bundles/MODEL-ENGINE."""
+    work: Path | None = None
+    """Where finished stages are kept, so that a second or interrupted run continues. Default: ~/.cache/patchslim."""
+    batch_size: int = 32
+    """Images per run while measuring."""
+    dry_run: bool = False
+    """Say what would be done and which stages are already there, and stop."""
+    json: bool = False
+    """Print one JSON object on stdout; logs stay on stderr."""
+
+    def check(self) -> None:
+        """Raise ``UsageError`` for values that no run could use."""
+        super().check()
+        if self.plan is not None and self.dense:
+            raise UsageError("--plan and --dense contradict each other")
+        if self.eval_images != "all" and self.eval_images < 1:
+            raise UsageError(f"--eval-images {self.eval_images}: must be at least 1, or all")
+        if not 0 <= self.max_top1_drop <= 100:
+            raise UsageError(f"--max-top1-drop {self.max_top1_drop}: must be from 0 to 100 points")
+        if self.batch_size < 1:
+            raise UsageError(f"--batch-size {self.batch_size}: must be at least 1")
+        if self.target and self.engine != "trt":
+            raise UsageError("--target needs --engine trt")
+
+    @property
+    def layout(self) -> Layout:
+        """How cuts are laid: TensorRT likes the packed qkv, which keeps its kernels few; on a CPU fewer MACs are faster."""
+        return "packed" if self.engine == "trt" else "split"
+
+    @property
+    def engine_precision(self) -> Precision:
+        """``--precision``, or the engine's default."""
+        return self.precision or ("fp16" if self.engine == "trt" else "fp32")
+
+    @property
+    def bundle(self) -> Path:
+        """``--output``, or its default."""
+        return self.output or Path("bundles") / f"{self.model.replace('/', '_')}-{self.engine}"
+
+    @property
+    def work_folder(self) -> Path:
+        """``--work``, or its default."""
+        return self.work or default_work()

@@ -1,0 +1,52 @@
+"""``python -m export.run --model vit_ti --engine trt``: from PyTorch weights to a checked hand-off bundle."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from export.config import Options
+from slimming.door import EXIT_DONE, open_door
+
+
+def run(options: Options) -> int:
+    """Export, or say what an export would do; returns the exit code. Raises ``DoorError``."""
+    if options.dry_run:
+        print_dry_run(options)
+        return EXIT_DONE
+    from export.pipeline import export_bundle
+    from export.summary import as_json, print_summary
+
+    outcome = export_bundle(options)
+    if options.json:
+        print(json.dumps(as_json(outcome)))
+    else:
+        print_summary(outcome)
+    return EXIT_DONE
+
+
+def print_dry_run(options: Options) -> None:
+    """Check everything that can be checked without working, and print what would be done."""
+    from export.pipeline import describe
+
+    described: dict[str, Any] = describe(options)
+    if options.json:
+        print(json.dumps(described))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    for name, value in described.items():
+        table.add_row(name, " ".join(map(str, value)) if isinstance(value, list) else str(value))
+    Console(highlight=False).print(table)
+
+
+def main() -> int:
+    """The command line's entry point; returns the exit code."""
+    return open_door(Options, run, prog="python -m export.run", description=Options.__doc__ or "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

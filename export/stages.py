@@ -1,0 +1,208 @@
+"""The stages of an export, each cached under everything that went into it: plan, dense ONNX, slim ONNX, engine, logits."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from export.cache import StageCache
+from export.config import Options
+from export.engines import EngineResult, build_engine
+from export.engines import Progress as EngineProgress
+from export.evaluate import Runner, measure, torch_runner
+from export.onnx_export import export_dense
+from slimming.plan import SlimPlan, load_plan
+from slimming.progress import Reporter
+from slimming.session import Session
+from validate.bundle import digest
+
+Array = npt.NDArray[Any]
+PYTORCH, PYTORCH_SLIM, ONNX_SLIM, ONNX_FP16, ENGINE = "pytorch", "pytorch-slim", "onnx-slim", "onnx-slim-fp16", "engine"
+
+
+@dataclass(frozen=True)
+class Stages:
+    """What the stages of one run share."""
+
+    options: Options
+    session: Session
+    cache: StageCache
+    reporter: Reporter
+
+    @property
+    def model_key(self) -> dict[str, object]:
+        """Everything that decides the original's answers."""
+        loaded = self.session.loaded
+        return {
+            "architecture": loaded.architecture,
+            "arguments": loaded.arguments,
+            "weights": loaded.weights_sha256,
+            "preprocessing": loaded.data_config,
+        }
+
+    def plan_folder(self) -> Path:
+        """Where the found plan is, or will be."""
+        from slimming.data import fingerprint_of
+
+        options = self.options
+        return self.cache.path(
+            "plan",
+            model=self.model_key,
+            images=fingerprint_of(self.session.calibration),
+            described=self.session.calibration.describe(),
+            budget=(options.macs_reduction, options.tolerance),
+            form=(options.mode, options.layout, options.seed, self.device),
+        )
+
+    @property
+    def device(self) -> str:
+        """PyTorch's device type."""
+        return str(next(self.session.loaded.module.parameters()).device.type)
+
+    def plan(self) -> SlimPlan:
+        """The given plan, the dense one, or the one that the search finds."""
+        from slimming.api import dense_plan, find_plan
+        from slimming.slim_vit import check_fits
+
+        options, loaded = self.options, self.session.loaded
+        if options.dense:
+            return dense_plan(loaded.module, loaded.architecture)
+        if options.plan is not None:
+            plan = load_plan(options.plan)
+            check_fits(loaded.module, plan)
+            return plan
+        folder = self.plan_folder()
+
+        def build(part: Path) -> None:
+            with self.reporter.stages() as progress:
+                find_plan(
+                    loaded.module,
+                    self.session.calibration,
+                    name=loaded.architecture,
+                    transform=self.session.transform,
+                    macs_reduction=options.macs_reduction,
+                    tolerance=options.tolerance,
+                    mode=options.mode,
+                    layout=options.layout,
+                    seed=options.seed,
+                    progress=progress,
+                ).save(part / "plan.json")
+
+        self.cache.make(folder, build)
+        return load_plan(folder / "plan.json")
+
+    def dense_onnx(self) -> Path:
+        """The dense model, exported."""
+        folder = self.cache.path("dense", model=self.model_key)
+
+        def build(part: Path) -> None:
+            self.reporter.say("exporting the dense model to ONNX")
+            export_dense(self.session.loaded.module, tuple(self.session.loaded.data_config["input_size"]), part / "dense.onnx")
+
+        self.cache.make(folder, build)
+        return folder / "dense.onnx"
+
+    def slim_onnx(self, dense: Path, plan: SlimPlan) -> dict[str, Path]:
+        """The slim model by stage name: float32, and typed FP16 where the engine asks for it."""
+        layout, precision = self.options.layout, self.options.engine_precision
+        folder = self.cache.path(
+            "slim", dense=digest(dense), plan=plan.model_dump(mode="json"), layout=layout, precision=precision
+        )
+
+        def build(part: Path) -> None:
+            from graph_passes import load_model, save_model, slim, to_fp16
+
+            self.reporter.say(f"cutting tokens out of the graph ({layout} qkv)")
+            result = slim(load_model(dense), plan, layout=layout)
+            save_model(result.model, part / "model.onnx")
+            if precision == "fp16":
+                save_model(to_fp16(result.model), part / "model.fp16.onnx")
+
+        self.cache.make(folder, build)
+        files = {ONNX_SLIM: folder / "model.onnx"}
+        if precision == "fp16":
+            files[ONNX_FP16] = folder / "model.fp16.onnx"
+        return files
+
+    def engine(self, onnx: Path) -> EngineResult:
+        """The engine for the target, built from ``onnx``."""
+        options = self.options
+        backend: dict[str, object] = {"engine": options.engine}
+        if options.engine == "trt":
+            from export.engines.tensorrt import choose_backend
+
+            backend |= dataclasses.asdict(choose_backend(options.target))
+        folder = self.cache.path("engine", onnx=digest(onnx), precision=options.engine_precision, **backend)
+
+        def build(part: Path) -> None:
+            with self.reporter.bar("building engines", unit="") as update:
+
+                def progress(report: EngineProgress) -> bool:
+                    if report.parent is None:
+                        update(report.step, report.total)
+                    return True
+
+                result = build_engine(
+                    options.engine, onnx, part, targets=options.target, precision=options.engine_precision, progress=progress
+                )
+            fields = dataclasses.asdict(result)
+            fields["files"] = [file.name for file in result.files if options.engine == "trt"]
+            fields["layers_file"] = result.layers_file.name if result.layers_file else None
+            (part / "result.json").write_text(json.dumps(fields), encoding="utf-8")
+
+        self.cache.make(folder, build)
+        fields = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        fields["files"] = [folder / name for name in fields["files"]]
+        fields["layers_file"] = folder / fields["layers_file"] if fields["layers_file"] else None
+        fields["batch"] = tuple(fields["batch"])
+        return EngineResult(**fields)
+
+    def logits(self, images: Any, plan: SlimPlan, graphs: dict[str, Path]) -> tuple[dict[str, Array], Array]:
+        """Logits of every stage on the held-out images, and their classes; only what is not there yet is run."""
+        from slimming.data import fingerprint_of
+
+        fingerprint = fingerprint_of(images)
+        keys: dict[str, object] = {PYTORCH: "original", PYTORCH_SLIM: plan.model_dump(mode="json", include={"kept", "mode"})}
+        keys |= {stage: digest(path) for stage, path in graphs.items()}
+        shared = {"images": fingerprint, "model": self.model_key, "device": self.device}
+        folders = {stage: self.cache.path("logits", stage=stage, key=key, **shared) for stage, key in keys.items()}
+        missing = [stage for stage, folder in folders.items() if not folder.is_dir()]
+        if missing:
+            runners = {stage: self._runner(stage, plan, graphs) for stage in missing}
+            classes = int(self.session.loaded.module.num_classes)
+            self.reporter.say(f"measuring {', '.join(missing)} on {len(images)} held-out images")
+            with self.reporter.bar("parity") as progress:
+                found, targets = measure(
+                    runners,
+                    images,
+                    self.session.transform,
+                    batch_size=self.options.batch_size,
+                    classes=classes,
+                    progress=progress,
+                )
+            for stage, logits in found.items():
+
+                def build(part: Path, logits: Array = logits, targets: Array = targets) -> None:
+                    np.save(part / "logits.npy", logits)
+                    np.save(part / "targets.npy", targets)
+
+                self.cache.make(folders[stage], build)
+        read = {stage: np.load(folder / "logits.npy", allow_pickle=False) for stage, folder in folders.items()}
+        return read, np.load(folders[PYTORCH] / "targets.npy", allow_pickle=False)
+
+    def _runner(self, stage: str, plan: SlimPlan, graphs: dict[str, Path]) -> Runner:
+        from export.engines.ort import OrtSession
+        from slimming.slim_vit import SlimViT
+
+        module = self.session.loaded.module
+        if stage == PYTORCH:
+            return torch_runner(module)
+        if stage == PYTORCH_SLIM:
+            return torch_runner(SlimViT(module, plan).to(self.device).eval())
+        return OrtSession(graphs[stage]).run

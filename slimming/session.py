@@ -1,0 +1,54 @@
+"""From options to a model on a device, its transform and its calibration images: what every door does first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from slimming.door import InputRejected, Unavailable
+from slimming.options import ModelOptions
+
+
+@dataclass(frozen=True)
+class Session:
+    """A loaded model (``slimming.models.LoadedModel``), its evaluation transform, and its calibration images."""
+
+    loaded: Any
+    transform: Any
+    calibration: Any
+    labels: list[str]
+
+
+def open_session(options: ModelOptions) -> Session:
+    """Load what the options name. Raises ``DoorError`` with the next step in its message."""
+    options.check()
+    import torch
+    from timm.data import create_transform
+    from timm.layers import set_fused_attn
+
+    from slimming.data import calibration_set
+    from slimming.models import load_model, parse_arguments
+    from slimming.vit import check_supported
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise Unavailable("--device cuda: PyTorch sees no CUDA device here; pass --device cpu")
+    set_fused_attn(True)
+    calibration = calibration_set(options.calibration_data or options.data, options.calibration_images, options.seed)
+    loaded = load_model(
+        options.model,
+        weights=options.weights,
+        arguments=parse_arguments(options.model_arg),
+        preprocessing=options.preprocessing(),
+        classes=len(calibration.labels) or None,
+        seed=options.seed,
+    )
+    check_supported(loaded.module, options.model)
+    classes = int(loaded.module.num_classes)
+    if calibration.labels and len(calibration.labels) != classes:
+        raise InputRejected(
+            f"{calibration.address} has {len(calibration.labels)} classes, the model {classes}: "
+            "pass data of the model's classes, or --model-arg num_classes=N with weights that fit"
+        )
+    device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
+    loaded.module.to(device)
+    return Session(loaded, create_transform(**loaded.data_config), calibration, calibration.labels)
