@@ -32,7 +32,7 @@ def edge(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [uv, "sync", "--frozen", "--no-default-groups", "--no-editable", "--extra", "edge"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     if done.returncode and any(word in done.stderr.lower() for word in UNREACHABLE):
-        pytest.skip(f"packages cannot be fetched from here: {done.stderr.strip().splitlines()[-1]}")
+        pytest.skip(f"packages cannot be fetched from here: {' '.join(done.stderr.split())[:300]}")
     assert done.returncode == 0, done.stderr
     return folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
 
