@@ -1,0 +1,167 @@
+"""Which models are taken, which are refused and by what name, where weights come from, and how images are to be prepared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from models_factory import KINDS, TINY, build
+from timm.layers import GluMlp, SwiGLU
+
+from slimming.api import dense_plan, find_plan
+from slimming.data import calibration_set
+from slimming.door import InputRejected, Unavailable, UsageError
+from slimming.models import BUNDLED, PRESETS, load_model, parse_arguments
+from slimming.vit import check_supported
+
+VIT = "vit_tiny_patch16_224"
+SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 16, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7}
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "average pool": (VIT, SMALL | {"global_pool": "avg"}, "pooling 'avg'"),
+    "no class token": (VIT, SMALL | {"global_pool": "avg", "class_token": False}, "pooling 'avg'"),
+    "map pool": ("vit_base_patch16_siglip_224", SMALL, "pooling 'map'"),
+    "max pool": (VIT, SMALL | {"global_pool": "max"}, "pooling 'max'"),
+    "swin": ("swin_tiny_patch4_window7_224", {"embed_dim": 12, "depths": (1, 1), "num_heads": (1, 1)}, "SwinTransformer"),
+    "resnet": ("resnet10t", {}, "ResNet"),
+    "eva": ("eva02_tiny_patch14_224", {"depth": 1}, "Eva"),
+    "swiglu": (VIT, SMALL | {"mlp_layer": SwiGLU}, "block 0's MLP SwiGLU"),
+    "gated mlp": (VIT, SMALL | {"mlp_layer": GluMlp}, "block 0's MLP GluMlp"),
+    "parallel attention": (VIT, SMALL | {"block_fn": "ParallelThingsBlock"}, "block 0 is a ParallelThingsBlock"),
+    "parallel scaling": (VIT, SMALL | {"block_fn": "ParallelScalingBlock"}, "block 0 is a ParallelScalingBlock"),
+    "post norm": (VIT, SMALL | {"block_fn": "ResPostBlock"}, "block 0 is a ResPostBlock"),
+    "normalised attention output": (VIT, SMALL | {"scale_attn_norm": True}, "block 0's gated or normalised"),
+    "normalised mlp": (VIT, SMALL | {"scale_mlp_norm": True}, "block 0's MLP"),
+    "differential attention": (VIT, SMALL | {"attn_layer": "diff", "num_heads": 2}, "block 0's attention DiffAttention"),
+    "hybrid stem": ("vit_tiny_r_s16_p8_224", {"img_size": 64}, "patch embedding HybridEmbed"),
+    "dynamic size": (VIT, SMALL | {"dynamic_img_size": True}, "dynamic_img_size"),
+    "no head": (VIT, SMALL | {"num_classes": 0}, "no classifier head"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_other_families_are_refused_by_name(case: str) -> None:
+    name, arguments, reason = REFUSED[case]
+    if isinstance(arguments.get("block_fn"), str):
+        arguments = arguments | {"block_fn": getattr(timm.models.vision_transformer, arguments["block_fn"])}
+    model = timm.create_model(name, pretrained=False, **arguments).eval()
+    for refusing in (lambda: check_supported(model, name), lambda: dense_plan(model, name)):
+        with pytest.raises(InputRejected, match=reason) as raised:
+            refusing()
+        assert f"model {name}: " in str(raised.value)
+        assert raised.value.exit_code == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_supported_kinds_are_taken(kind: str) -> None:
+    check_supported(build(kind), kind)
+
+
+@pytest.mark.parametrize("weights", ["random", "bundled", "pretrained"])
+def test_an_unknown_name_is_refused_whatever_the_weights(weights: str) -> None:
+    with pytest.raises(InputRejected, match=r"vit_gigantic_typo: not a preset .*vit_ti.* and not a model of timm") as raised:
+        load_model("vit_gigantic_typo", weights=weights)
+    assert raised.value.exit_code == 3
+
+
+@pytest.mark.parametrize("argument", [{"no_such_argument": 1}, {"embed_dim": 47}, {"global_pool": "nonsense"}])
+def test_arguments_that_timm_refuses(argument: dict[str, Any]) -> None:
+    with pytest.raises(InputRejected, match=f"model {VIT}: timm refuses .*{next(iter(argument))}"):
+        load_model(VIT, weights="random", arguments=TINY | argument)
+
+
+def test_presets_are_supported_models_of_timm() -> None:
+    assert set(BUNDLED) <= set(PRESETS)
+    for preset in ("vit_ti", "deit_ti"):
+        loaded = load_model(preset, weights="random", classes=7)
+        check_supported(loaded.module, preset)
+        assert (loaded.architecture, loaded.module.num_classes) == (PRESETS[preset], 7)
+    assert all(timm.is_model(name) for name in PRESETS.values())
+
+
+def test_random_weights_are_a_function_of_the_seed() -> None:
+    first, again, other = (load_model(VIT, weights="random", arguments=TINY, seed=seed) for seed in (3, 3, 4))
+    assert first.weights_sha256 == again.weights_sha256 != other.weights_sha256
+    assert not first.module.training
+    assert not any(parameter.requires_grad for parameter in first.module.parameters())
+
+
+def test_nothing_is_bundled_for_most_models() -> None:
+    with pytest.raises(
+        Unavailable, match=r"no weights are bundled for deit_s .*--weights PATH, pretrained or random"
+    ) as raised:
+        load_model("deit_s")
+    assert raised.value.exit_code == 4
+
+
+def test_pretrained_weights_offline_say_what_to_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(Unavailable, match="pretrained weights of deit_ti cannot be fetched from here") as raised:
+        load_model("deit_ti", weights="pretrained")
+    assert raised.value.exit_code == 4
+    for part in ("--weights PATH with a safetensors file", "--weights random"):
+        assert part in str(raised.value)
+
+
+def test_arguments_from_the_command_line() -> None:
+    pairs = ("img_size=96", "reg_tokens=4", "qk_norm=True", "img=(32, 64)", "act_layer=relu", "x=a=b")
+    wanted = {"img_size": 96, "reg_tokens": 4, "qk_norm": True, "img": (32, 64), "act_layer": "relu", "x": "a=b"}
+    assert parse_arguments(pairs) == wanted
+    for bad in ("img_size", "=3", "a b=1"):
+        with pytest.raises(UsageError, match=f"--model-arg {bad}: expected key=value"):
+            parse_arguments((bad,))
+
+
+def test_preprocessing_is_timms_own_until_overridden() -> None:
+    plain = load_model(VIT, weights="random", arguments=TINY | {"img_size": 32}).data_config
+    assert plain["input_size"] == [3, 32, 32]
+    assert (plain["mean"], plain["interpolation"], plain["crop_pct"]) == ([0.5, 0.5, 0.5], "bicubic", 0.9)
+    overrides = {"img_size": 64, "mean": (0.1, 0.2, 0.3), "std": (1.0, 0.9, 0.8), "crop_pct": 0.5, "interpolation": "bilinear"}
+    arguments = {key: value for key, value in TINY.items() if key != "img_size"}
+    changed = load_model(VIT, weights="random", arguments=arguments, preprocessing=overrides)
+    assert changed.data_config["input_size"] == [3, 64, 64]
+    assert changed.module.patch_embed.img_size == (64, 64)
+    for key in ("mean", "std", "crop_pct", "interpolation"):
+        wanted = overrides[key]
+        assert changed.data_config[key] == (list(wanted) if isinstance(wanted, tuple) else wanted)
+    nothing = dict.fromkeys(overrides)
+    assert load_model(VIT, weights="random", arguments=TINY | {"img_size": 32}, preprocessing=nothing).data_config == plain
+
+
+def test_the_input_size_is_the_models_whatever_is_asked() -> None:
+    for size, wanted in (((32, 64), [3, 32, 64]), (48, [3, 48, 48])):
+        loaded = load_model(VIT, weights="random", arguments=TINY | {"img_size": size}, preprocessing={"img_size": 96})
+        assert loaded.data_config["input_size"] == wanted
+
+
+def test_find_plan_is_the_same_twice_and_says_where_it_comes_from() -> None:
+    loaded = load_model(VIT, weights="random", arguments=TINY | {"patch_size": 8})
+    transform = timm.data.create_transform(**loaded.data_config, is_training=False)
+    images = calibration_set("digits", 6, seed=2)
+    plans = [
+        find_plan(loaded.module, images, name=VIT, transform=transform, macs_reduction=0.3, bound=bound, seed=2)
+        for bound in (1 << 30, 1)
+    ]
+    assert plans[0] == plans[1]
+    assert 1 - plans[0].macs() / plans[0].dense_macs() >= 0.3
+    origin = plans[0].origin
+    assert (origin.score, origin.criterion, origin.value, origin.seed) == ("paper", "macs-reduction", 0.3, 2)
+    assert origin.calibration is not None
+    assert (origin.calibration.data, origin.calibration.images) == ("digits (train, all)", 6)
+    by_tolerance = find_plan(loaded.module, images, name=VIT, transform=transform, tolerance=0.05)
+    assert (by_tolerance.origin.criterion, by_tolerance.origin.value) == ("tolerance", 0.05)
+    assert by_tolerance.origin.calibration == origin.calibration
+
+
+@pytest.mark.parametrize(
+    "options", [{"macs_reduction": None}, {"tolerance": -0.1}, {"tolerance": float("nan")}, {"macs_reduction": 1.0}]
+)
+def test_find_plan_refuses_options_that_mean_nothing(options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError) as raised:
+        find_plan(build(), calibration_set("digits", 2), name="tiny", transform=None, **options)
+    assert raised.value.exit_code == 2
+    assert torch.is_inference_mode_enabled() is False
