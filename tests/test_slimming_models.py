@@ -157,6 +157,17 @@ def test_find_plan_is_the_same_twice_and_says_where_it_comes_from() -> None:
     assert by_tolerance.origin.calibration == origin.calibration
 
 
+@pytest.mark.parametrize("mode", ["compact", "stale"])
+@pytest.mark.parametrize("asked", [0.2, 0.45])
+def test_find_plan_meets_a_budget_closely_in_a_deep_model(asked: float, mode: Any) -> None:
+    loaded = load_model(VIT, weights="random", arguments=TINY | {"depth": 12, "img_size": 160})  # 101 tokens
+    transform = timm.data.create_transform(**loaded.data_config, is_training=False)
+    plan = find_plan(
+        loaded.module, calibration_set("digits", 8), name=VIT, transform=transform, macs_reduction=asked, mode=mode
+    )
+    assert asked <= 1 - plan.macs() / plan.dense_macs() <= asked + 0.02
+
+
 @pytest.mark.parametrize(
     "options", [{"macs_reduction": None}, {"tolerance": -0.1}, {"tolerance": float("nan")}, {"macs_reduction": 1.0}]
 )
