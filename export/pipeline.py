@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from export.bundle import check_place, publish
 from export.cache import StageCache, tool_versions
 from export.config import Options
 from export.engines import EngineResult
-from export.onnx_export import BATCH, INPUT, OUTPUT
+from export.onnx_export import INPUT, OUTPUT
 from export.stages import ENGINE, ONNX_FP16, ONNX_SLIM, PYTORCH, PYTORCH_SLIM, Stages
 from slimming.door import ParityFailed
 from slimming.plan import SlimPlan
@@ -29,7 +30,7 @@ from validate.parity import gate, not_executed, rung
 Array = npt.NDArray[Any]
 #: Largest difference of a logit that ONNX Runtime in float32 may show against PyTorch, and FP16 against float32.
 FP32_TOLERANCE, FP16_TOLERANCE = 1e-3, 0.1
-GOLDEN_IMAGES = 16
+GOLDEN_IMAGES = 8
 
 
 @dataclass(frozen=True)
@@ -143,9 +144,7 @@ def _parity(
     if ONNX_FP16 in logits:
         chain.append((ONNX_FP16, ONNX_SLIM, FP16_TOLERANCE))
     for stage, before, tolerance in chain:
-        rungs.append(
-            rung(stage, logits[stage], targets, original, logits[before], compared_to=before, tolerance=tolerance)
-        )
+        rungs.append(rung(stage, logits[stage], targets, original, logits[before], compared_to=before, tolerance=tolerance))
     source = chain[-1][0]
     if options.engine == "ort":
         note = f"ONNX Runtime on {', '.join(engine.targets)} is the engine: the same run as {source}"
@@ -230,8 +229,8 @@ def _fill(
         tools=tool_versions(),
         target={"engine": options.engine, "targets": list(engine.targets), "batch": list(engine.batch)},
         precision=options.engine_precision,
-        inputs=[schema.TensorSpec(name=INPUT, dtype="float32", shape=[BATCH, *config["input_size"]])],
-        outputs=[schema.TensorSpec(name=OUTPUT, dtype="float32", shape=[BATCH, classes])],
+        inputs=[schema.TensorSpec(name=INPUT, dtype="float32", shape=["batch", *config["input_size"]])],
+        outputs=[schema.TensorSpec(name=OUTPUT, dtype="float32", shape=["batch", classes])],
         preprocessing=schema.Preprocessing(
             input_size=tuple(config["input_size"]),
             interpolation=config["interpolation"],
@@ -263,6 +262,4 @@ def _fill(
 
 
 def _first(images: Any, count: int) -> Any:
-    import dataclasses
-
     return dataclasses.replace(images, indices=images.indices[:count])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from export.pipeline import Outcome
@@ -29,10 +30,11 @@ def print_summary(outcome: Outcome) -> None:
 
     from validate.report import rung_table
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     macs = outcome.macs
     facts = Table.grid(padding=(0, 2))
-    facts.add_row("MACs", f"{macs.slim / 1e9:.3f} G of {macs.dense / 1e9:.3f} G: {macs.reduction:.1%} removed ({macs.layout} qkv)")
+    saved = f"{macs.slim / 1e9:.3f} G of {macs.dense / 1e9:.3f} G: {macs.reduction:.1%} removed"
+    facts.add_row("MACs", f"{saved} ({macs.layout} qkv)")
     facts.add_row("tokens", " ".join(map(str, outcome.plan.counts)) + f" of {outcome.plan.tokens}")
     facts.add_row("engine", outcome.engine.summary())
     facts.add_row("size", f"{outcome.size / 1e6:.1f} MB")

@@ -60,6 +60,11 @@ class BudgetUnreachable(DoorError):  # noqa: N818
 
 Options = TypeVar("Options")
 
+#: Packages that an extra brings: without one of them a door says what to install.
+_OF_EXTRAS = frozenset(
+    ["PIL", "matplotlib", "onnx", "onnx_graphsurgeon", "onnxruntime", "onnxscript", "safetensors", "sklearn", "timm", "torch"]
+)
+
 
 def open_door(options: type[Options], main: Callable[[Options], int], *, prog: str, description: str) -> int:
     """Parse the command line into ``options``, run ``main`` and return the exit code of DESIGN.md.
@@ -75,6 +80,12 @@ def open_door(options: type[Options], main: Callable[[Options], int], *, prog: s
     except DoorError as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _OF_EXTRAS:
+            raise
+        extra = "edge" if "graph_passes" in prog else "export"
+        print(f'{prog}: {error.name} is not installed; install it: pip install "patchslim[{extra}]"', file=sys.stderr)
+        return EXIT_UNAVAILABLE
     except KeyboardInterrupt:
         print(f"{prog}: interrupted; nothing was half-written, and the same command resumes", file=sys.stderr)
         return EXIT_INTERRUPTED

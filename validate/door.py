@@ -68,6 +68,11 @@ def open_door(options: type[Options], main: Callable[[Options], int], *, prog: s
     except DoorError as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("PIL", "onnx", "onnxruntime"):
+            raise
+        print(f'{prog}: {error.name} is not installed; install it: pip install "patchslim[edge]"', file=sys.stderr)
+        return EXIT_UNAVAILABLE
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

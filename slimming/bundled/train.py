@@ -2,9 +2,9 @@
 
     python -m slimming.bundled.train --output vit_ti_digits.safetensors
 
-Small first, then grown: most steps see only a window of patches around the digit, at their true place in the 14 x 14 grid, so that
-positions and patch statistics are those of the whole image and only the number of tokens differs. The last stage sees whole images.
-No image of the test split is used until the end, when top-1 is measured once.
+Small first, then grown: most steps see only a window of patches around the digit, at their true place in the 14 x 14 grid,
+so that positions and patch statistics are those of the whole image and only the number of tokens differs. The last stage
+sees whole images. No image of the test split is used until the end, when top-1 is measured once.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -62,9 +63,7 @@ def load_pool(split: str, length: int) -> tuple[torch.Tensor, torch.Tensor, torc
     return images, targets, centres
 
 
-def windows(
-    images: torch.Tensor, centres: torch.Tensor, side: int, rng: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
+def windows(images: torch.Tensor, centres: torch.Tensor, side: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Cut a ``side`` x ``side`` window of patches about each digit.
 
     Returns float (b, 3, side * 16, side * 16) in [-1, 1] and the windows' patch indices (b, side * side).
@@ -86,8 +85,8 @@ def windows(
 
 
 @torch.no_grad()
-def initialise(model: torch.nn.Module) -> None:
-    """Start where small ViTs learn fast: sine-cosine positions, and mimetic attention (Trockman & Kolter, 2023, eq. 4-7)."""
+def initialise(model: Any) -> None:
+    """Start where small ViTs learn fast: sine-cosine positions, mimetic attention (Trockman & Kolter, 2023, eq. 4-7)."""
     width = model.embed_dim
     positions = build_sincos2d_pos_embed([GRID, GRID], dim=width)
     model.pos_embed[0, 1:] = positions.to(model.pos_embed)
@@ -107,21 +106,22 @@ def initialise(model: torch.nn.Module) -> None:
         value.copy_(strength.sqrt()[:, None] * right)
 
 
-def features_of(model: torch.nn.Module, pixels: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """The ViT's normalised last tokens (b, 1 + patches, 192) where only the patches ``indices`` of the grid are given."""
+def features_of(model: Any, pixels: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """The ViT's normalised last tokens (b, 1 + patches, 192) where only the patches ``indices`` are given."""
     tokens = model.patch_embed(pixels)
     prefix, patches = model.pos_embed[:, :1], model.pos_embed[0, 1:][indices]
     tokens = torch.cat([(model.cls_token + prefix).expand(len(tokens), -1, -1), tokens + patches], dim=1)
-    return model.norm(model.blocks(tokens))
+    last: torch.Tensor = model.norm(model.blocks(tokens))
+    return last
 
 
 @torch.inference_mode()
-def evaluate(model: torch.nn.Module, length: int, device: str) -> float:
+def evaluate(model: Any, length: int, device: str) -> float:
     """Top-1 in percent on the first ``length`` images of the test split."""
     images, targets, _ = load_pool("test", length)
     model.eval()
     hits = 0
-    for rows in torch.arange(length).split(64):
+    for rows in (slice(start, start + 64) for start in range(0, length, 64)):
         pixels = images[rows].permute(0, 3, 1, 2).float() / 127.5 - 1
         hits += int((model(pixels.to(device)).argmax(1).cpu() == targets[rows]).sum())
     return 100 * hits / length
@@ -186,7 +186,7 @@ def main() -> None:
         target = targets[rows].to(device)
         loss = torch.nn.functional.cross_entropy(logits, target, label_smoothing=0.05)
         total = loss + 0.5 * torch.nn.functional.cross_entropy(helped, target, label_smoothing=0.05)
-        total.backward()
+        total.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
