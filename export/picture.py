@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from slimming.plan import SlimPlan
+from slimming.plan import Layout, SlimPlan
 
 
-def draw_kept_patches(plan: SlimPlan, image: npt.NDArray[Any], path: Path) -> None:
+def draw_kept_patches(plan: SlimPlan, layout: Layout, image: npt.NDArray[Any], path: Path) -> None:
     """Write a PNG with one panel per block: kept patches bright, dropped ones dark.
 
-    ``image`` is (h, w, 3) in [0, 1], as the model sees it before normalisation. The same input gives the same bytes.
+    ``layout`` is how the cuts are laid, for the MACs in the title; ``image`` is (h, w, 3) in [0, 1], as the model sees it before
+    normalisation. The same input gives the same bytes.
     """
     import matplotlib as mpl
 
@@ -37,7 +38,7 @@ def draw_kept_patches(plan: SlimPlan, image: npt.NDArray[Any], path: Path) -> No
         kept = mask.reshape(plan.grid)[where[0]][:, where[1]][..., None]
         axis.imshow(np.clip(image * (0.12 + 0.88 * kept), 0, 1), interpolation="nearest")
         axis.set_title(f"block {index + 1}: {plan.counts[index]} of {plan.tokens}", fontsize=8)
-    saved = 1 - plan.macs() / plan.dense_macs()
+    saved = 1 - plan.macs(layout) / plan.dense_macs()
     figure.suptitle(f"{plan.model}: tokens kept after each block ({plan.mode}, {saved:.1%} of MACs removed)", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=110, metadata={"Software": None})

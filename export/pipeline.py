@@ -213,7 +213,7 @@ def _fill(
     )
     config = loaded.data_config
     pixels = first[0].numpy().transpose(1, 2, 0) * np.array(config["std"]) + np.array(config["mean"])
-    draw_kept_patches(plan, pixels, folder / "kept_patches.png")
+    draw_kept_patches(plan, options.layout, pixels, folder / "kept_patches.png")
     classes = int(loaded.module.num_classes)
     calibration = plan.origin.calibration
     return schema.Manifest(
