@@ -165,7 +165,7 @@ def test_find_plan_meets_a_budget_closely_in_a_deep_model(asked: float, mode: An
     plan = find_plan(
         loaded.module, calibration_set("digits", 8), name=VIT, transform=transform, macs_reduction=asked, mode=mode
     )
-    assert asked <= 1 - plan.macs() / plan.dense_macs() <= asked + 0.02
+    assert asked <= 1 - plan.macs() / plan.dense_macs() <= asked + 0.015
 
 
 @pytest.mark.parametrize(
