@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument(
         "--stages",
         nargs="+",
-        default=["6:4000:128", "9:400:96", "14:600:64"],
+        default=["6:2400:128", "9:200:96", "14:500:64"],
         metavar="SIDE:STEPS:BATCH",
         help="window side in patches, steps and batch size of each stage (default: %(default)s)",
     )
