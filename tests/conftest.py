@@ -1,0 +1,35 @@
+"""What the tests of the export share: one work folder, so that stages are made once, and two finished bundles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from export.pipeline import Outcome
+
+
+@pytest.fixture(scope="session")
+def export_work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("export") / "work"
+
+
+@pytest.fixture(scope="session")
+def ort_export(export_work: Path) -> Outcome:
+    from export_factory import tiny
+
+    from export import export_bundle
+
+    return export_bundle(tiny(export_work, "tiny-ort"))
+
+
+@pytest.fixture(scope="session")
+def trt_export(export_work: Path) -> Outcome:
+    pytest.importorskip("tensorrt_rtx")
+    from export_factory import tiny
+
+    from export import export_bundle
+
+    return export_bundle(tiny(export_work, "tiny-trt", engine="trt", target=("sm89",)))
