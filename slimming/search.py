@@ -19,13 +19,13 @@ from slimming.vit import attention_maps, embed, geometry_of, head_tokens_of, run
 #: The paper's r': tokens are tried in steps of this many.
 STEP = 10
 #: Images whose attention maps are in memory at once.
-BATCH = 16
+BATCH = 8
 #: A budget is first solved on this many images, then met on all of them from there.
 PROBE = 32
 #: A budget's search ends this close above it (a fraction of the dense MACs), or after this many walks.
 CLOSE_ENOUGH = 0.006
 PROBE_WALKS, FULL_WALKS = 8, 4
-_START, _LEAST, _STRIDE = 1e-3, 1e-7, 1.0  # tolerances to start at and to stop below; and the bracket's stride, in log
+_START, _LEAST = 1e-3, 1e-7  # tolerances to start at and to stop below
 _TINY = 1e-30
 
 Progress = Callable[[str, int, int], None]
@@ -227,12 +227,12 @@ class TopDownSearch:
                 f"{reduction:.1%} of MACs cannot be removed: prefix tokens alone, in {self.mode} form, leave at most {most:.1%}"
             )
         everything, self.images = self.images, min(PROBE, self.images)
-        probe = self._meet(reduction, _START, PROBE_WALKS)
+        probe = self._meet(reduction, _START, 1.0, PROBE_WALKS)
         self.images = everything
-        return self._meet(reduction, probe.tolerance, FULL_WALKS)
+        return self._meet(reduction, probe.tolerance, 0.2, FULL_WALKS)
 
-    def _meet(self, reduction: float, start: float, walks: int) -> Selection:
-        """Find the tolerance that just meets the budget: false position on its logarithm, bracketed outwards from ``start``."""
+    def _meet(self, reduction: float, start: float, stride: float, walks: int) -> Selection:
+        """Find the tolerance that just meets the budget: false position on its logarithm, bracketed from ``start`` in strides."""
         best: Selection | None = None
         below: tuple[float, float] | None = None  # (log tolerance, MACs removed) of the closest walk on either side
         above: tuple[float, float] | None = None
@@ -252,9 +252,9 @@ class TopDownSearch:
             else:
                 below = (at, removed)
             if above is None:
-                at += _STRIDE
+                at += stride
             elif below is None:
-                at -= _STRIDE
+                at -= stride
                 if best is not None and at < math.log(_LEAST):
                     return best
             else:

@@ -76,7 +76,7 @@ def evaluation_set(address: str, count: int | None) -> ImageSet:
     return replace(opened, indices=indices)
 
 
-def load_tensors(images: ImageSet, transform: Callable[[Any], Any], batch_size: int = 32) -> Iterator[tuple[Any, Any]]:
+def load_tensors(images: ImageSet, transform: Callable[[Any], Any], batch_size: int = 8) -> Iterator[tuple[Any, Any]]:
     """Batches of (float tensor (b, 3, h, w), class tensor (b,)), in order; one worker process decodes ahead."""
     import torch
 
