@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,10 +16,15 @@ MANIFEST = "manifest.json"
 
 def check_place(folder: Path) -> None:
     """Raise ``UsageError`` unless ``folder`` is free, empty, or an earlier bundle that may be replaced."""
+    if folder.name in ("", ".."):
+        raise UsageError(f"--output {folder}: needs a folder of its own, with a name")
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise UsageError(f"--output {folder}: is not a folder")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
         raise UsageError(f"--output {folder}: holds something else than a bundle; pass a new folder")
+    above = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise UsageError(f"--output {folder}: {above} is not a folder that can be written")
 
 
 def publish(fill: Callable[[Path], Manifest], folder: Path) -> None:
@@ -29,20 +35,19 @@ def publish(fill: Callable[[Path], Manifest], folder: Path) -> None:
     from validate.bundle import write_manifest
 
     check_place(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        box = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
+    except OSError as error:
+        raise UsageError(f"--output {folder}: cannot be written: {error}") from error
+    part, old = box / "new", box / "old"
     try:
         part.mkdir()
         write_manifest(part, fill(part))
         if folder.exists():
             folder.rename(old)
-        try:
-            part.rename(folder)
-        except BaseException:
-            if old.exists():
-                old.rename(folder)
-            raise
+        part.rename(folder)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        if old.exists() and not folder.exists():  # failed or interrupted between the two renames
+            old.rename(folder)
+        shutil.rmtree(box, ignore_errors=True)

@@ -36,8 +36,11 @@ class StageCache:
             raise Unavailable(f"{self.root}: the work folder cannot be written: {error}; pass --work DIR") from error
         try:
             build(part)
-            with contextlib.suppress(FileExistsError):  # another run was faster: its folder holds the same
+            try:
                 part.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # else another run was faster: its folder holds the same
+                    raise
         finally:
             shutil.rmtree(part, ignore_errors=True)
         return True

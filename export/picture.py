@@ -15,8 +15,8 @@ from slimming.plan import Layout, SlimPlan
 def draw_kept_patches(plan: SlimPlan, layout: Layout, image: npt.NDArray[Any], path: Path) -> None:
     """Write a PNG with one panel per block: kept patches bright, dropped ones dark.
 
-    ``layout`` is how the cuts are laid, for the MACs in the title; ``image`` is (h, w, 3) in [0, 1], as the model sees it before
-    normalisation. The same input gives the same bytes.
+    ``layout`` is how the cuts are laid, for the MACs in the title; ``image`` is (h, w, 3) in [0, 1], as the model sees it
+    before normalisation. The same input gives the same bytes.
     """
     import matplotlib as mpl
 

@@ -101,6 +101,7 @@ def describe(options: Options) -> dict[str, Any]:
     stages = Stages(options, session, StageCache(options.work_folder), Reporter())
     images = evaluation_images(options)
     if options.plan is not None or options.dense:
+        stages.plan()  # read and compared with the model
         plan = str(options.plan or "dense")
     else:
         plan = "found already" if stages.plan_folder().is_dir() else "to be searched"

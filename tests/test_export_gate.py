@@ -90,7 +90,8 @@ def test_a_bundle_that_cannot_be_filled_leaves_the_earlier_one(ort_export: Outco
     before = digests(place)
 
     def fill(folder: Path) -> Manifest:
-        assert folder.parent == tmp_path  # on the same file system, so that the rename is atomic
+        assert folder.stat().st_dev == tmp_path.stat().st_dev  # so that the rename is atomic
+        assert folder.is_relative_to(tmp_path)
         assert digests(place) == before
         (folder / "model.onnx").write_bytes(b"half a model")
         raise InputRejected("no more")
@@ -130,3 +131,25 @@ def test_an_output_that_holds_something_else_is_refused_and_left(ort_export: Out
     assert caught.value.exit_code == 2
     assert digests(tmp_path) == before
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("output", [".", "..", "/", "there/.."])
+def test_an_output_without_a_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str) -> None:
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    with pytest.raises(UsageError, match="--output"):
+        export_bundle(tiny(tmp_path / "work", output=Path(output)))
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("place", ["file/bundle", "file/deep/bundle"])
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(UsageError, match="not a folder that can be written"):
+        export_bundle(tiny(tmp_path / "work", place))
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_published_bundle_can_be_read_by_others(ort_export: Outcome, tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    assert ort_export.bundle.stat().st_mode == (tmp_path / "plain").stat().st_mode
