@@ -240,7 +240,7 @@ def _fill(
             mean=list(config["mean"]),
             std=list(config["std"]),
         ),
-        labels=stages.session.labels if len(stages.session.labels) == classes else [],
+        labels=images.labels if len(images.labels) == classes else [],
         calibration=None
         if calibration is None
         else schema.CalibrationRecord(
