@@ -62,11 +62,13 @@ def interrupt(arguments: list[str], when: Callable[[], bool], *, transient: bool
             assert time.monotonic() < deadline
             time.sleep(0.01)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the command
-        if transient:  # a Ctrl-C that meets a library's import can be swallowed there: press again while the stage goes on
-            time.sleep(0.5)
+        if (
+            transient
+        ):  # a Ctrl-C that meets a fork can be swallowed by it (CPython ignores it there): press again while the stage goes on
+            time.sleep(0.3)
             while process.poll() is None and when():
                 os.killpg(process.pid, signal.SIGINT)
-                time.sleep(0.5)
+                time.sleep(0.3)
         stdout, stderr = process.communicate(timeout=60)
     finally:
         if process.poll() is None:
@@ -77,7 +79,7 @@ def interrupt(arguments: list[str], when: Callable[[], bool], *, transient: bool
 
 def test_an_interrupted_run_leaves_nothing_half_done_and_continues(tmp_path: Path) -> None:
     work = tmp_path / "work"
-    many = ("--calibration-images", "60", "--eval-images", "200")
+    many = ("--calibration-images", "240", "--eval-images", "200")
     arguments = command(work, "bundle", *many)
 
     code, stderr = interrupt(arguments, lambda: any(work.glob(".plan-*")), transient=True)
@@ -97,7 +99,7 @@ def test_an_interrupted_run_leaves_nothing_half_done_and_continues(tmp_path: Pat
     assert {name.partition("-")[0] for name in finished} == {"plan", "dense", "slim", "engine"}
     assert [path.name for path in tmp_path.iterdir()] == ["work"]
 
-    outcome = export_bundle(tiny(work, "bundle", calibration_images=60, eval_images=200))
+    outcome = export_bundle(tiny(work, "bundle", calibration_images=240, eval_images=200))
     assert finished.items() <= stages_in(work).items()
     assert check_bundle(outcome.bundle).passed
     assert read(outcome.bundle / "manifest.json")["evaluation"]["images"] == 200
