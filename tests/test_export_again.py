@@ -84,8 +84,7 @@ def test_an_interrupted_run_leaves_nothing_half_done_and_continues(tmp_path: Pat
 
     code, stderr = interrupt(arguments, lambda: any(work.glob(".plan-*")), transient=True)
     assert code == 130, stderr
-    assert "Traceback" not in stderr
-    assert "interrupted" in stderr
+    assert stderr.rstrip().endswith("interrupted; nothing was half-written, and the same command resumes")
     assert not list(work.iterdir())
     assert [path.name for path in tmp_path.iterdir()] == ["work"]
 
