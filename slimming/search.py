@@ -185,21 +185,31 @@ class TopDownSearch:
         self, block: int, base: list[int], above: list[int], ranking: list[int], tolerance: float
     ) -> tuple[list[int], float]:
         """Bisect r on the r' grid: E falls as the top r tokens, united with ``base``, grow."""
-        low, high = -1, math.ceil(self.tokens / self.step)  # E(high) is 0: every token; low is one below the grid
-
-        def fits(index: int) -> bool:
-            return self.error(block, kept_at(index), above) <= tolerance
 
         def kept_at(index: int) -> list[int]:
             return sorted({*base, *ranking[: index * self.step]})
 
-        # Where the last walk ended is a good guess: leave it in doubling strides, then bisect what is left.
-        guess, stride = min(self._hints.get(block, high // 2), high - 1), 1
-        while low < guess < high:
-            if fits(guess):
-                high, guess = guess, guess - stride
+        def fits(index: int) -> bool:
+            return self.error(block, kept_at(index), above) <= tolerance
+
+        everything = self.images
+        if everything > PROBE:  # a few images say cheaply where to look
+            self.images = PROBE
+            self._hints[block] = self._bisect(fits, self._hints.get(block))
+            self.images = everything
+        found = self._bisect(fits, self._hints.get(block))
+        self._hints[block] = found
+        return kept_at(found), self.error(block, kept_at(found), above)
+
+    def _bisect(self, fits: Callable[[int], bool], guess: int | None) -> int:
+        """The least index of the r' grid that fits: leave ``guess`` in doubling strides, then bisect what is left."""
+        low, high = -1, math.ceil(self.tokens / self.step)  # every token always fits; low is one below the grid
+        index, stride = min(high // 2 if guess is None else guess, high - 1), 1
+        while low < index < high:
+            if fits(index):
+                high, index = index, index - stride
             else:
-                low, guess = guess, guess + stride
+                low, index = index, index + stride
             stride *= 2
         while high - low > 1:
             middle = (low + high) // 2
@@ -207,8 +217,7 @@ class TopDownSearch:
                 high = middle
             else:
                 low = middle
-        self._hints[block] = high
-        return kept_at(high), self.error(block, kept_at(high), above)
+        return high
 
     def reduction(self, kept: list[list[int]]) -> float:
         """Fraction of the dense MACs that a plan removes, as laid."""
@@ -232,7 +241,7 @@ class TopDownSearch:
         return self._meet(reduction, probe.tolerance, 0.2, FULL_WALKS)
 
     def _meet(self, reduction: float, start: float, stride: float, walks: int) -> Selection:
-        """Find the tolerance that just meets the budget: false position on its logarithm, bracketed from ``start`` in strides."""
+        """Find the tolerance that just meets the budget: false position on its log, bracketed from ``start`` in strides."""
         best: Selection | None = None
         below: tuple[float, float] | None = None  # (log tolerance, MACs removed) of the closest walk on either side
         above: tuple[float, float] | None = None
