@@ -60,9 +60,9 @@ def export_bundle(options: Options) -> Outcome:
 
         backend = choose_backend(options.target)
         reporter.say(f"engine: {backend.name} for {', '.join(backend.targets)}")
-    session = open_session(options)
-    stages = Stages(options, session, StageCache(options.work_folder), reporter)
     images = evaluation_images(options)
+    session = open_session(options, images)
+    stages = Stages(options, session, StageCache(options.work_folder), reporter)
     plan = stages.plan()
     dense = stages.dense_onnx()
     graphs = stages.slim_onnx(dense, plan)
@@ -97,9 +97,9 @@ def describe(options: Options) -> dict[str, Any]:
 
         chosen = choose_backend(options.target)
         backend, targets = chosen.name, list(chosen.targets)
-    session = open_session(options)
-    stages = Stages(options, session, StageCache(options.work_folder), Reporter())
     images = evaluation_images(options)
+    session = open_session(options, images)
+    stages = Stages(options, session, StageCache(options.work_folder), Reporter())
     if options.plan is not None or options.dense:
         stages.plan()  # read and compared with the model
         plan = str(options.plan or "dense")

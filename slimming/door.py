@@ -73,7 +73,8 @@ def open_door(options: type[Options], main: Callable[[Options], int], *, prog: s
     """
     import tyro
 
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     parsed = tyro.cli(options, prog=prog, description=description, config=(tyro.conf.FlagCreatePairsOff,))
     try:
         return main(parsed)
@@ -91,8 +92,19 @@ def open_door(options: type[Options], main: Callable[[Options], int], *, prog: s
         return EXIT_INTERRUPTED
 
 
+_interrupted = False
+
+
 def _interrupt(signum: int, frame: object) -> None:
+    global _interrupted
+    _interrupted = True
     raise KeyboardInterrupt
+
+
+def raise_if_interrupted() -> None:
+    """Raise the ``KeyboardInterrupt`` of an earlier Ctrl-C again: CPython drops one that falls into a fork or a finaliser."""
+    if _interrupted:
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

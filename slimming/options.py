@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -70,6 +71,8 @@ class ModelOptions:
             raise UsageError(f"--img-size {self.img_size}: must be at least 1")
         if any(len(values) not in (0, 1, 3) for values in (self.mean, self.std)):
             raise UsageError("--mean and --std take one value, or one per channel")
+        if not all(math.isfinite(value) for value in (*self.mean, *self.std)):
+            raise UsageError("--mean and --std must be finite")
         if any(value <= 0 for value in self.std):
             raise UsageError("--std must be above 0")
         if self.crop_pct is not None and self.crop_pct <= 0:

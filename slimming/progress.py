@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from slimming.door import raise_if_interrupted
+
 Update = Callable[[int, int], None]
 
 
@@ -19,6 +21,7 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """One line."""
+        raise_if_interrupted()
         self.console.print(text, markup=False)
 
     @contextlib.contextmanager
@@ -38,6 +41,7 @@ class Reporter:
             task = progress.add_task(title, total=None, rate="")
 
             def update(done: int, total: int) -> None:
+                raise_if_interrupted()
                 elapsed = progress.tasks[0].elapsed or 0.0
                 rate = f"{done / elapsed:.1f} {unit}/s" if elapsed > 0.2 and unit else ""
                 progress.update(task, completed=done, total=total, rate=rate)

@@ -185,31 +185,21 @@ class TopDownSearch:
         self, block: int, base: list[int], above: list[int], ranking: list[int], tolerance: float
     ) -> tuple[list[int], float]:
         """Bisect r on the r' grid: E falls as the top r tokens, united with ``base``, grow."""
-
-        def kept_at(index: int) -> list[int]:
-            return sorted({*base, *ranking[: index * self.step]})
+        low, high = -1, math.ceil(self.tokens / self.step)  # E(high) is 0: every token; low is one below the grid
 
         def fits(index: int) -> bool:
             return self.error(block, kept_at(index), above) <= tolerance
 
-        everything = self.images
-        if everything > PROBE:  # a few images say cheaply where to look
-            self.images = PROBE
-            self._hints[block] = self._bisect(fits, self._hints.get(block))
-            self.images = everything
-        found = self._bisect(fits, self._hints.get(block))
-        self._hints[block] = found
-        return kept_at(found), self.error(block, kept_at(found), above)
+        def kept_at(index: int) -> list[int]:
+            return sorted({*base, *ranking[: index * self.step]})
 
-    def _bisect(self, fits: Callable[[int], bool], guess: int | None) -> int:
-        """The least index of the r' grid that fits: leave ``guess`` in doubling strides, then bisect what is left."""
-        low, high = -1, math.ceil(self.tokens / self.step)  # every token always fits; low is one below the grid
-        index, stride = min(high // 2 if guess is None else guess, high - 1), 1
-        while low < index < high:
-            if fits(index):
-                high, index = index, index - stride
+        # Where the last walk ended is a good guess: leave it in doubling strides, then bisect what is left.
+        guess, stride = min(self._hints.get(block, high // 2), high - 1), 1
+        while low < guess < high:
+            if fits(guess):
+                high, guess = guess, guess - stride
             else:
-                low, index = index, index + stride
+                low, guess = guess, guess + stride
             stride *= 2
         while high - low > 1:
             middle = (low + high) // 2
@@ -217,7 +207,8 @@ class TopDownSearch:
                 high = middle
             else:
                 low = middle
-        return high
+        self._hints[block] = high
+        return kept_at(high), self.error(block, kept_at(high), above)
 
     def reduction(self, kept: list[list[int]]) -> float:
         """Fraction of the dense MACs that a plan removes, as laid."""

@@ -16,11 +16,13 @@ class Session:
     loaded: Any
     transform: Any
     calibration: Any
-    labels: list[str]
 
 
-def open_session(options: ModelOptions) -> Session:
-    """Load what the options name. Raises ``DoorError`` with the next step in its message."""
+def open_session(options: ModelOptions, evaluated: Any = None) -> Session:
+    """Load what the options name; ``evaluated`` is the ``ImageSet`` to be measured on, if any, whose classes are the model's.
+
+    Raises ``DoorError`` with the next step in its message.
+    """
     options.check()
     import torch
     from timm.data import create_transform
@@ -34,21 +36,23 @@ def open_session(options: ModelOptions) -> Session:
         raise Unavailable("--device cuda: PyTorch sees no CUDA device here; pass --device cpu")
     set_fused_attn(True)
     calibration = calibration_set(options.calibration_data or options.data, options.calibration_images, options.seed)
+    classified = calibration if evaluated is None else evaluated
+    labels = classified.labels
     loaded = load_model(
         options.model,
         weights=options.weights,
         arguments=parse_arguments(options.model_arg),
         preprocessing=options.preprocessing(),
-        classes=len(calibration.labels) or None,
+        classes=len(labels) or None,
         seed=options.seed,
     )
     check_supported(loaded.module, options.model)
     classes = int(loaded.module.num_classes)
-    if calibration.labels and len(calibration.labels) != classes:
+    if labels and len(labels) != classes:
         raise InputRejected(
-            f"{calibration.address} has {len(calibration.labels)} classes, the model {classes}: "
+            f"{classified.address} has {len(labels)} classes, the model {classes}: "
             "pass data of the model's classes, or --model-arg num_classes=N with weights that fit"
         )
     device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
     loaded.module.to(device)
-    return Session(loaded, create_transform(**loaded.data_config), calibration, calibration.labels)
+    return Session(loaded, create_transform(**loaded.data_config), calibration)
