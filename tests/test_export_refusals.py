@@ -87,8 +87,9 @@ def test_held_out_classes_that_the_model_does_not_have(export_work: Path, tmp_pa
             place = tmp_path / "data" / "val" / label / f"{number}.png"
             place.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (64, 64), (20 * number, ord(label), 90)).save(place)
-    options = tiny(export_work, "classes", data=str(tmp_path / "data"), calibration_data="digits")
-    with pytest.raises(DoorError, match="the model has 10 classes") as caught:
+    ten = (*ARGUMENTS, "num_classes=10")
+    options = tiny(export_work, "classes", data=str(tmp_path / "data"), calibration_data="digits", model_arg=ten)
+    with pytest.raises(DoorError, match="has 12 classes, the model 10") as caught:
         export_bundle(options)
     assert caught.value.exit_code == 3
     assert not (export_work.parent / "classes").exists()
