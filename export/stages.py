@@ -19,7 +19,7 @@ from export.evaluate import Runner, measure, torch_runner
 from export.onnx_export import export_dense
 from slimming.plan import SlimPlan, load_plan
 from slimming.progress import Reporter
-from slimming.session import Session
+from slimming.session import Session, find
 from validate.bundle import digest
 
 Array = npt.NDArray[Any]
@@ -67,7 +67,7 @@ class Stages:
 
     def plan(self) -> SlimPlan:
         """The given plan, the dense one, or the one that the search finds."""
-        from slimming.api import dense_plan, find_plan
+        from slimming.api import dense_plan
         from slimming.slim_vit import check_fits
 
         options, loaded = self.options, self.session.loaded
@@ -81,18 +81,7 @@ class Stages:
 
         def build(part: Path) -> None:
             with self.reporter.stages() as progress:
-                find_plan(
-                    loaded.module,
-                    self.session.calibration,
-                    name=loaded.architecture,
-                    transform=self.session.transform,
-                    macs_reduction=options.macs_reduction,
-                    tolerance=options.tolerance,
-                    mode=options.mode,
-                    layout=options.layout,
-                    seed=options.seed,
-                    progress=progress,
-                ).save(part / "plan.json")
+                find(options, self.session, options.layout, progress).save(part / "plan.json")
 
         self.cache.make(folder, build)
         return load_plan(folder / "plan.json")

@@ -29,26 +29,14 @@ class Options(ModelOptions):
 
 def run(options: Options) -> int:
     """Find and save the plan; returns the exit code. Raises ``DoorError``."""
-    from slimming.api import find_plan
     from slimming.progress import Reporter
-    from slimming.session import open_session
+    from slimming.session import find, open_session
 
     reporter = Reporter()
     session = open_session(options)
     reporter.say(f"{options.model}: searching on {len(session.calibration)} images of {session.calibration.address}")
     with reporter.stages() as progress:
-        plan = find_plan(
-            session.loaded.module,
-            session.calibration,
-            name=session.loaded.architecture,
-            transform=session.transform,
-            macs_reduction=options.macs_reduction,
-            tolerance=options.tolerance,
-            mode=options.mode,
-            layout=options.layout,
-            seed=options.seed,
-            progress=progress,
-        )
+        plan = find(options, session, options.layout, progress)
     plan.save(options.output)
     summary = summarise(plan, options.layout) | {"plan": str(options.output)}
     if options.json:

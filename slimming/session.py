@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from slimming.door import InputRejected, Unavailable
 from slimming.options import ModelOptions
+from slimming.plan import Layout, SlimPlan
+
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -56,3 +60,21 @@ def open_session(options: ModelOptions, evaluated: Any = None) -> Session:
     device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
     loaded.module.to(device)
     return Session(loaded, create_transform(**loaded.data_config), calibration)
+
+
+def find(options: ModelOptions, session: Session, layout: Layout, progress: Progress) -> SlimPlan:
+    """Search the plan that the options ask for; see ``slimming.api.find_plan``."""
+    from slimming.api import find_plan
+
+    return find_plan(
+        session.loaded.module,
+        session.calibration,
+        name=session.loaded.architecture,
+        transform=session.transform,
+        macs_reduction=options.macs_reduction,
+        tolerance=options.tolerance,
+        mode=options.mode,
+        layout=layout,
+        seed=options.seed,
+        progress=progress,
+    )
