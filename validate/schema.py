@@ -128,7 +128,7 @@ class Evaluation(Strict):
     data: _Name
     split: _Text
     images: _Count
-    fingerprint: _Text = Field(description="SHA-256 over the preprocessed tensors, in order")
+    fingerprint: _Text = Field(description="SHA-256 over the images and their classes, in order")
 
 
 class _Results(Strict):

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from slimming.data.digits import CLASSES, Digits
+from slimming.data.digits import CLASSES, DEFAULT_LENGTH, Digits
 from slimming.door import InputRejected, Unavailable
 
 CALIBRATION_SHARE = 0.2
@@ -122,7 +122,7 @@ def fingerprint_of(images: ImageSet) -> str:
 def _open(address: str, *, training: bool, limit: int | None) -> ImageSet:
     if address == "digits":
         split = "train" if training else "test"
-        samples: Any = Digits(split)
+        samples: Any = Digits(split, max(limit or 0, DEFAULT_LENGTH[split]))
         return ImageSet(address, split, "all", list(CLASSES), samples, list(range(len(samples))))
     prefix = address.partition("/")[0].lower()
     if prefix in ("hfds", "hfids", "tfds", "torch", "wds"):
