@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -20,11 +21,22 @@ def check_place(folder: Path) -> None:
         raise UsageError(f"--output {folder}: needs a folder of its own, with a name")
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise UsageError(f"--output {folder}: is not a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
-        raise UsageError(f"--output {folder}: holds something else than a bundle; pass a new folder")
+    if folder.is_dir() and (foreign := _foreign(folder)):
+        raise UsageError(f"--output {folder}: holds {foreign}, which is not of a bundle; pass a new folder")
     above = next(parent for parent in folder.absolute().parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise UsageError(f"--output {folder}: {above} is not a folder that can be written")
+
+
+def _foreign(folder: Path) -> str:
+    """The first file in ``folder`` that an earlier bundle's manifest does not list, since it would be lost; "" if none is."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        listed = {MANIFEST, *(file["path"] for file in manifest["files"])} if "plan_digest" in manifest else set()
+    except (OSError, ValueError, KeyError, TypeError):
+        listed = set()
+    return next((name for name in names if name not in listed), "")
 
 
 def publish(fill: Callable[[Path], Manifest], folder: Path) -> None:

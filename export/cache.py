@@ -59,9 +59,10 @@ def code_digest() -> str:
 
 def tool_versions() -> dict[str, str]:
     """Installed versions of everything whose version can change a bundle."""
-    names = ("patchslim", "numpy", "onnx", "onnx-graphsurgeon", "onnxruntime", "onnxscript", "timm", "torch", "torchvision")
+    ours = ("patchslim", "matplotlib", "numpy", "pillow", "scikit-learn", "timm", "torch", "torchvision")
+    onnx = ("onnx", "onnx-graphsurgeon", "onnxruntime", "onnxruntime-gpu", "onnxscript")
     versions = {}
-    for name in (*names, "tensorrt-cu13", "tensorrt-cu12", "tensorrt-rtx-cu13"):
+    for name in (*ours, *onnx, "tensorrt-cu13", "tensorrt-cu12", "tensorrt-rtx-cu13"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return versions

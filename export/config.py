@@ -67,6 +67,12 @@ class Options(ModelOptions):
             raise UsageError("--target needs --engine trt")
 
     @property
+    def targets(self) -> tuple[str, ...]:
+        """``--target``, one name each, however they were given."""
+        groups = ((group,) if isinstance(group, str) else group for group in self.target)
+        return tuple(name for group in groups for word in group for name in word.split(",") if name)
+
+    @property
     def layout(self) -> Layout:
         """How cuts are laid: TensorRT likes the packed qkv, which keeps its kernels few; on a CPU fewer MACs are faster."""
         return "packed" if self.engine == "trt" else "split"

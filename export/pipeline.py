@@ -58,7 +58,7 @@ def export_bundle(options: Options) -> Outcome:
     if options.engine == "trt":  # before anything slow: is there something to build with?
         from export.engines.tensorrt import choose_backend
 
-        backend = choose_backend(options.target)
+        backend = choose_backend(options.targets, options.engine_precision)
         reporter.say(f"engine: {backend.name} for {', '.join(backend.targets)}")
     images = evaluation_images(options)
     session = open_session(options, images)
@@ -95,7 +95,7 @@ def describe(options: Options) -> dict[str, Any]:
     if options.engine == "trt":
         from export.engines.tensorrt import choose_backend
 
-        chosen = choose_backend(options.target)
+        chosen = choose_backend(options.targets, options.engine_precision)
         backend, targets = chosen.name, list(chosen.targets)
     images = evaluation_images(options)
     session = open_session(options, images)

@@ -35,11 +35,12 @@ def print_dry_run(options: Options) -> None:
         print(json.dumps(described))
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table.grid(padding=(0, 2))
     for name, value in described.items():
-        table.add_row(name, " ".join(map(str, value)) if isinstance(value, list) else str(value))
+        table.add_row(name, escape(" ".join(map(str, value)) if isinstance(value, list) else str(value)))
     Console(highlight=False).print(table)
 
 

@@ -17,6 +17,7 @@ from export.engines import EngineResult, build_engine
 from export.engines import Progress as EngineProgress
 from export.evaluate import Runner, measure, torch_runner
 from export.onnx_export import export_dense
+from slimming.door import InputRejected
 from slimming.plan import SlimPlan, load_plan
 from slimming.progress import Reporter
 from slimming.session import Session, find
@@ -76,6 +77,8 @@ class Stages:
         if options.plan is not None:
             plan = load_plan(options.plan)
             check_fits(loaded.module, plan)
+            if plan.model != loaded.architecture:  # the manifest names one model
+                raise InputRejected(f"{options.plan}: was made for {plan.model}, and --model is {loaded.architecture}")
             return plan
         folder = self.plan_folder()
 
@@ -126,7 +129,7 @@ class Stages:
         if options.engine == "trt":
             from export.engines.tensorrt import choose_backend
 
-            backend |= dataclasses.asdict(choose_backend(options.target))
+            backend |= dataclasses.asdict(choose_backend(options.targets))
         folder = self.cache.path("engine", onnx=digest(onnx), precision=options.engine_precision, **backend)
 
         def build(part: Path) -> None:
@@ -138,7 +141,7 @@ class Stages:
                     return True
 
                 result = build_engine(
-                    options.engine, onnx, part, targets=options.target, precision=options.engine_precision, progress=progress
+                    options.engine, onnx, part, targets=options.targets, precision=options.engine_precision, progress=progress
                 )
             fields = dataclasses.asdict(result)
             fields["files"] = [file.name for file in result.files if options.engine == "trt"]

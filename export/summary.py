@@ -26,6 +26,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
 def print_summary(outcome: Outcome) -> None:
     """The closing table, on stdout."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from validate.report import rung_table
@@ -38,7 +39,7 @@ def print_summary(outcome: Outcome) -> None:
     facts.add_row("tokens", " ".join(map(str, outcome.plan.counts)) + f" of {outcome.plan.tokens}")
     facts.add_row("engine", outcome.engine.summary())
     facts.add_row("size", f"{outcome.size / 1e6:.1f} MB")
-    facts.add_row("dense ONNX", str(outcome.dense_onnx))
-    facts.add_row("bundle", str(outcome.bundle))
+    facts.add_row("dense ONNX", escape(str(outcome.dense_onnx)))
+    facts.add_row("bundle", escape(str(outcome.bundle)))
     console.print(rung_table(outcome.parity.rungs, f"top-1 on {outcome.parity.evaluation.images} held-out images"))
     console.print(facts)

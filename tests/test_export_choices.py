@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import tyro
 from export_factory import ARGUMENTS, DEPTH, TOKENS, change_plan, read, tiny
 
-from export import export_bundle
+from export import Options, export_bundle
 from slimming.door import BudgetUnreachable, InputRejected
 from slimming.plan import load_plan
 from validate import check_bundle
@@ -117,3 +118,10 @@ def test_preprocessing_of_ones_own_reaches_the_manifest(export_work: Path) -> No
     assert (config["mean"], config["std"]) == ([0.4] * 3, [0.2] * 3)
     assert (config["crop_pct"], config["interpolation"]) == (1.0, "bilinear")
     assert check_bundle(outcome.bundle).passed
+
+
+@pytest.mark.parametrize("given", ["sm86 sm89", "sm86,sm89", "sm86 --target sm89"])
+def test_targets_can_be_given_in_every_usual_way(given: str) -> None:
+    parsed = tyro.cli(Options, args=["--engine", "trt", "--target", *given.split(), "--dry-run"])
+    assert parsed.targets == ("sm86", "sm89")
+    assert parsed.dry_run

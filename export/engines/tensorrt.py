@@ -46,11 +46,11 @@ class Backend:
     ahead_of_time: bool
 
 
-def choose_backend(targets: Sequence[str] | None = None) -> Backend:
+def choose_backend(targets: Sequence[str] | None = None, precision: Precision | None = None) -> Backend:
     """Return full TensorRT where it is installed, a GPU is visible and no other target is asked for; else TensorRT-RTX.
 
     Raises:
-        UsageError: a target that nothing builds for.
+        UsageError: a target that nothing builds for, or not in ``precision``.
         Unavailable: neither is installed, or what is installed cannot build for these targets here.
     """
     local = cuda.local_target()
@@ -65,6 +65,10 @@ def choose_backend(targets: Sequence[str] | None = None) -> Backend:
         foreign = [target for target in wanted if target not in TARGETS]
         if foreign:
             raise Unavailable(f"TensorRT-RTX does not build for {', '.join(foreign)}; {_INSTALL}")
+        if precision == "fp32" and "sm75" in wanted:
+            raise UsageError(
+                "TensorRT-RTX has no fp32 matrix product for sm75: use --precision fp16, or leave sm75 out of --target"
+            )
         return Backend("tensorrt_rtx", wanted or DEFAULT_TARGETS, ahead_of_time=True)
     if not full:
         raise Unavailable(f"neither tensorrt nor tensorrt_rtx is installed; {_INSTALL}")
@@ -83,11 +87,7 @@ def build(
     progress: ProgressCallback,
 ) -> EngineResult:
     """Build one engine per target, each in its own process; see ``export.engines.build_engine``."""
-    backend = choose_backend(targets)
-    if precision == "fp32" and "sm75" in backend.targets and backend.ahead_of_time:
-        raise UsageError(
-            "TensorRT-RTX has no fp32 matrix product for sm75: use --precision fp16, or leave sm75 out of --target"
-        )
+    backend = choose_backend(targets, precision)
     output_dir.mkdir(parents=True, exist_ok=True)
     done: dict[str, dict[str, Any]] = {}
     layers: dict[str, Any] = {}
