@@ -29,8 +29,11 @@ class Options(ModelOptions):
 
     engine: Engine = "ort"
     """ort: ONNX Runtime. trt: TensorRT for this machine's GPU, or TensorRT-RTX ahead of time where there is none."""
-    target: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="sm75|sm80|sm86|sm89|sm120|sm121")] = ()
-    """GPU generations to build TensorRT-RTX engines for; may be given several times. Default: all from sm80."""
+    target: Annotated[
+        tyro.conf.UseAppendAction[tuple[tuple[str, ...] | str, ...]],
+        tyro.conf.arg(metavar="sm75|sm80|sm86|sm89|sm120|sm121"),
+    ] = ()
+    """GPU generations to build TensorRT-RTX engines for: several with spaces, commas or again. Default: all from sm80."""
     precision: Precision | None = None
     """Type of the engine's weights and activations. Default: fp16 for trt, fp32 for ort."""
     plan: Path | None = None
