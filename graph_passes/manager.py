@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import onnx
+from onnx import checker, shape_inference
 
 import graph_passes.passes  # noqa: F401 - registers the passes
 from graph_passes.files import save_model
@@ -86,10 +87,20 @@ def slim(
     ``layout``: in cut blocks ``split`` query and key/value projections, or one ``packed`` projection. ``precision``: ``fp16``
     types the result. ``passes``: names to run instead of the default ones. Deterministic; a second call on the result changes
     nothing.
-    Raises ``InputRejected`` (with node and expectation) where the graph is not understood or the plan does not fit it.
+    Raises ``InputRejected`` (with node and expectation) where the graph is not understood or the plan does not fit it,
+    ``UsageError`` where the chosen ``passes`` do not make a valid graph.
     """
     names = default_passes(layout, precision) if passes is None else passes
-    result = run_passes(model, names, Settings(plan, layout), save_intermediates)
+    try:
+        result = run_passes(model, names, Settings(plan, layout), save_intermediates)
+    except (checker.ValidationError, shape_inference.InferenceError) as error:
+        if passes is None:
+            raise  # a bug in a pass
+        first = str(error).strip().splitlines()[0]
+        order = ", ".join(default_passes(layout, precision))
+        raise UsageError(
+            f"passes {', '.join(passes)} leave an invalid graph ({first}); each needs those before it: {order}"
+        ) from error
     ensure_none_refused(result)
     return result
 

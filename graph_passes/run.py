@@ -77,6 +77,8 @@ def run(options: Options) -> int:
             )
         except InputRejected as error:
             raise InputRejected(f"{options.model} with plan {options.plan}: {error}") from error
+        except OSError as error:
+            raise UsageError(f"--save-intermediates {error.filename}: cannot be written: {error.strerror or error}") from error
     try:
         save_model(result.model, options.output)
         _report(options, result, plan.macs(options.layout), plan.dense_macs())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -40,8 +41,8 @@ def find_plan(
     check_supported(model, name)
     if tolerance is None and macs_reduction is None:
         raise UsageError("give a tolerance or a MAC reduction")
-    if tolerance is not None and not tolerance >= 0:
-        raise UsageError(f"--tolerance {tolerance}: must be 0 or more")
+    if tolerance is not None and not 0 <= tolerance < math.inf:
+        raise UsageError(f"--tolerance {tolerance}: must be a number from 0")
     if tolerance is None and macs_reduction is not None and not 0 <= macs_reduction < 1:
         raise UsageError(f"--macs-reduction {macs_reduction}: must be a fraction from 0 to below 1")
     digest = hashlib.sha256()

@@ -98,8 +98,9 @@ def load_model(
             f"the pretrained weights of {name} cannot be fetched from here ({_first_line(error)}): "
             "pass --weights PATH with a safetensors file, or --weights random to try the pipeline"
         ) from error
-    except (TypeError, ValueError, AssertionError) as error:  # after OSError: a hub's "not found" may be both
-        raise InputRejected(f"model {name}: timm refuses {arguments or 'it'}: {error}") from error
+    except Exception as error:  # --model-arg reaches any line of timm; after OSError: a hub's "not found" may be both
+        fault = f"{type(error).__name__}: {_first_line(error)}"
+        raise InputRejected(f"model {name}: timm refuses {arguments or 'it'}: {fault}") from error
     record: dict[str, Any] = {}
     if weights not in ("pretrained", "random"):
         path = BUNDLED[name] if weights == "bundled" else Path(weights)
@@ -107,7 +108,7 @@ def load_model(
         apply_weights(module, state, path)
     config = resolve_data_config(args=overrides, pretrained_cfg={**module.pretrained_cfg, **record.get("data_config", {})})
     side = getattr(getattr(module, "patch_embed", None), "img_size", None)
-    if side is not None:  # the model's own, whatever the overrides and the record say
+    if isinstance(side, tuple):  # the model's own, whatever the overrides and the record say
         config["input_size"] = (config["input_size"][0], *side)
     config = {key: list(value) if isinstance(value, (tuple, list)) else value for key, value in config.items()}
     return LoadedModel(
@@ -159,8 +160,8 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     for key, value in state.items():
         if value.is_floating_point() and not bool(value.float().isfinite().all()):
             raise InputRejected(f"{path}: {key} holds NaN or Inf")
-    if not isinstance(record, dict):
-        raise InputRejected(f"{path}: its training record is not a JSON object")
+    if not isinstance(record, dict) or not isinstance(record.get("data_config", {}), dict):
+        raise InputRejected(f"{path}: its training record is not a JSON object, or its data_config is not one")
     return state, record
 
 

@@ -65,8 +65,8 @@ class ModelOptions:
             raise UsageError(f"--calibration-images {self.calibration_images}: must be at least 1")
         if not 0 <= self.macs_reduction < 1:
             raise UsageError(f"--macs-reduction {self.macs_reduction}: must be a fraction from 0 to below 1")
-        if self.tolerance is not None and self.tolerance < 0:
-            raise UsageError(f"--tolerance {self.tolerance}: must be 0 or more")
+        if self.tolerance is not None and not 0 <= self.tolerance < math.inf:
+            raise UsageError(f"--tolerance {self.tolerance}: must be a number from 0")
         if self.img_size is not None and self.img_size < 1:
             raise UsageError(f"--img-size {self.img_size}: must be at least 1")
         if any(len(values) not in (0, 1, 3) for values in (self.mean, self.std)):
@@ -75,5 +75,9 @@ class ModelOptions:
             raise UsageError("--mean and --std must be finite")
         if any(value <= 0 for value in self.std):
             raise UsageError("--std must be above 0")
-        if self.crop_pct is not None and self.crop_pct <= 0:
-            raise UsageError(f"--crop-pct {self.crop_pct}: must be above 0")
+        if self.crop_pct is not None and not 0 < self.crop_pct <= 4:
+            raise UsageError(f"--crop-pct {self.crop_pct}: must be a share above 0, at most 4")
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"--seed {self.seed}: must be from 0 to below 2^63")
+        if not self.data or self.calibration_data == "":
+            raise UsageError("--data and --calibration-data must not be empty")

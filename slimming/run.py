@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated
 
 import tyro
 
-from slimming.door import EXIT_DONE, open_door
+from slimming.door import EXIT_DONE, UsageError, open_door
 from slimming.options import ModelOptions
 from slimming.plan import Layout, SlimPlan
 
@@ -26,18 +27,28 @@ class Options(ModelOptions):
     json: bool = False
     """Print one JSON object on stdout instead of a table."""
 
+    def check_output(self) -> None:
+        """Raise ``UsageError``, before the search rather than after it, where the plan could not be written."""
+        above = next(parent for parent in self.output.absolute().parents if parent.exists())
+        if self.output.is_dir() or not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+            raise UsageError(f"--output {self.output}: not a file that can be written")
+
 
 def run(options: Options) -> int:
     """Find and save the plan; returns the exit code. Raises ``DoorError``."""
     from slimming.progress import Reporter
     from slimming.session import find, open_session
 
+    options.check_output()
     reporter = Reporter()
     session = open_session(options)
     reporter.say(f"{options.model}: searching on {len(session.calibration)} images of {session.calibration.address}")
     with reporter.stages() as progress:
         plan = find(options, session, options.layout, progress)
-    plan.save(options.output)
+    try:
+        plan.save(options.output)
+    except OSError as error:
+        raise UsageError(f"--output {options.output}: cannot be written: {error.strerror or error}") from error
     summary = summarise(plan, options.layout) | {"plan": str(options.output)}
     if options.json:
         print(json.dumps(summary))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from slimming.door import InputRejected
 from slimming.plan import SlimPlan
-from slimming.vit import check_supported, classify, embed, head_tokens_of, run_block
+from slimming.vit import check_supported, classify, embed, geometry_of, head_tokens_of, run_block
 
 
 class SlimViT(nn.Module):
@@ -58,6 +58,7 @@ def check_fits(model: Any, plan: SlimPlan) -> None:
     check_supported(model, plan.model)
     patches = tuple(int(side) for side in model.patch_embed.grid_size)
     prefix = int(model.num_prefix_tokens)
+    geometry = geometry_of(model)
     pairs = {
         "blocks": (plan.depth, len(model.blocks)),
         "tokens": (plan.tokens, prefix + patches[0] * patches[1]),
@@ -65,6 +66,9 @@ def check_fits(model: Any, plan: SlimPlan) -> None:
         "prefix tokens": (plan.prefix_tokens, prefix),
         "head tokens": (plan.head_tokens, head_tokens_of(model)),
         "token width": (plan.geometry.embed_dim, int(model.embed_dim)),
+        "MLP width": (plan.geometry.mlp_hidden_dim, geometry.mlp_hidden_dim),
+        "patch embedding's MACs": (plan.geometry.patch_macs, geometry.patch_macs),
+        "head's MACs": (plan.geometry.head_macs, geometry.head_macs),
     }
     for what, (planned, actual) in pairs.items():
         if planned != actual:

@@ -34,6 +34,12 @@ def _unsupported(model: Any) -> Iterator[str]:
         yield "dynamic_img_size gives every image its own token grid, and a static plan needs one"
     if type(model.patch_embed) is not PatchEmbed:
         yield f"its patch embedding {type(model.patch_embed).__name__} is not supported"
+    elif model.patch_embed.proj.in_channels != 3:
+        yield f"it takes {model.patch_embed.proj.in_channels} channels, and images are read as RGB"
+    elif not model.patch_embed.num_patches:
+        yield f"its image of {model.patch_embed.img_size} pixels holds no patch of {model.patch_embed.patch_size}"
+    if not len(model.blocks):
+        yield "it has no blocks"
     if not isinstance(model.head, nn.Linear):
         yield "it has no classifier head (num_classes=0)"
     for index, block in enumerate(model.blocks):

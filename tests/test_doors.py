@@ -77,3 +77,10 @@ def test_an_impossible_value_is_exit_code_2(door: str, arguments: list[str]) -> 
     done = run("-m", door, *arguments)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_plan_that_cannot_be_written_is_refused_before_the_search(tmp_path: Path) -> None:
+    done = run("-m", "slimming.run", "--output", str(tmp_path))
+    assert done.returncode == 2, done.stderr
+    assert f"--output {tmp_path}: not a file that can be written" in done.stderr
+    assert "searching" not in done.stderr

@@ -46,11 +46,23 @@ def refused(tmp_path: Path, **changes: Any) -> DoorError:
         ({"batch_size": 0}, 2, "--batch-size 0"),
         ({"macs_reduction": 1.0}, 2, "--macs-reduction 1.0"),
         ({"tolerance": -1.0}, 2, "--tolerance -1.0"),
+        ({"tolerance": float("inf")}, 2, "--tolerance inf"),
+        ({"crop_pct": 5.0}, 2, "--crop-pct 5.0"),
+        ({"crop_pct": float("nan")}, 2, "--crop-pct nan"),
+        ({"seed": -1}, 2, "--seed -1"),
+        ({"seed": 2**70}, 2, "--seed"),
+        ({"data": ""}, 2, "--data"),
+        ({"engine": "trt", "target": ("sm75",), "precision": "fp32"}, 2, "sm75"),
         ({"mean": (0.5, 0.5)}, 2, "--mean and --std"),
         ({"model_arg": ("depth",)}, 2, "--model-arg depth: expected key=value"),
         ({"model": "vit_enormous"}, 3, "vit_enormous: not a preset"),
         ({"model": "swin_tiny_patch4_window7_224", "model_arg": ()}, 3, "swin_tiny_patch4_window7_224"),
         ({"model_arg": (*ARGUMENTS, "wings=2")}, 3, "timm refuses"),
+        ({"model_arg": ("num_heads=0",)}, 3, "timm refuses"),
+        ({"model_arg": (*ARGUMENTS, "act_layer=nonsense")}, 3, "timm refuses"),
+        ({"model_arg": (*ARGUMENTS, "in_chans=1")}, 3, "takes 1 channels"),
+        ({"model_arg": ("depth=0",)}, 3, "no blocks"),
+        ({"model_arg": (*ARGUMENTS[1:], "img_size=5")}, 3, "holds no patch"),
         ({"model_arg": (*ARGUMENTS, "num_classes=7")}, 3, "digits has 10 classes, the model 7"),
         ({"model_arg": (*ARGUMENTS, "global_pool='avg'", "class_token=False")}, 3, MODEL),
         ({"model": "deit_s", "weights": "bundled"}, 4, "no weights are bundled for deit_s"),
@@ -79,6 +91,27 @@ def test_corrupt_weights(tmp_path: Path, suffix: str) -> None:
 def test_a_plan_for_another_model_is_refused_by_the_dry_run_too(ort_export: Outcome, tmp_path: Path) -> None:
     plan = change_plan(ort_export.bundle / "plan.json", tmp_path / "plan.json", [[0]] * (DEPTH - 1))
     assert refused(tmp_path, plan=plan).exit_code == 3
+
+
+def test_a_plan_under_another_models_name_is_refused_by_the_dry_run_too(ort_export: Outcome, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps(read(ort_export.bundle / "plan.json") | {"model": "vit_small_patch16_224"}), encoding="utf-8")
+    error = refused(tmp_path, plan=plan)
+    assert error.exit_code == 3
+    assert "was made for vit_small_patch16_224" in str(error)
+
+
+def test_a_folder_with_something_of_the_users_is_not_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "app"
+    folder.mkdir()
+    (folder / "manifest.json").write_text('{"name": "a web application"}')
+    assert "holds manifest.json, which is not of a bundle" in str(refused(tmp_path, output=folder))
+    (folder / "manifest.json").write_text('{"plan_digest": "", "files": [{"path": "model.onnx"}]}')
+    (folder / "model.onnx").touch()
+    (folder / "notes.txt").touch()
+    error = refused(tmp_path, output=folder)
+    assert error.exit_code == 2
+    assert "holds notes.txt" in str(error)
 
 
 def test_held_out_classes_that_the_model_does_not_have(export_work: Path, tmp_path: Path) -> None:

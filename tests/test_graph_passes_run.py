@@ -247,3 +247,21 @@ def test_it_runs_without_torch(files: tuple[Path, Path, Path]) -> None:
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
     assert output.exists()
+
+
+def test_passes_that_need_an_earlier_one_are_wrong_options(
+    files: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, plan_file, output = files
+    assert door(monkeypatch, model, "--plan", plan_file, "-o", output, "--passes", "cut_tokens") == 2
+    assert "each needs those before it: repair_reshapes" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_a_place_for_intermediates_that_is_a_file(
+    files: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, plan_file, output = files
+    assert door(monkeypatch, model, "--plan", plan_file, "-o", output, "--save-intermediates", plan_file) == 2
+    assert "--save-intermediates" in capsys.readouterr().err
+    assert not output.exists()

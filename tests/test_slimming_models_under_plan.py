@@ -99,6 +99,8 @@ def test_classify_takes_the_heads_tokens_alone() -> None:
         ({"embed_dim": 24}, "token width 48, the model has 24"),
         ({"reg_tokens": 2}, "tokens 10, the model has 12"),
         ({"img_size": (16, 144)}, r"patch grid \(3, 3\), the model has \(1, 9\)"),
+        ({"mlp_ratio": 2}, "MLP width 192, the model has 96"),
+        ({"num_classes": 5}, "head's MACs 336, the model has 240"),
     ],
 )
 def test_a_plan_for_another_model_is_refused(change: dict[str, Any], named: str) -> None:
