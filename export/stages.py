@@ -125,7 +125,7 @@ class Stages:
     def engine(self, onnx: Path) -> EngineResult:
         """The engine for the target, built from ``onnx``."""
         options = self.options
-        backend: dict[str, object] = {"engine": options.engine}
+        backend: dict[str, object] = {"engine": options.engine, "providers": onnxruntime_providers()}
         if options.engine == "trt":
             from export.engines.tensorrt import choose_backend
 
@@ -162,7 +162,8 @@ class Stages:
         fingerprint = fingerprint_of(images)
         keys: dict[str, object] = {PYTORCH: "original", PYTORCH_SLIM: plan.model_dump(mode="json", include={"kept", "mode"})}
         keys |= {stage: digest(path) for stage, path in graphs.items()}
-        shared = {"images": fingerprint, "model": self.model_key, "device": self.device}
+        where = (self.device, onnxruntime_providers())
+        shared = {"images": fingerprint, "model": self.model_key, "device": where}
         folders = {stage: self.cache.path("logits", stage=stage, key=key, **shared) for stage, key in keys.items()}
         missing = [stage for stage, folder in folders.items() if not folder.is_dir()]
         if missing:
@@ -198,3 +199,10 @@ class Stages:
         if stage == PYTORCH_SLIM:
             return torch_runner(SlimViT(module, plan).to(self.device).eval())
         return OrtSession(graphs[stage]).run
+
+
+def onnxruntime_providers() -> list[str]:
+    """The execution providers that ONNX Runtime has here: what ran on one of them is not what another would answer."""
+    import onnxruntime
+
+    return list(onnxruntime.get_available_providers())
