@@ -1,0 +1,47 @@
+"""The weights that are shipped, and the script that made them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from timm.data import create_transform
+
+from slimming.bundled import train
+from slimming.data import evaluation_set, load_tensors
+from slimming.models import BUNDLED, load_model
+
+IMAGES = 160
+
+
+def test_the_bundled_weights_are_small_and_recorded() -> None:
+    path = BUNDLED["vit_ti"]
+    assert path.stat().st_size <= 12e6
+    loaded = load_model("vit_ti", classes=10)
+    assert loaded.record == json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    assert loaded.record["test_images"] >= 4000
+    assert loaded.record["test_top1"] > 95
+
+
+def test_the_bundled_weights_know_held_out_digits() -> None:
+    loaded = load_model("vit_ti", classes=10)
+    right = 0
+    with torch.inference_mode():
+        for pixels, targets in load_tensors(evaluation_set("digits", IMAGES), create_transform(**loaded.data_config)):
+            right += int((loaded.module(pixels).argmax(1) == targets).sum())
+    assert right / IMAGES > 0.93  # 97.35 % on 4,000 images; four standard errors of 160 below
+
+
+def test_the_training_script_runs_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "weights.safetensors"
+    arguments = ["--output", str(output), "--stages", "6:2:4", "14:1:2", "--images", "12", "--eval-images", "6", "--seed", "3"]
+    monkeypatch.setattr(sys, "argv", ["train", *arguments])
+    train.main()
+    loaded = load_model("vit_ti", weights=str(output), classes=10)
+    assert loaded.record["seed"] == 3
+    assert loaded.record["stages"] == ["6:2:4", "14:1:2"]
+    assert loaded.data_config["crop_pct"] == 1.0
+    assert not list(tmp_path.glob("*.checkpoint*"))
