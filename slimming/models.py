@@ -75,6 +75,8 @@ def load_model(
     import torch
     from timm.data import resolve_data_config
 
+    from slimming.vit import check_supported
+
     architecture = PRESETS.get(name, name)
     arguments = dict(arguments or {})
     overrides = {key: value for key, value in (preprocessing or {}).items() if value is not None}
@@ -84,16 +86,12 @@ def load_model(
         arguments.setdefault("num_classes", classes)
     if not timm.is_model(architecture.split(".")[0]):
         raise InputRejected(f"model {name}: not a preset ({', '.join(PRESETS)}) and not a model of timm {timm.__version__}")
-    if weights == "bundled" and name not in BUNDLED:
-        raise Unavailable(
-            f"no weights are bundled for {name} (only for {', '.join(BUNDLED)}): pass --weights PATH, pretrained or random"
-        )
     torch.manual_seed(seed)
     try:
         module = timm.create_model(architecture, pretrained=weights == "pretrained", **arguments)
     except (OSError, RuntimeError) as error:
         if weights != "pretrained":
-            raise InputRejected(f"model {name}: timm cannot create it: {error}") from error
+            raise InputRejected(f"model {name}: timm cannot create it: {_first_line(error)}") from error
         raise Unavailable(
             f"the pretrained weights of {name} cannot be fetched from here ({_first_line(error)}): "
             "pass --weights PATH with a safetensors file, or --weights random to try the pipeline"
@@ -101,6 +99,11 @@ def load_model(
     except Exception as error:  # --model-arg reaches any line of timm; after OSError: a hub's "not found" may be both
         fault = f"{type(error).__name__}: {_first_line(error)}"
         raise InputRejected(f"model {name}: timm refuses {arguments or 'it'}: {fault}") from error
+    if weights == "bundled" and name not in BUNDLED:
+        check_supported(module, name)  # first what no weights would mend
+        raise Unavailable(
+            f"no weights are bundled for {name} (only for {', '.join(BUNDLED)}): pass --weights PATH, pretrained or random"
+        )
     record: dict[str, Any] = {}
     if weights not in ("pretrained", "random"):
         path = BUNDLED[name] if weights == "bundled" else Path(weights)

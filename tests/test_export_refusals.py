@@ -57,6 +57,7 @@ def refused(tmp_path: Path, **changes: Any) -> DoorError:
         ({"model_arg": ("depth",)}, 2, "--model-arg depth: expected key=value"),
         ({"model": "vit_enormous"}, 3, "vit_enormous: not a preset"),
         ({"model": "swin_tiny_patch4_window7_224", "model_arg": ()}, 3, "swin_tiny_patch4_window7_224"),
+        ({"model": "resnet18", "model_arg": (), "weights": "bundled"}, 3, "its family ResNet is not supported"),
         ({"model_arg": (*ARGUMENTS, "wings=2")}, 3, "timm refuses"),
         ({"model_arg": ("num_heads=0",)}, 3, "timm refuses"),
         ({"model_arg": (*ARGUMENTS, "act_layer=nonsense")}, 3, "timm refuses"),

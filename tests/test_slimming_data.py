@@ -205,3 +205,13 @@ def test_the_fingerprint_is_of_images_classes_and_order(tmp_path: Path) -> None:
     assert fingerprint_of(digits) == fingerprint_of(calibration_set("digits", 5, seed=1))
     assert fingerprint_of(digits) != fingerprint_of(calibration_set("digits", 5, seed=2))
     assert fingerprint_of(evaluation_set("digits", 5)) != fingerprint_of(evaluation_set("digits", 6))
+
+
+def test_a_link_to_no_image_is_named(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        fill(tmp_path / "images" / split, range(4))
+    link = tmp_path / "images" / "val" / "dog" / "003.png"
+    link.unlink()
+    link.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputRejected, match=r"003\.png"):
+        fingerprint_of(evaluation_set(str(tmp_path / "images"), None))

@@ -109,9 +109,12 @@ def fingerprint_of(images: ImageSet) -> str:
     reader = getattr(images.samples, "reader", None)
     for index in images.indices:
         if reader is not None:
-            stream, target = reader[index]
-            with stream:
-                digest.update(stream.read() if hasattr(stream, "read") else np.asarray(stream).tobytes())
+            try:
+                stream, target = reader[index]
+                with stream:
+                    digest.update(stream.read() if hasattr(stream, "read") else np.asarray(stream).tobytes())
+            except OSError as error:  # a link to nothing, or no right to read it
+                raise InputRejected(f"{reader.filename(index)}: {error}") from error
         else:
             image, target = images.samples[index]
             digest.update(np.asarray(image).tobytes())
