@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import math
 import os
 import pickle
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ PRESETS = {
     "deit_b": "deit_base_patch16_224",
 }
 BUNDLED = {"vit_ti": Path(__file__).parent / "bundled" / "vit_ti_digits.safetensors"}
-PREPROCESSING = ("img_size", "mean", "std", "crop_pct", "interpolation")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,8 @@ def load_model(
     if isinstance(side, tuple):  # the model's own, whatever the overrides and the record say
         config["input_size"] = (config["input_size"][0], *side)
     config = {key: list(value) if isinstance(value, (tuple, list)) else value for key, value in config.items()}
+    if fault := _preprocessing_fault(config):
+        raise InputRejected(f"model {name} with weights {weights}: its preprocessing cannot be used: {fault}")
     return LoadedModel(
         name=name,
         architecture=architecture,
@@ -192,6 +195,26 @@ def state_digest(state: dict[str, Any]) -> str:
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.flatten().view(-1).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _preprocessing_fault(config: dict[str, Any]) -> str:
+    """What is wrong with a resolved data config, which a weights file may have had a say in; "" where nothing is."""
+    for key, known in (("interpolation", INTERPOLATIONS), ("crop_mode", ("center", "squash", "border"))):
+        if config[key] not in known:
+            return f"{key} {config[key]!r} is none of {', '.join(known)}"
+    for key in ("mean", "std"):
+        values = config[key]
+        if not isinstance(values, list) or len(values) != 3 or not all(_is_finite(value) for value in values):
+            return f"{key} {values!r} is not three finite numbers"
+    if min(config["std"]) <= 0:
+        return f"std {config['std']} is not above 0"
+    if not _is_finite(config["crop_pct"]) or not 0 < config["crop_pct"] <= 4:
+        return f"crop_pct {config['crop_pct']!r} is not a share above 0, at most 4"
+    return ""
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _first_line(error: BaseException) -> str:

@@ -188,3 +188,13 @@ def test_a_files_own_record_sets_the_preprocessing_until_overridden(tmp_path: Pa
 def test_a_record_that_is_no_object_is_refused(tmp_path: Path, record: str) -> None:
     save_file(state(), tmp_path / "w.safetensors", metadata={"patchslim": record})
     refused(tmp_path / "w.safetensors", "record is not a JSON object|corrupt")
+
+
+@pytest.mark.parametrize(
+    "config", [{"mean": "x"}, {"interpolation": "zzz"}, {"std": [0, 0, 0]}, {"crop_mode": "weird"}, {"crop_pct": 9}]
+)
+def test_a_record_with_preprocessing_that_cannot_be_used_is_refused(tmp_path: Path, config: dict[str, Any]) -> None:
+    path = tmp_path / "w.safetensors"
+    save_file(state(), path, metadata={"patchslim": json.dumps({"data_config": config})})
+    with pytest.raises(InputRejected, match=f"preprocessing cannot be used: {next(iter(config))}"):
+        load_model("vit_tiny_patch16_224", weights=str(path), arguments=TINY)
