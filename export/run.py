@@ -15,10 +15,17 @@ def run(options: Options) -> int:
     if options.dry_run:
         print_dry_run(options)
         return EXIT_DONE
-    from export.pipeline import export_bundle
+    from export.pipeline import GateFailed, export_bundle
     from export.summary import as_json, print_summary
 
-    outcome = export_bundle(options)
+    try:
+        outcome = export_bundle(options)
+    except GateFailed as error:  # whoever reads the output needs the numbers all the more
+        if options.json:
+            print(json.dumps(as_json(error.outcome)))
+        else:
+            print_summary(error.outcome)
+        raise
     if options.json:
         print(json.dumps(as_json(outcome)))
     else:

@@ -155,11 +155,18 @@ class Stages:
         fields["batch"] = tuple(fields["batch"])
         return EngineResult(**fields)
 
-    def logits(self, images: Any, plan: SlimPlan, graphs: dict[str, Path]) -> tuple[dict[str, Array], Array]:
-        """Logits of every stage on the held-out images, and their classes; only what is not there yet is run."""
+    def logits(
+        self, images: Any, plan: SlimPlan, graphs: dict[str, Path], engine: EngineResult
+    ) -> tuple[dict[str, Array], Array]:
+        """Logits of every stage on the held-out images, and their classes; only what is not there yet is run.
+
+        A TensorRT engine is a stage of its own where it can run here.
+        """
         from slimming.data import fingerprint_of
 
         fingerprint = fingerprint_of(images)
+        if self.options.engine == "trt" and engine.executed:
+            graphs = {**graphs, ENGINE: engine.files[0]}
         keys: dict[str, object] = {PYTORCH: "original", PYTORCH_SLIM: plan.model_dump(mode="json", include={"kept", "mode"})}
         keys |= {stage: digest(path) for stage, path in graphs.items()}
         where = (self.device, onnxruntime_providers())
@@ -167,7 +174,7 @@ class Stages:
         folders = {stage: self.cache.path("logits", stage=stage, key=key, **shared) for stage, key in keys.items()}
         missing = [stage for stage, folder in folders.items() if not folder.is_dir()]
         if missing:
-            runners = {stage: self._runner(stage, plan, graphs) for stage in missing}
+            runners = {stage: self._runner(stage, plan, graphs, engine) for stage in missing}
             classes = int(self.session.loaded.module.num_classes)
             self.reporter.say(f"measuring {', '.join(missing)} on {len(images)} held-out images")
             with self.reporter.bar("parity") as progress:
@@ -189,7 +196,7 @@ class Stages:
         read = {stage: np.load(folder / "logits.npy", allow_pickle=False) for stage, folder in folders.items()}
         return read, np.load(folders[PYTORCH] / "targets.npy", allow_pickle=False)
 
-    def _runner(self, stage: str, plan: SlimPlan, graphs: dict[str, Path]) -> Runner:
+    def _runner(self, stage: str, plan: SlimPlan, graphs: dict[str, Path], engine: EngineResult) -> Runner:
         from export.engines.ort import OrtSession
         from slimming.slim_vit import SlimViT
 
@@ -198,6 +205,10 @@ class Stages:
             return torch_runner(module)
         if stage == PYTORCH_SLIM:
             return torch_runner(SlimViT(module, plan).to(self.device).eval())
+        if stage == ENGINE:
+            from export.engines.trt_session import TrtSession
+
+            return TrtSession(graphs[stage], engine.backend).run
         return OrtSession(graphs[stage]).run
 
 

@@ -134,6 +134,8 @@ class TopDownSearch:
                 difference = (result - wanted).square().sum(dim=(1, 2)).double()
                 norm = wanted.square().sum(dim=(1, 2)).double().clamp_min(_TINY)  # all-zero features have no error
                 total += float((difference / norm).sum())
+            if not math.isfinite(total):
+                raise InputRejected(f"the error of block {block + 2} under a cut is not finite: are the weights damaged?")
             self._errors[key] = total / self.images
         return self._errors[key]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from slimming.door import InputRejected, Unavailable
@@ -39,9 +40,14 @@ def open_session(options: ModelOptions, evaluated: Any = None) -> Session:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise Unavailable("--device cuda: PyTorch sees no CUDA device here; pass --device cpu")
     set_fused_attn(True)
-    calibration = calibration_set(options.calibration_data or options.data, options.calibration_images, options.seed)
+    address = options.calibration_data or options.data
+    here, there = Path(address).resolve(), Path(options.data).resolve()
+    apart = here != there and here not in there.parents and there not in here.parents
+    calibration = calibration_set(address, options.calibration_images, options.seed, apart=apart)
     classified = calibration if evaluated is None else evaluated
     labels = classified.labels
+    if len(labels) == 1:
+        raise InputRejected(f"{classified.address}: has one class only, so every answer would be right")
     loaded = load_model(
         options.model,
         weights=options.weights,

@@ -84,7 +84,7 @@ def test_an_interrupted_run_leaves_nothing_half_done_and_continues(tmp_path: Pat
 
     code, stderr = interrupt(arguments, lambda: any(work.glob(".plan-*")), transient=True)
     assert code == 130, stderr
-    assert stderr.rstrip().endswith("interrupted; nothing was half-written, and the same command resumes")
+    assert "interrupted; nothing was half-written, and the same command resumes" in stderr  # a finaliser may grumble after it
     assert not list(work.iterdir())
     assert [path.name for path in tmp_path.iterdir()] == ["work"]
 

@@ -67,6 +67,8 @@ def test_other_images_may_calibrate(folder: Path, export_work: Path, tmp_path: P
     options = tiny(export_work, "apart", data=str(folder), calibration_data=str(tmp_path / "more"), eval_images=10)
     manifest = read(export_bundle(options).bundle / "manifest.json")
     assert manifest["calibration"]["data"].startswith(str(tmp_path / "more"))
+    assert manifest["calibration"]["images"] == 12  # all of them: none of these is measured
+    assert manifest["calibration"]["share"] is None
     assert manifest["evaluation"]["data"] == str(folder)
     assert manifest["labels"] == list(NAMES)  # of the images that are measured
 

@@ -29,7 +29,17 @@ def edge(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("edge") / "venv"
     settings = {"UV_PROJECT_ENVIRONMENT": str(folder), "UV_PYTHON": sys.executable}
     environment = {key: value for key, value in os.environ.items() if key != "VIRTUAL_ENV"} | settings
-    command = [uv, "sync", "--frozen", "--no-default-groups", "--no-editable", "--extra", "edge"]
+    command = [
+        uv,
+        "sync",
+        "--frozen",
+        "--no-default-groups",
+        "--no-editable",
+        "--extra",
+        "edge",
+        "--reinstall-package",
+        "patchslim",
+    ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     if done.returncode and any(word in done.stderr.lower() for word in UNREACHABLE):
         pytest.skip(f"packages cannot be fetched from here: {' '.join(done.stderr.split())[:300]}")

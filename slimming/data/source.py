@@ -52,12 +52,13 @@ class ImageSet:
         return {"data": self.address, "split": self.split, "share": self.share, "images": len(self)}
 
 
-def calibration_set(address: str, count: int, seed: int = 0) -> ImageSet:
+def calibration_set(address: str, count: int, seed: int = 0, *, apart: bool = False) -> ImageSet:
     """``count`` images (or as many as there are) for plans to be made from: never any that ``evaluation_set`` gives.
 
+    ``apart`` says that nothing of this data set is evaluated on, so that one without splits need not be divided.
     Drawn by ``seed`` without replacement. Raises ``InputRejected`` or ``Unavailable``.
     """
-    opened = _open(address, training=True, limit=count)
+    opened = _open(address, training=True, limit=count, apart=apart)
     rng = np.random.default_rng([seed, 1])
     pool = opened.indices
     chosen = sorted(rng.permutation(len(pool))[:count].tolist()) if count < len(pool) else range(len(pool))
@@ -122,7 +123,7 @@ def fingerprint_of(images: ImageSet) -> str:
     return digest.hexdigest()
 
 
-def _open(address: str, *, training: bool, limit: int | None) -> ImageSet:
+def _open(address: str, *, training: bool, limit: int | None, apart: bool = False) -> ImageSet:
     if address == "digits":
         split = "train" if training else "test"
         samples: Any = Digits(split, max(limit or 0, DEFAULT_LENGTH[split]))
@@ -142,6 +143,8 @@ def _open(address: str, *, training: bool, limit: int | None) -> ImageSet:
             samples = _with_reader(chosen)
             return ImageSet(address, chosen.name, "all", _labels(samples), samples, list(range(len(samples))))
     samples = _with_reader(path)
+    if apart:
+        return ImageSet(address, "none", "all", _labels(samples), samples, list(range(len(samples))))
     shuffled = np.random.default_rng(20221).permutation(len(samples))
     cut = max(1, round(len(samples) * CALIBRATION_SHARE))
     indices = sorted((shuffled[:cut] if training else shuffled[cut:]).tolist())
