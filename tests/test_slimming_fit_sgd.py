@@ -1,0 +1,136 @@
+"""Block-wise fitting by gradient descent: E falls, nothing else moves, and a fit that does not help is undone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from models_factory import build, images_for
+from torch import Tensor
+
+from slimming.fit_sgd import fit_block, relative_error, unfused_attention
+from slimming.vit import embed, run_block
+
+BLOCK, KEPT = 1, torch.tensor([0, 1, 2, 5, 7])
+Batches = Callable[[], Iterator[tuple[Tensor, Tensor]]]
+
+
+@torch.no_grad()
+def task(images: int = 24, batch: int = 8) -> tuple[Any, Callable[[Tensor], Tensor], Batches, Tensor, Tensor]:
+    """A block that reads half of the tokens, and the dense block's output at the rows that it keeps."""
+    model = build()
+    block = model.blocks[BLOCK]
+    tokens = model.blocks[0](embed(model, images_for(model, images)))
+    target = run_block(block, tokens)[:, KEPT]
+    inputs = tokens[:, : tokens.shape[1] // 2 + 3]
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        yield from zip(inputs.split(batch), target.split(batch), strict=True)
+
+    return model, lambda given: run_block(block, given, KEPT), batches, inputs, target
+
+
+def own(model: Any) -> list[torch.nn.Parameter]:
+    return list(model.blocks[BLOCK].parameters())
+
+
+def state(model: Any) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def test_the_relative_error_is_that_of_the_method() -> None:
+    target = torch.tensor([[[3.0, 4.0]], [[0.0, 2.0]]])
+    assert relative_error(target + torch.tensor([0.0, 1.0]), target).tolist() == pytest.approx([1 / 25, 1 / 4])
+
+
+def test_the_error_falls_and_only_the_block_moves() -> None:
+    model, run, batches, inputs, target = task()
+    before = state(model)
+    start = float(relative_error(run(inputs), target).mean())
+    calls: list[tuple[str, int, int]] = []
+    end = fit_block(run, own(model), batches, epochs=12.5, lr=2e-3, progress=lambda *call: calls.append(call))
+    assert end < 0.7 * start
+    assert end == pytest.approx(float(relative_error(run(inputs), target).mean()), rel=1e-5)
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved
+    assert all(name.startswith(f"blocks.{BLOCK}.") for name in moved)
+    assert calls == [("fitting", step, 38) for step in range(1, 39)]
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_fit_is_the_same_again() -> None:
+    states = []
+    for _ in range(2):
+        model, run, batches, *_ = task()
+        fit_block(run, own(model), batches, epochs=2, lr=1e-3)
+        states.append(state(model))
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize("lr", [30.0, float("1e30")])
+def test_a_fit_that_does_not_help_is_undone(lr: float) -> None:
+    model, run, batches, inputs, target = task()
+    before = state(model)
+    start = float(relative_error(run(inputs), target).mean())
+    assert fit_block(run, own(model), batches, epochs=1, lr=lr) == pytest.approx(start, rel=1e-5)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_an_interrupted_fit_is_undone() -> None:
+    model, run, batches, *_ = task()
+    before = state(model)
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit_block(run, own(model), batches, epochs=3, lr=1e-3, progress=interrupt)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_other_trainable_parameters_gather_no_gradient() -> None:
+    model, run, batches, *_ = task()
+    model.requires_grad_(True)
+    only = [model.blocks[BLOCK].mlp.fc2.weight]
+    before = state(model)
+    fit_block(run, only, batches, epochs=1, lr=1e-3)
+    moved = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    assert moved == [f"blocks.{BLOCK}.mlp.fc2.weight"]
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+def test_features_of_inference_mode_can_be_fitted_on() -> None:
+    with torch.inference_mode():
+        model, run, batches, inputs, target = task()
+        start = float(relative_error(run(inputs), target).mean())
+    with torch.no_grad():
+        assert inputs.is_inference()
+        model = build()  # parameters of its own, not of inference mode
+        block = model.blocks[BLOCK]
+        assert fit_block(lambda given: run_block(block, given, KEPT), own(model), batches, epochs=3, lr=1e-3) < start
+
+
+def test_unfused_attention_is_for_the_block_only() -> None:
+    model = build()
+    model.blocks[2].attn.fused_attn = False
+    found = [block.attn.fused_attn for block in model.blocks]
+    with unfused_attention(model):
+        assert not any(block.attn.fused_attn for block in model.blocks)
+    assert [block.attn.fused_attn for block in model.blocks] == found
+
+
+@pytest.mark.parametrize("options", [{"epochs": 0}, {"lr": 0.0}, {"epochs": float("nan")}])
+def test_options_that_mean_nothing_are_refused(options: dict[str, float]) -> None:
+    model, run, batches, *_ = task()
+    with pytest.raises(ValueError, match="above 0"):
+        fit_block(run, own(model), batches, **options)
+
+
+def test_no_batches_are_refused() -> None:
+    model, run, *_ = task()
+    with pytest.raises(ValueError, match="no batches"):
+        fit_block(run, own(model), lambda: iter(()))
