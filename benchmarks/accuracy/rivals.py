@@ -103,8 +103,11 @@ class Rival(nn.Module):
     def __init__(self, model: Any, head_only: bool) -> None:
         super().__init__()
         check_supported(model, type(model).__name__)
-        if model.num_prefix_tokens != 1:
-            raise InputRejected(f"the rivals take one class token, the model has {model.num_prefix_tokens} prefix tokens")
+        if model.num_prefix_tokens != 1 or model.global_pool != "token":
+            raise InputRejected(
+                f"the rivals take one class token that the head reads; the model has {model.num_prefix_tokens} prefix tokens "
+                f"and pooling {model.global_pool!r}"
+            )
         self.model = model
         self.head_only = head_only
         self.tokens = 1 + int(model.patch_embed.num_patches)
