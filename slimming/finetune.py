@@ -1,0 +1,253 @@
+"""Whole-network fine-tuning of a slimmed ViT: DeiT's recipe scaled to a short schedule, the dense original as the teacher.
+
+What is DeiT's and kept: AdamW; weight decay 0.05 on matrices alone; label smoothing 0.1; cosine decay to 1/50 of the learning
+rate; a learning rate proportional to the total batch over 512; a padded random crop where images are small. What is scaled:
+
+- the learning rate: a slimmed model starts near where it should end; see ``Recipe.lr``.
+- EMA: DeiT's decay of 0.99996 averages over 25,000 of its 375,000 steps; here over the same share, a fifteenth, of the steps.
+- warm-up: a twentieth of the steps (DeiT: a sixtieth), so that Adam's moments settle in a short run too.
+- augmentation: crops of at least half the image, not of 8 %, and no RandAugment, erasing, mixup or cutmix unless asked for:
+  they keep 300 epochs from overfitting, and a strong crop moves the subject away from where the plan expects it.
+
+Stochastic depth is off: ``SlimViT`` has none. The soft teacher, at temperature 1 and weight 0.5, is DynamicViT's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.data_loader import skip_first_batches
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn import functional
+
+from slimming.data import ImageSet
+from slimming.door import InputRejected, UsageError
+from slimming.finetune_data import Draws, identity_of, loader_of, read, train_transform
+from slimming.finetune_state import as_found, resume, save
+from slimming.fit_sgd import unfused_attention
+from slimming.models import state_digest
+from slimming.recipe import FinetuneReport, Recipe
+
+Progress = Callable[[str, int, int], None]
+
+_LEAST_LR, _WARMUP_LR = 1 / 50, 1 / 500  # of the learning rate, as in DeiT
+_EMA_SHARE = 25_000 / 375_000  # of the steps, as in DeiT
+_SAVES = 20  # checkpoints in a run where no interval is asked for
+
+
+class _Position:
+    """Where a run is; kept in its checkpoints."""
+
+    def __init__(self, device: Any) -> None:
+        self.step, self.seconds, self.loss = 0, 0.0, torch.zeros((), device=device)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "seconds": self.seconds, "loss": float(self.loss)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.loss.fill_(state["loss"])
+
+
+def finetune(
+    slim: nn.Module,
+    teacher: nn.Module | None,
+    images: ImageSet,
+    *,
+    data_config: dict[str, Any],
+    recipe: Recipe,
+    checkpoint: Path | None = None,
+    checkpoint_steps: int | None = None,
+    progress: Progress | None = None,
+) -> FinetuneReport:
+    """Train ``slim`` (a ``SlimViT``) in place on labelled ``images``; at the end it holds the averaged (EMA) weights.
+
+    ``teacher`` is the dense original, a module of its own that maps the same images to the same classes; without one, labels
+    alone teach. ``data_config`` is timm's. Runs where ``slim`` is, or on one device per process under ``torchrun``, where every
+    process must call it; each ends with equal weights. With a folder ``checkpoint`` the run's state is saved there every
+    ``checkpoint_steps`` steps (a twentieth of the run by default), whole or not at all, and a call with the same arguments
+    goes on from it: on a CPU to the same weights, bit for bit, as without the interruption. Resume your own folders only:
+    they hold pickles. ``progress`` is called with ("fine-tuning", steps done, steps), by the first process only.
+
+    On any error ``slim`` is put back to the weights that it came with; flags, devices and generators always are. No other
+    ``Accelerator`` may be in use. Raises ``UsageError`` for a recipe that means nothing here or that diverges, and
+    ``InputRejected`` for images that cannot be used or a checkpoint of another run.
+    """
+    recipe.check()
+    if not len(images):
+        raise InputRejected(f"{images.address}: no images to fine-tune on")
+    given = {id(parameter) for parameter in slim.parameters()}
+    if teacher is not None and any(id(parameter) in given for parameter in teacher.parameters()):
+        raise InputRejected("the teacher shares parameters with the slimmed model: give it a deep copy of the original")
+    if teacher is None or recipe.distill == 0:
+        teacher = None
+    with as_found(slim, teacher, images.samples):
+        slim.requires_grad_(True)
+        accelerator = _accelerator(recipe, next(slim.parameters()).device)
+        try:
+            with unfused_attention(slim) if accelerator.device.type == "cpu" else contextlib.nullcontext():
+                return _train(accelerator, slim, teacher, images, data_config, recipe, checkpoint, checkpoint_steps, progress)
+        finally:
+            for name in ("_is_accelerate_prepared", "forward", "_original_forward"):  # marks that Accelerate leaves
+                slim.__dict__.pop(name, None)
+            _forget()
+
+
+def _accelerator(recipe: Recipe, device: Any) -> Accelerator:
+    cpu = device.type == "cpu"
+    if cpu and recipe.precision == "fp16":
+        raise UsageError("fine-tuning: precision fp16 needs a GPU; take bf16 or no")
+    _forget()  # else the precision and device of an earlier run would stay
+    return Accelerator(
+        mixed_precision=recipe.precision,
+        cpu=cpu,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+
+
+def _forget() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def _train(
+    accelerator: Accelerator,
+    slim: nn.Module,
+    teacher: nn.Module | None,
+    images: ImageSet,
+    data_config: dict[str, Any],
+    recipe: Recipe,
+    checkpoint: Path | None,
+    checkpoint_steps: int | None,
+    progress: Progress | None,
+) -> FinetuneReport:
+    total = recipe.batch_size * accelerator.num_processes
+    steps = max(1, round(recipe.epochs * len(images) / total))
+    lr = recipe.learning_rate(total)
+    parts = _parts(slim, teacher, images, data_config, recipe, accelerator.num_processes)
+    network: Any = getattr(slim, "model", slim)
+
+    set_seed(recipe.seed, device_specific=True)
+    slim.to(accelerator.device).train()
+    if teacher is not None:
+        teacher.to(accelerator.device).eval()
+    # timm's model, not SlimViT, says which of its parameters are not to decay.
+    optimizer = create_optimizer_v2(network, "adamw", lr=lr, weight_decay=recipe.weight_decay)
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        "cosine",
+        num_epochs=steps,
+        warmup_epochs=min(steps - 1, round(recipe.warmup * steps)),
+        warmup_lr=lr * _WARMUP_LR,
+        min_lr=lr * _LEAST_LR,
+        step_on_epochs=False,
+        updates_per_epoch=1,
+    )
+    decay = recipe.ema if recipe.ema is not None else max(0.0, 1 - 1 / max(1.0, _EMA_SHARE * steps))
+    average = ModelEmaV3(slim, decay=decay)
+    position = _Position(accelerator.device)
+    hflip = recipe.hflip if recipe.hflip is not None else 0.0 if images.address == "digits" else 0.5
+    transform = train_transform(data_config, scale=recipe.scale, hflip=hflip, auto_augment=recipe.auto_augment)
+    classes = int(network.num_classes)
+    draws = Draws(images, transform, count=steps * total, classes=classes, seed=recipe.seed)
+    loader = loader_of(draws, recipe.batch_size, cuda=accelerator.device.type == "cuda")
+    wrapped, optimizer, loader = accelerator.prepare(slim, optimizer, loader)
+    accelerator.register_for_checkpointing(average, scheduler, position)
+    if checkpoint is not None:
+        resume(accelerator, checkpoint, parts)
+
+    mix = _mix(recipe, classes)
+    interval = checkpoint_steps or math.ceil(steps / _SAVES)
+    start = time.perf_counter() - position.seconds
+    if position.step < steps:
+        for inputs, labels in read(images, skip_first_batches(loader, position.step)):
+            mixed, targets = (inputs, labels) if mix is None else mix(inputs, labels)
+            loss = _loss(accelerator, wrapped, teacher, mixed, targets, recipe)
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(wrapped.parameters(), recipe.clip_grad)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            position.step += 1
+            scheduler.step_update(position.step)
+            average.update(slim, step=position.step)
+            position.loss.lerp_(loss.detach(), 1 / min(position.step, 50))
+            position.seconds = time.perf_counter() - start
+            if position.step == steps or position.step % interval == 0:
+                position.loss.copy_(accelerator.reduce(position.loss, "mean"))
+                if not bool(position.loss.isfinite()):
+                    raise UsageError(
+                        f"fine-tuning diverged before step {position.step} of {steps}: take a lower lr than {lr:g}"
+                    )
+                if checkpoint is not None:
+                    save(accelerator, checkpoint, parts, position.step)
+            if progress is not None and accelerator.is_main_process:
+                progress("fine-tuning", position.step, steps)
+    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    slim.load_state_dict(average.module.state_dict())
+    return FinetuneReport(
+        epochs=steps * total / len(images),
+        steps=steps,
+        images=steps * total,
+        loss=float(position.loss),
+        lr=lr,
+        seconds=position.seconds,
+        fingerprint=hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest(),
+    )
+
+
+def _loss(
+    accelerator: Accelerator, wrapped: Any, teacher: nn.Module | None, inputs: Tensor, targets: Tensor, recipe: Recipe
+) -> Tensor:
+    """(1 - w) cross entropy + w tau^2 KL(original || slim), the soft distillation of Hinton et al. (2015); w is ``distill``."""
+    logits = wrapped(inputs).float()
+    smoothing = recipe.label_smoothing if targets.ndim == 1 else 0.0  # mixed targets are smooth already
+    labelled = functional.cross_entropy(logits, targets, label_smoothing=smoothing)
+    if teacher is None:
+        return labelled
+    with torch.no_grad(), accelerator.autocast():
+        known = teacher(inputs)
+    if known.shape != logits.shape:
+        raise InputRejected(f"the teacher gives logits {tuple(known.shape)}, the slimmed model {tuple(logits.shape)}")
+    student, target = ((value.float() / recipe.temperature).log_softmax(-1) for value in (logits, known))
+    divergence = functional.kl_div(student, target, log_target=True, reduction="batchmean")
+    return (1 - recipe.distill) * labelled + recipe.distill * recipe.temperature**2 * divergence
+
+
+def _mix(recipe: Recipe, classes: int) -> Any:
+    if not (recipe.mixup or recipe.cutmix):
+        return None
+    return Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=classes)
+
+
+def _parts(
+    slim: nn.Module, teacher: nn.Module | None, images: ImageSet, data_config: dict[str, Any], recipe: Recipe, processes: int
+) -> dict[str, Any]:
+    """All that a run is a function of, in JSON's types: what a checkpoint is told apart by."""
+    return {
+        "recipe": asdict(recipe),
+        "plan": {
+            "stale": bool(getattr(slim, "stale", False)),
+            "rows": state_digest(dict(slim.named_buffers())),  # of SlimViT: the tokens that each block keeps
+        },
+        "weights": state_digest(slim.state_dict()),
+        "teacher": None if teacher is None else state_digest(teacher.state_dict()),
+        "images": identity_of(images),
+        "preprocessing": {key: data_config.get(key) for key in ("input_size", "interpolation", "mean", "std", "crop_pct")},
+        "processes": processes,
+    }

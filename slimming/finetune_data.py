@@ -1,0 +1,142 @@
+"""The images of a fine-tuning run as one sequence of draws: shuffled and augmented by seed, so that any part can be redone."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data import create_transform
+from timm.data.transforms import str_to_interp_mode
+from torchvision import transforms
+
+from slimming.data import ImageSet
+from slimming.data.source import fingerprint_of
+from slimming.door import InputRejected
+
+#: Up to this many pixels a side, DeiT crops a padded image rather than resize a random part of it.
+SMALL = 64
+_FINGERPRINTED = 256  # images whose bytes are hashed; every index is
+
+
+def train_transform(
+    data_config: dict[str, Any], *, scale: tuple[float, float], hflip: float, auto_augment: str | None = None
+) -> Any:
+    """timm's training transform for a model's ``data_config``: PIL image -> float tensor (3, h, w).
+
+    Images of at most ``SMALL`` pixels a side are resized as in evaluation and then cropped from a reflected border of an
+    eighth; larger ones are cropped to a random share ``scale`` of their area, and resized. Colours are left alone.
+    """
+    height, width = (int(side) for side in data_config["input_size"][-2:])
+    transform = create_transform(
+        input_size=(3, height, width),
+        is_training=True,
+        scale=scale,
+        hflip=hflip,
+        color_jitter=None,
+        auto_augment=auto_augment,
+        interpolation=data_config["interpolation"],
+        mean=tuple(data_config["mean"]),
+        std=tuple(data_config["std"]),
+    )
+    if max(height, width) <= SMALL:
+        share = min(1.0, data_config.get("crop_pct") or 1.0)
+        resized = (int(height / share), int(width / share))
+        transform.transforms[0] = transforms.Compose(
+            [
+                transforms.Resize(resized, interpolation=str_to_interp_mode(data_config["interpolation"])),
+                transforms.RandomCrop((height, width), padding=(width // 8, height // 8), padding_mode="reflect"),
+            ]
+        )
+    return transform
+
+
+class Draws:
+    """``count`` draws from ``images``, epoch after epoch without a gap, each epoch in an order of its own.
+
+    Draw i is a function of ``(seed, i)`` alone, whichever worker makes it and whatever was drawn before, so a run that is
+    taken up again needs no more than its number of draws. Map-style: draws[i] -> (tensor (3, h, w), class).
+    Raises ``InputRejected`` for an image whose class the model does not have.
+    """
+
+    def __init__(self, images: ImageSet, transform: Any, *, count: int, classes: int, seed: int) -> None:
+        self.images, self.transform = images, transform
+        self.count, self.classes, self.seed = count, classes, seed
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return self.count
+
+    def index_of(self, draw: int) -> int:
+        """Which of the data set's images draw number ``draw`` shows."""
+        epoch, place = divmod(draw, len(self.images))
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, np.random.default_rng([self.seed, 2, epoch]).permutation(len(self.images))
+        return self.images.indices[int(self._order[1][place])]
+
+    def __getitem__(self, draw: int) -> tuple[Any, int]:
+        index = self.index_of(draw)
+        image, target = self.images.samples[index]
+        if not 0 <= target < self.classes:
+            raise InputRejected(f"image {index} is of class {target}, and the model knows {self.classes} classes")
+        with seeded(self.seed, 3, draw):
+            return self.transform(image), int(target)
+
+
+@contextlib.contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Python's, NumPy's and PyTorch's CPU generators seeded by ``key`` for the block, and then as they were."""
+    found = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    first, second, third = (int(word) for word in np.random.SeedSequence(key).generate_state(3))
+    random.seed(first)
+    np.random.seed(second)
+    torch.default_generator.manual_seed(third)
+    try:
+        yield
+    finally:
+        random.setstate(found[0])
+        np.random.set_state(found[1])
+        torch.set_rng_state(found[2])
+
+
+def loader_of(draws: Draws, batch_size: int, *, cuda: bool) -> Any:
+    """Draws in their order, in batches; worker processes decode ahead where there are more than a few batches."""
+    workers = 0 if len(draws) <= 4 * batch_size else min(8, max(1, (os.cpu_count() or 1) // 2)) if cuda else 1
+    # A generator of its own: else each new iterator would take a number from the global one, and a resumed run has one more.
+    generator = torch.Generator()
+    return torch.utils.data.DataLoader(
+        draws,  # type: ignore[arg-type]
+        batch_size,
+        drop_last=True,
+        num_workers=workers,
+        generator=generator,
+        pin_memory=cuda,
+    )
+
+
+def read(images: ImageSet, loader: Any) -> Iterator[tuple[Any, Any]]:
+    """The loader's batches; raises ``InputRejected`` naming an image that cannot be read."""
+    iterator = iter(loader)
+    while True:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except Exception as error:  # a worker wraps whatever was raised; the cause is in its text
+            cause = (str(error).strip() or type(error).__name__).splitlines()[-1].rpartition("InputRejected: ")[2]
+            raise InputRejected(f"{images.address}: an image cannot be read: {cause}") from error
+        yield batch[0], batch[1]
+
+
+def identity_of(images: ImageSet) -> dict[str, object]:
+    """What tells these images from others: address, split, every index, and the bytes of an evenly spread few."""
+    spread = [images.indices[place * len(images) // _FINGERPRINTED] for place in range(_FINGERPRINTED)]
+    few = replace(images, indices=list(dict.fromkeys(spread)))
+    indices = hashlib.sha256(np.asarray(images.indices, dtype=np.int64).tobytes()).hexdigest()
+    return {**images.describe(), "indices": indices, "fingerprint": fingerprint_of(few)}

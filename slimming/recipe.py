@@ -1,0 +1,85 @@
+"""How a slimmed model is fine-tuned, and what is recorded of it. Free of torch, so that a door may read its defaults."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from slimming.door import UsageError
+
+#: DeiT's learning rate from scratch, for a total batch of 512, and the share of it that fine-tuning starts from.
+DEIT_LR, LR_SHARE = 5e-4, 0.1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to fine-tune; everything that the result depends on but model, teacher and images."""
+
+    epochs: float = 1.0  # passes over the images; may be fractional
+    batch_size: int = 64  # images per step and process
+    lr: float | None = None  # None: DEIT_LR * LR_SHARE * total batch / 512
+    weight_decay: float = 0.05
+    warmup: float = 0.05  # share of the steps
+    label_smoothing: float = 0.1
+    mixup: float = 0.0  # alpha of the beta distribution; 0 is off
+    cutmix: float = 0.0  # the same
+    scale: tuple[float, float] = (
+        0.5,
+        1.0,
+    )  # share of the area that a random crop keeps; images of up to 64 px are padded
+    hflip: float | None = None  # probability; None: 0.5, and 0 for digits, whose mirror images are no digits
+    auto_augment: str | None = None  # timm's, such as rand-m9-mstd0.5-inc1
+    ema: float | None = None  # decay per step; None: DeiT's, scaled; 0 is off
+    clip_grad: float = 1.0  # norm
+    distill: float = 0.5  # weight of the KL divergence to the original's logits; labels have the rest. 0: labels alone
+    temperature: float = 1.0  # of both logits in that divergence
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    seed: int = 0
+
+    def learning_rate(self, total: int) -> float:
+        """The highest learning rate for ``total`` images per step, over all processes."""
+        return self.lr if self.lr is not None else DEIT_LR * LR_SHARE * total / 512
+
+    def check(self) -> None:
+        """Raise ``UsageError`` for the first value that means nothing."""
+        rules = {
+            "epochs": 0 < self.epochs < math.inf,
+            "batch_size": self.batch_size >= 1,
+            "lr": self.lr is None or 0 < self.lr < math.inf,
+            "weight_decay": 0 <= self.weight_decay < math.inf,
+            "warmup": 0 <= self.warmup < 1,
+            "label_smoothing": 0 <= self.label_smoothing < 1,
+            "mixup": 0 <= self.mixup < math.inf,
+            "cutmix": 0 <= self.cutmix < math.inf,
+            "scale": 0 < self.scale[0] <= self.scale[1] <= 1,
+            "hflip": self.hflip is None or 0 <= self.hflip <= 1,
+            "ema": self.ema is None or 0 <= self.ema < 1,
+            "clip_grad": self.clip_grad > 0,
+            "distill": 0 <= self.distill <= 1,
+            "temperature": 0 < self.temperature < math.inf,
+            "precision": self.precision in ("no", "bf16", "fp16"),
+            "seed": self.seed >= 0,
+        }
+        for name, holds in rules.items():
+            if not holds:
+                raise UsageError(f"fine-tuning: {name} {getattr(self, name)!r} means nothing")
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise UsageError(f"fine-tuning: mixup and cutmix mix pairs, and batch_size {self.batch_size} is odd")
+
+
+@dataclass(frozen=True)
+class FinetuneReport:
+    """What a plan records of its fine-tuning."""
+
+    epochs: float  # passes that the steps make
+    steps: int
+    images: int  # seen, over all processes
+    loss: float  # mean of about the last 50 steps, the teacher's part included
+    lr: float  # the highest
+    seconds: float  # of training, those before a resumption included
+    fingerprint: str  # SHA-256 over recipe, plan, weights, teacher and images
+
+    def as_dict(self) -> dict[str, float | int | str]:
+        """JSON-ready."""
+        return asdict(self)
