@@ -265,5 +265,7 @@ def evit_for_macs(model: Any, macs: int, **options: Any) -> EViT:
         middle = (low + high) / 2
         low, high = (middle, high) if EViT(model, middle, **options).macs() <= macs else (low, middle)
     best = EViT(model, low, **options)
-    shorter = (EViT(model, rate, **options) for digits in range(1, 12) if (rate := round(low, digits)) > 0)
+    shorter = (
+        EViT(model, rate, **options) for digits in range(1, 12) if (rate := math.floor(low * 10**digits) / 10**digits) > 0
+    )
     return next((rival for rival in shorter if rival.counts == best.counts), best)
