@@ -1,0 +1,279 @@
+"""Measures the ``LatencyTable`` of a model: one block, as a plan lays it, timed over a grid of token counts on one engine.
+
+The engine is ONNX Runtime, on the execution provider that the export would run it on. Executed on CPUs only so far.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from slimming.door import InputRejected, Unavailable, UsageError
+from slimming.latency_table import LatencyPoint, LatencyTable
+from slimming.plan import Layout, Mode, Origin, SlimPlan
+
+if TYPE_CHECKING:
+    import onnx
+    from numpy.typing import NDArray
+
+    from export.config import Engine, Precision
+
+#: Parts of N at which a block is measured unless a grid is given; the prefix tokens alone, and what the head reads, are added.
+FRACTIONS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25, 0.1)
+ROUNDS = 15
+_WARMUP, _POLISH = 2, 10
+_WHOLE, _STEM, _HEAD = "whole", "stem", "head"
+_DEPTH = 3  # blocks are alike: the second of three stands for all, the last for a last one
+
+Progress = Callable[[str, int, int], None]
+Key = str | tuple[int, int]
+
+
+def measure_table(
+    dense_onnx: Path,
+    model_plan: SlimPlan,
+    *,
+    layout: Layout,
+    mode: Mode,
+    engine: Engine = "ort",
+    precision: Precision = "fp32",
+    batch: int = 8,
+    threads: int | None = None,
+    grid: Sequence[int] | None = None,
+    rounds: int = ROUNDS,
+    progress: Progress | None = None,
+) -> LatencyTable:
+    """Time a block of ``dense_onnx`` for every (tokens in, tokens out) of ``grid``, and the dense model and its two ends.
+
+    ``model_plan`` is any plan of the model: its sizes are used, its cuts are not. ``grid`` are token counts between the prefix
+    tokens and N. Every block is cut by the same passes as a slim model, then taken out of it and run alone on ``batch`` random
+    inputs, with ``threads`` threads (None: the engine's choice) that do not spin while another one runs. All are timed in
+    turn, in a new order each of ``rounds`` rounds; a point is its median, less what made whole rounds slow (``level_rounds``).
+    The ends are measured by themselves, not as what full blocks leave of the whole: a difference of large noisy times can even
+    be negative. ``progress`` is called with (stage, done, total).
+
+    Raises ``Unavailable`` where the engine cannot run blocks here, ``InputRejected`` for an ONNX file that is not understood
+    or that ``model_plan`` does not fit, ``UsageError`` for an impossible grid, batch, thread count or number of rounds.
+    """
+    if engine == "trt":
+        raise Unavailable(_no_tensorrt())
+    for name, value in {"batch": batch, "threads": 1 if threads is None else threads, "rounds": rounds}.items():
+        if value < 1:
+            raise UsageError(f"a latency table needs at least 1 for {name}, not {value}")
+    from export.engines.ort import OrtSession
+
+    report = progress or (lambda stage, done, total: None)
+    counts = _grid(model_plan, mode, grid)
+    provider = OrtSession(dense_onnx).providers[0]  # what the engine itself would choose
+    with tempfile.TemporaryDirectory(prefix="patchslim-") as folder:
+        runs: list[_Run] = []
+        parts = _Parts(dense_onnx, model_plan, layout, mode, precision, batch)
+        keys: list[Key] = [_WHOLE, _STEM, _HEAD, *counts]
+        for done, key in enumerate(keys):
+            path = Path(folder) / f"{done}.onnx"
+            parts.write(key, path)
+            runs.append(_Run(path, provider, threads, batch))
+            path.unlink()
+            report("cutting blocks to time", done + 1, len(keys))
+        times = _interleaved(runs, rounds, report)
+    low, middle, high = np.percentile(level_rounds(times), [25, 50, 75], axis=0) * 1e3
+    medians = dict(zip(keys, middle.tolist(), strict=True))
+    import onnxruntime
+
+    return LatencyTable(
+        model=model_plan.model,
+        tokens=model_plan.tokens,
+        depth=model_plan.depth,
+        geometry=model_plan.geometry,
+        mode=mode,
+        layout=layout,
+        engine="ort",
+        engine_version=onnxruntime.__version__,
+        precision=precision,
+        device=_device(provider),
+        threads=threads,
+        batch=batch,
+        points=[LatencyPoint(tokens_in=n, tokens_out=k, ms=medians[n, k]) for n, k in counts],
+        fixed_ms=medians[_STEM] + medians[_HEAD],
+        dense_ms=medians[_WHOLE],
+        repeats=rounds,
+        spread=float(np.median((high - low) / middle)),
+    )
+
+
+def _no_tensorrt() -> str:
+    from export.engines import cuda
+
+    here = f"this machine's GPU is {target}" if (target := cuda.local_target()) else "this machine has no CUDA driver or GPU"
+    return (
+        f"a latency budget for trt needs a latency table measured on the target GPU: {here}, and blocks are timed in ONNX "
+        "Runtime only; pass --macs-reduction instead, or a latency table that was measured elsewhere"
+    )
+
+
+def _grid(plan: SlimPlan, mode: Mode, grid: Sequence[int] | None) -> list[tuple[int, int]]:
+    """(tokens in, tokens out) to measure. Blocks in stale form, and the only block of a model, read every token."""
+    tokens, fewest, head = plan.tokens, max(plan.prefix_tokens, 1), len(plan.head_tokens)
+    wanted = [round(part * tokens) for part in FRACTIONS] if grid is None else list(grid)
+    if grid is not None and not all(fewest <= count <= tokens for count in grid):
+        raise UsageError(f"a latency table of {plan.model} is over {fewest} to {tokens} tokens, not {sorted(grid)}")
+    counts = sorted({tokens, fewest, *(count for count in wanted if count > fewest)}, reverse=True)
+    reads = [tokens] if mode == "stale" or plan.depth == 1 else counts
+    outputs = [*counts, head] if 0 < head < fewest else counts
+    return [(n, k) for n in reads for k in outputs if k <= n]
+
+
+class _Parts:
+    """Cuts what is timed out of a dense model: the whole, its ends, and single blocks, as ONNX files of fixed shapes."""
+
+    def __init__(self, dense: Path, plan: SlimPlan, layout: Layout, mode: Mode, precision: Precision, batch: int) -> None:
+        from graph_passes import load_model
+
+        self.plan, self.layout, self.mode, self.precision, self.batch = plan, layout, mode, precision, batch
+        self.model = load_model(dense)
+        fixed = self.model.graph.input[0].type.tensor_type.shape.dim[0].dim_value
+        if fixed not in (0, batch):
+            raise InputRejected(
+                f"{dense}: has the fixed batch size {fixed}, so no table for batches of {batch} can be measured"
+            )
+        self.depth = min(plan.depth, _DEPTH)
+        self.shallow = _first_blocks(self.model, self.depth)
+
+    def write(self, key: Key, path: Path) -> None:
+        """Save the part ``key`` to ``path``."""
+        from graph_passes import save_model
+
+        if isinstance(key, tuple):
+            save_model(self.block(*key), path)
+        else:
+            save_model(self.end(key), path)
+
+    def _slim(self, model: onnx.ModelProto, counts: list[int]) -> onnx.ModelProto:
+        from graph_passes import slim
+
+        head, prefix = self.plan.head_tokens, self.plan.prefix_tokens
+        kept = [list(range(count)) if count >= prefix else head for count in counts]
+        origin = Origin(score="none", criterion="manual", value=0.0)
+        fields = self.plan.model_dump() | {"kept": kept, "mode": self.mode, "origin": origin.model_dump()}
+        return slim(model, SlimPlan.model_validate(fields), layout=self.layout, precision=self.precision).model
+
+    def block(self, n: int, k: int) -> onnx.ModelProto:
+        # Only the last block is ever cut to fewer than the prefix tokens; what only the head reads is hardly met elsewhere.
+        last = k <= len(self.plan.head_tokens)
+        index = self.depth - 1 if last else min(1, self.depth - 1)
+        counts = [n] * index + [k] * (self.depth - index)
+        return self._between(self._slim(self.shallow, counts), index)
+
+    def end(self, key: str) -> onnx.ModelProto:
+        full = [self.plan.tokens] * self.plan.depth
+        if key == _WHOLE:
+            return self._between(self._slim(self.model, full), None)
+        return self._between(self._slim(self.shallow, full[: self.depth]), key)
+
+    def _between(self, model: onnx.ModelProto, part: int | str | None) -> onnx.ModelProto:
+        """One block of ``model``, or what is before or behind its blocks, or (None) all of it, for ``batch`` images."""
+        from graph_passes.proto import export_model, import_graph, with_shapes
+        from graph_passes.structure import find_structure
+
+        graph = import_graph(with_shapes(model))
+        blocks = find_structure(graph).blocks
+        if isinstance(part, int):
+            graph.inputs, graph.outputs = [blocks[part].input], [blocks[part].output]
+        elif part == _STEM:
+            graph.outputs = [blocks[0].input]
+        elif part == _HEAD:
+            graph.inputs = [blocks[-1].output]
+        for tensor in graph.inputs:
+            tensor.inputs.clear()
+        for tensor in (*graph.inputs, *graph.outputs):
+            tensor.shape = [self.batch, *tensor.shape[1:]]
+        return export_model(graph, like=model)
+
+
+def _first_blocks(model: onnx.ModelProto, depth: int) -> onnx.ModelProto:
+    """The model with its head right behind its first ``depth`` blocks."""
+    from graph_passes.match import replace_input
+    from graph_passes.proto import export_model, import_graph, with_shapes
+    from graph_passes.structure import find_structure
+
+    graph = import_graph(with_shapes(model))
+    blocks = find_structure(graph).blocks
+    if len(blocks) > depth:
+        for reader in list(blocks[-1].output.outputs):
+            replace_input(reader, blocks[-1].output, blocks[depth - 1].output)
+    return export_model(graph, like=model)
+
+
+class _Run:
+    """An ONNX file in ONNX Runtime with its input, random, already where it is read: copies are not part of a block."""
+
+    def __init__(self, path: Path, provider: str, threads: int | None, batch: int) -> None:
+        import onnxruntime
+
+        from validate.runtime import interface, open_session
+
+        self._session: Any = open_session(path, provider=provider, threads=threads or 0)
+        (name, kind, shape), (output, _, _) = interface(self._session)
+        values = np.random.default_rng(0).standard_normal([batch, *shape[1:]])  # type: ignore[list-item]
+        device = "cuda" if provider.startswith("CUDA") else "cpu"
+        self._input = onnxruntime.OrtValue.ortvalue_from_numpy(
+            values.astype(np.float16 if kind == "tensor(float16)" else np.float32), device, 0
+        )
+        self._binding: Any = self._session.io_binding()
+        self._binding.bind_ortvalue_input(name, self._input)
+        self._binding.bind_output(output, device)
+
+    def seconds(self) -> float:
+        """Time of one run, until its output is there."""
+        start = time.perf_counter()
+        self._session.run_with_iobinding(self._binding)
+        return time.perf_counter() - start
+
+
+def _interleaved(runs: list[_Run], rounds: int, report: Progress) -> NDArray[np.float64]:
+    """Seconds (rounds, runs) of every run in every round; each round has an order of its own."""
+    shuffle = np.random.default_rng(0)
+    times = np.empty((rounds, len(runs)))
+    for number in range(-_WARMUP, rounds):
+        for index in shuffle.permutation(len(runs)):
+            taken = runs[index].seconds()
+            if number >= 0:
+                times[number, index] = taken
+        report("timing blocks", number + _WARMUP + 1, rounds + _WARMUP)
+    return times
+
+
+def level_rounds(times: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Times (rounds, runs) with each round divided by how slow it was against the median round.
+
+    On a machine that is fast for half of the rounds and slow for the others, medians of raw times would pick either speed, run
+    by run. Slowness is a factor per round, found by Tukey's median polish of the logarithms (Exploratory Data Analysis, 1977).
+    """
+    logs = np.log(times)
+    slowness = np.zeros((len(times), 1))
+    for _ in range(_POLISH):
+        typical = np.median(logs - slowness, axis=0, keepdims=True)
+        slowness = np.median(logs - typical, axis=1, keepdims=True)
+    return np.asarray(np.exp(logs - slowness + np.median(slowness)))
+
+
+def _device(provider: str) -> str:
+    """The processor's name; on a GPU its architecture."""
+    if provider != "CPUExecutionProvider":
+        from export.engines import cuda
+
+        return f"{cuda.local_target()} ({provider})"
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    name = next(named, "") or platform.processor() or platform.machine() or "unknown processor"
+    return f"{name}, {os.cpu_count()} logical cores"

@@ -1,0 +1,88 @@
+"""What a plan costs, as a search sees it: MACs, or milliseconds on a measured table. Free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from slimming.plan import Geometry, Layout, Mode, macs_of
+
+Rounding = Literal["down", "up", "nearest"]
+
+
+class Cost(Protocol):
+    """The price of a plan by its token counts, block by block; more tokens never cost less."""
+
+    @property
+    def unit(self) -> str:
+        """What the numbers are: ``MACs`` of one image, or ``ms`` of one batch."""
+
+    def of(self, counts: Sequence[int]) -> float:
+        """The cost when block l outputs ``counts[l]`` tokens; raises ``ValueError`` for counts that no plan can have."""
+
+    def dense(self) -> float:
+        """The cost when every block outputs every token."""
+
+
+@dataclass(frozen=True)
+class MacsCost:
+    """Multiply-accumulates of one image, by ``slimming.plan.macs_of``."""
+
+    tokens: int
+    depth: int
+    geometry: Geometry
+    mode: Mode = "compact"
+    layout: Layout = "split"
+
+    @property
+    def unit(self) -> str:
+        """``MACs``."""
+        return "MACs"
+
+    def of(self, counts: Sequence[int]) -> float:
+        """MACs when block l outputs ``counts[l]`` tokens; raises ``ValueError`` for counts that no plan can have."""
+        check_counts(counts, self.tokens, self.depth)
+        return float(macs_of(list(counts), self.tokens, self.geometry, self.mode, self.layout))
+
+    def dense(self) -> float:
+        """MACs of the unslimmed model."""
+        return self.of([self.tokens] * self.depth)
+
+
+def check_counts(counts: Sequence[int], tokens: int, depth: int) -> None:
+    """Raise ``ValueError`` unless ``counts`` are ``depth`` nested token counts, from ``tokens`` down to at least 1."""
+    if len(counts) != depth:
+        raise ValueError(f"{len(counts)} token counts for {depth} blocks")
+    before = tokens
+    for block, count in enumerate(counts):
+        if not 1 <= count <= before:
+            raise ValueError(f"block {block} cannot output {count} tokens when it is given {before}")
+        before = count
+
+
+def snap(counts: Sequence[int], multiple: int, tokens: int, prefix: int, rounding: Rounding = "nearest") -> list[int]:
+    """Round token counts (prefix tokens included) to multiples of ``multiple``, nested as they were.
+
+    Untouched: full blocks (``tokens``), and blocks with no more than the ``prefix`` tokens, so also a last block that is cut to
+    what the head reads. Where the lower multiple has no room for the prefix tokens the upper one is taken; where the upper one
+    is above ``tokens`` the block becomes full. ``nearest`` rounds halves up. Raises ``ValueError`` for a ``multiple`` below 1
+    and for counts above ``tokens``.
+    """
+    if multiple < 1:
+        raise ValueError(f"token counts cannot be rounded to multiples of {multiple}")
+    if counts and not 1 <= min(counts) <= max(counts) <= tokens:
+        raise ValueError(f"token counts must be from 1 to {tokens}")
+    return [_snapped(count, multiple, tokens, prefix, rounding) for count in counts]
+
+
+def _snapped(count: int, multiple: int, tokens: int, prefix: int, rounding: Rounding) -> int:
+    # A monotone function of the count: that is what keeps nested counts nested.
+    lower = count - count % multiple
+    if count in (lower, tokens) or count <= prefix:
+        return count
+    upper = min(lower + multiple, tokens)
+    if lower < max(prefix, 1):
+        return upper
+    up = rounding == "up" or (rounding == "nearest" and 2 * (count - lower) >= multiple)
+    return upper if up else lower
