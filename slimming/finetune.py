@@ -147,18 +147,7 @@ def _train(
     slim.to(accelerator.device).train()
     if teacher is not None:
         teacher.to(accelerator.device).eval()
-    # timm's model, not SlimViT, says which of its parameters are not to decay.
-    optimizer = create_optimizer_v2(network, "adamw", lr=lr, weight_decay=recipe.weight_decay)
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        "cosine",
-        num_epochs=steps,
-        warmup_epochs=min(steps - 1, round(recipe.warmup * steps)),
-        warmup_lr=lr * _WARMUP_LR,
-        min_lr=lr * _LEAST_LR,
-        step_on_epochs=False,
-        updates_per_epoch=1,
-    )
+    optimizer, scheduler = _optimiser(network, recipe, lr, steps)
     decay = recipe.ema if recipe.ema is not None else max(0.0, 1 - 1 / max(1.0, _EMA_SHARE * steps))
     average = ModelEmaV3(slim, decay=decay)
     position = _Position(accelerator.device)
@@ -209,6 +198,22 @@ def _train(
         seconds=position.seconds,
         fingerprint=hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest(),
     )
+
+
+def _optimiser(network: Any, recipe: Recipe, lr: float, steps: int) -> tuple[Any, Any]:
+    """AdamW and its cosine; timm's model (not ``SlimViT``) says which of its parameters are not to decay."""
+    optimizer = create_optimizer_v2(network, "adamw", lr=lr, weight_decay=recipe.weight_decay)
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        "cosine",
+        num_epochs=steps,
+        warmup_epochs=min(steps - 1, round(recipe.warmup * steps)),
+        warmup_lr=lr * _WARMUP_LR,
+        min_lr=lr * _LEAST_LR,
+        step_on_epochs=False,
+        updates_per_epoch=1,
+    )
+    return optimizer, scheduler
 
 
 def _loss(

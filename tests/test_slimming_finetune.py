@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models_factory import build, random_plan
+from models_factory import KINDS, build, images_for, random_plan
 from PIL import Image
 from torch import Tensor
 
@@ -146,6 +146,16 @@ def test_what_it_touches_is_put_back() -> None:
     with pytest.raises(KeyboardInterrupt):
         run(slim, teacher, replace(RECIPE, precision="bf16"), images=given, progress=stop_after(2))
     assert found() == before
+
+
+@pytest.mark.parametrize("mode", ["compact", "stale"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_has_a_gradient(kind: str, mode: Any) -> None:
+    """Several processes wait for one of each; a parameter without would stop them all."""
+    slim, _ = models(kind, mode)
+    slim.requires_grad_(True)
+    slim(images_for(slim.model, 2)).square().sum().backward()
+    assert not [name for name, parameter in slim.named_parameters() if parameter.grad is None]
 
 
 def test_mixed_precision_trains_and_the_weights_stay_float32() -> None:
