@@ -57,7 +57,7 @@ def measure_table(
     inputs, with ``threads`` threads (None: the engine's choice) that do not spin while another one runs. All are timed in
     turn, in a new order each of ``rounds`` rounds; a point is its median, less what made whole rounds slow (``level_rounds``).
     The ends are measured by themselves, not as what full blocks leave of the whole: a difference of large noisy times can even
-    be negative. ``progress`` is called with (stage, done, total).
+    be negative. One thread is timed by its CPU time, several by wall time. ``progress`` is called with (stage, done, total).
 
     Raises ``Unavailable`` where the engine cannot run blocks here, ``InputRejected`` for an ONNX file that is not understood
     or that ``model_plan`` does not fit, ``UsageError`` for an impossible grid, batch, thread count or number of rounds.
@@ -230,11 +230,15 @@ class _Run:
         self._binding.bind_ortvalue_input(name, self._input)
         self._binding.bind_output(output, device)
 
+        # ONNX Runtime's only thread is then the calling one. Its own clock stands still while other processes have its core:
+        # they would hold up long runs more often than short ones, so that no average of wall times is fair to both.
+        self._clock = time.thread_time if threads == 1 and device == "cpu" else time.perf_counter
+
     def seconds(self) -> float:
-        """Time of one run, until its output is there."""
-        start = time.perf_counter()
+        """Time of one run, until its output is there: of one thread on a CPU its CPU time, else wall time."""
+        start = self._clock()
         self._session.run_with_iobinding(self._binding)
-        return time.perf_counter() - start
+        return self._clock() - start
 
 
 def _interleaved(runs: list[_Run], rounds: int, report: Progress) -> NDArray[np.float64]:

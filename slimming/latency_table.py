@@ -31,7 +31,7 @@ class LatencyPoint(_Strict):
 
     tokens_in: _Count = Field(description="tokens that the block reads")
     tokens_out: _Count = Field(description="tokens whose output it computes")
-    ms: _Ms = Field(description="median time of one batch, milliseconds")
+    ms: _Ms = Field(description="median time of one batch, milliseconds; with one thread its CPU time")
 
 
 class LatencyTable(_Strict):
