@@ -3,7 +3,7 @@
 What is DeiT's and kept: AdamW; weight decay 0.05 on matrices alone; label smoothing 0.1; cosine decay to 1/50 of the learning
 rate; a learning rate proportional to the total batch over 512; a padded random crop where images are small. What is scaled:
 
-- the learning rate: a slimmed model starts near where it should end; see ``Recipe.lr``.
+- the learning rate: a slimmed model starts near where it should end; see ``slimming.recipe.LR_SHARE``.
 - EMA: DeiT's decay of 0.99996 averages over 25,000 of its 375,000 steps; here over the same share, a fifteenth, of the steps.
 - warm-up: a twentieth of the steps (DeiT: a sixtieth), so that Adam's moments settle in a short run too.
 - augmentation: crops of at least half the image, not of 8 %, and no RandAugment, erasing, mixup or cutmix unless asked for:

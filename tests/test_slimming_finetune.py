@@ -310,6 +310,12 @@ def test_a_recipe_that_means_nothing_is_refused(change: dict[str, Any], named: s
         run(*models(), replace(RECIPE, **change))
 
 
+def test_the_learning_rate_grows_with_the_total_batch() -> None:
+    assert Recipe().learning_rate(512) == pytest.approx(2e-4)
+    assert Recipe().learning_rate(64) == pytest.approx(2.5e-5)
+    assert Recipe(lr=0.1).learning_rate(64) == 0.1
+
+
 def test_images_and_teachers_that_do_not_fit_are_refused() -> None:
     slim, teacher = models()
     with pytest.raises(InputRejected, match="deep copy"):
