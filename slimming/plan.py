@@ -28,7 +28,13 @@ class Geometry(_Strict):
     embed_dim: _Count = Field(description="token width d")
     mlp_hidden_dim: _Count = Field(description="width d' of the MLP's hidden layer")
     patch_macs: Annotated[int, Field(ge=0)] = Field(description="MACs of the patch embedding, whole image")
-    head_macs: Annotated[int, Field(ge=0)] = Field(description="MACs of the classifier head or heads")
+    head_macs: Annotated[int, Field(ge=0)] = Field(description="MACs of the classifier head or heads, once per image")
+    attn_dim: _Count | None = Field(default=None, description="width of all queries, where it is not embed_dim")
+    key_dim: _Count | None = Field(default=None, description="width of all keys and of all values, where it is not attn_dim")
+    mlp_macs: _Count | None = Field(default=None, description="MACs of the MLP per token, where they are not 2 d d'")
+    gate: bool = Field(default=False, description="whether the attention's output is gated")
+    pool_macs: Annotated[int, Field(ge=0)] = Field(default=0, description="MACs of an attention pool per token that it reads")
+    pool_tokens: Annotated[int, Field(ge=0)] = Field(default=0, description="tokens that the attention pool can read")
 
 
 class Calibration(_Strict):
@@ -61,8 +67,10 @@ class SlimPlan(_Strict):
     tokens: _Count = Field(description="N, prefix tokens included")
     grid: tuple[_Count, _Count] = Field(description="patch rows and columns")
     prefix_tokens: Annotated[int, Field(ge=0)]
-    pooling: Literal["token"] = Field(description="timm's global_pool")
-    head_tokens: list[_Index] = Field(description="tokens that the head reads: class, and distillation where there is one")
+    pooling: Literal["token", "avg", "map"] = Field(description="timm's global_pool; map is an attention pool")
+    head_tokens: list[_Index] = Field(
+        description="tokens that the head cannot do without: class, and distillation where there is one; none where it pools"
+    )
     mode: Mode = Field(description="what later blocks see of a dropped token: nothing (compact), or its last value (stale)")
     kept: list[list[_Index]] = Field(min_length=1, description="for every block the sorted original indices kept")
     geometry: Geometry
@@ -73,8 +81,10 @@ class SlimPlan(_Strict):
         n = self.tokens
         if self.prefix_tokens + self.grid[0] * self.grid[1] != n:
             raise ValueError(f"tokens: {n} is not {self.prefix_tokens} prefix tokens + a {self.grid[0]} x {self.grid[1]} grid")
-        if not self.head_tokens or any(t >= self.prefix_tokens for t in self.head_tokens):
+        if any(t >= self.prefix_tokens for t in self.head_tokens):
             raise ValueError("head_tokens: must name at least one prefix token and nothing else")
+        if (self.pooling == "token") != bool(self.head_tokens):
+            raise ValueError(f"head_tokens: {self.head_tokens} does not go with pooling {self.pooling!r}")
         for block, kept in enumerate(self.kept):
             if any(b <= a for a, b in pairwise(kept)):
                 raise ValueError(f"kept[{block}]: indices must be sorted and unique")
@@ -87,7 +97,8 @@ class SlimPlan(_Strict):
             if block and not set(kept) <= set(self.kept[block - 1]):
                 raise ValueError(f"kept[{block}]: not nested in kept[{block - 1}]; a dropped token cannot come back")
             prefix = kept[: self.prefix_tokens]
-            if kept[-1] >= self.prefix_tokens and prefix != list(range(self.prefix_tokens)):
+            whole = prefix == list(range(self.prefix_tokens))
+            if self.pooling == "token" and kept[-1] >= self.prefix_tokens and not whole:
                 raise ValueError(f"kept[{block}]: keeps a patch, but not every prefix token")
         return self
 
@@ -121,10 +132,8 @@ class SlimPlan(_Strict):
         """
         survived = Counter(token for kept in self.kept for token in kept)
         head = set(self.head_tokens)
-        return sorted(
-            range(self.tokens),
-            key=lambda token: (token not in head, token >= self.prefix_tokens, -survived[token], token),
-        )
+        leading = self.prefix_tokens if set(range(self.prefix_tokens)) <= set(self.kept[-1]) or head else 0
+        return sorted(range(self.tokens), key=lambda token: (token not in head, token >= leading, -survived[token], token))
 
     def save(self, path: Path) -> None:
         """Write ``plan.json`` whole or not at all; raises ``OSError``."""
@@ -139,12 +148,16 @@ def macs_of(counts: list[int], tokens: int, geometry: Geometry, mode: Mode = "co
     ``layout`` says how a cut block's projections are laid: ``split`` queries kept tokens only, ``packed`` keeps one qkv
     projection over every token that the block reads, and so also spends the dropped tokens' queries.
     """
-    d, hidden = geometry.embed_dim, geometry.mlp_hidden_dim
-    total = geometry.patch_macs + geometry.head_macs
+    d = geometry.embed_dim
+    query = geometry.attn_dim or d
+    key = geometry.key_dim or query
+    mlp = geometry.mlp_macs or 2 * d * geometry.mlp_hidden_dim
+    total = geometry.patch_macs + geometry.head_macs + geometry.pool_macs * min(counts[-1], geometry.pool_tokens)
     for block, k in enumerate(counts):
         n_in = tokens if mode == "stale" or block == 0 else counts[block - 1]
         queries = n_in if layout == "packed" else k
-        total += queries * d * d + 2 * n_in * d * d + 2 * k * n_in * d + k * d * d + 2 * k * d * hidden
+        total += queries * d * query + 2 * n_in * d * key + 2 * k * n_in * query + k * query * d + k * mlp
+        total += k * d * query if geometry.gate else 0
     return total
 
 

@@ -86,10 +86,16 @@ def windows(images: torch.Tensor, centres: torch.Tensor, side: int, rng: torch.G
 
 @torch.no_grad()
 def initialise(model: Any) -> None:
-    """Start where small ViTs learn fast: sine-cosine positions, mimetic attention (Trockman & Kolter, 2023, eq. 4-7)."""
-    width = model.embed_dim
-    positions = build_sincos2d_pos_embed([GRID, GRID], dim=width)
+    """Start where small ViTs learn fast: sine-cosine positions, mimetic attention."""
+    positions = build_sincos2d_pos_embed([GRID, GRID], dim=model.embed_dim)
     model.pos_embed[0, 1:] = positions.to(model.pos_embed)
+    mimetic(model)
+
+
+@torch.no_grad()
+def mimetic(model: Any) -> None:
+    """Start attention near the identity and values near its negative (Trockman & Kolter, 2023, eq. 4-7)."""
+    width = model.embed_dim
     for block in model.blocks:
         heads, head_width = block.attn.num_heads, width // block.attn.num_heads
         query, key, value = block.attn.qkv.weight.view(3, width, width)

@@ -1,0 +1,186 @@
+"""Train the natural-image model of the accuracy tables: a small timm ViT on CIFAR-10 at 32 px, on two CPU cores or a GPU.
+
+    python -m benchmarks.accuracy.train_cifar10 --data cifar10-train.tar --output cifar10_vit.safetensors
+
+The architecture is timm's ``vit_tiny_patch16_224`` with the arguments in ``ARGUMENTS``: 64 patches of 4 x 4 pixels, as a
+CIFAR-10 image at its own size has no more to give. Steps are half on random subsets of the patches (timm's PatchDropout, as in
+FLIP), half on all of them. The test file is never opened here. Checkpoints every few hundred steps; a second call resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from timm.layers import build_sincos2d_pos_embed, set_fused_attn
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor
+from torch.nn import functional
+
+from slimming.bundled.train import mimetic
+
+ARCHITECTURE = "vit_tiny_patch16_224"
+ARGUMENTS: dict[str, Any] = {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 8, "num_heads": 4}
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
+DATA_CONFIG = {"input_size": [3, 32, 32], "mean": list(MEAN), "std": list(STD), "crop_pct": 1.0, "interpolation": "bicubic"}
+
+
+def read_tar(path: Path) -> tuple[Tensor, Tensor]:
+    """Every image of a tar of class folders: uint8 (n, 3, 32, 32) and classes (n,)."""
+    images, targets = [], []
+    with tarfile.open(path) as archive:
+        for member in archive:
+            if member.name.endswith(".jpg"):
+                file = archive.extractfile(member)
+                assert file is not None
+                images.append(np.asarray(Image.open(io.BytesIO(file.read())).convert("RGB")))
+                targets.append(CLASSES.index(Path(member.name).parent.name))
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(targets)
+
+
+def augment(images: Tensor, rng: torch.Generator) -> Tensor:
+    """Random crop of the reflected border (4 px), mirror, brightness, contrast and colour: float (b, 3, 32, 32), normalised."""
+    count = len(images)
+    padded = functional.pad(images.float() / 255, (4, 4, 4, 4), mode="reflect")
+    corner = torch.randint(0, 9, (2, count), generator=rng)
+    span = torch.arange(32)
+    rows = (corner[0][:, None] + span)[:, None, :, None]
+    columns = (corner[1][:, None] + span)[:, None, None, :]
+    mirrored = torch.rand(count, generator=rng) < 0.5
+    columns = torch.where(mirrored[:, None, None, None], columns.flip(-1), columns)
+    cut = padded[torch.arange(count)[:, None, None, None], torch.arange(3)[None, :, None, None], rows, columns]
+    gain = 1 + 0.3 * (2 * torch.rand(count, 3, 1, 1, generator=rng) - 1)
+    shift = 0.1 * (2 * torch.rand(count, 3, 1, 1, generator=rng) - 1)
+    grey = cut.mean(1, keepdim=True)
+    saturation = 1 + 0.4 * (2 * torch.rand(count, 1, 1, 1, generator=rng) - 1)
+    coloured = (grey + (cut - grey) * saturation) * gain + shift
+    mean, std = (torch.tensor(values)[None, :, None, None] for values in (MEAN, STD))
+    return (coloured - mean) / std
+
+
+def mix(images: Tensor, targets: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """CutMix of half of the batches: images and soft targets (b, classes), label-smoothed."""
+    soft = functional.one_hot(targets, len(CLASSES)).float() * 0.95 + 0.005
+    if torch.rand((), generator=rng) < 0.5:
+        return images, soft
+    order = torch.randperm(len(images), generator=rng)
+    area = torch.rand((), generator=rng).item()
+    side = round(32 * math.sqrt(area))
+    top, left = (int(torch.randint(0, 33 - side, (), generator=rng)) for _ in range(2))
+    images = images.clone()
+    images[:, :, top : top + side, left : left + side] = images[order, :, top : top + side, left : left + side]
+    share = side * side / 1024
+    return images, soft * (1 - share) + soft[order] * share
+
+
+def features_of(model: Any, images: Tensor, keep: int, rng: torch.Generator) -> Tensor:
+    """Normalised last tokens of the model on a random subset of ``keep`` patches per image."""
+    tokens = model._pos_embed(model.patch_embed(images))
+    if keep < tokens.shape[1] - 1:
+        chosen = torch.rand(len(tokens), tokens.shape[1] - 1, generator=rng).argsort(1)[:, :keep].to(tokens.device) + 1
+        patches = tokens.gather(1, chosen[..., None].expand(-1, -1, tokens.shape[2]))
+        tokens = torch.cat([tokens[:, :1], patches], dim=1)
+    last: Tensor = model.norm(model.blocks(tokens))
+    return last
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="cifar10-train.tar")
+    parser.add_argument("--output", type=Path, required=True, help="the safetensors file to write")
+    parser.add_argument("--epochs", type=float, default=40)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="end the schedule after this long at the latest")
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    rng = torch.Generator().manual_seed(args.seed)
+    set_fused_attn(False)  # several times faster than CPU SDPA's backward at these sizes
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    images, targets = read_tar(args.data)
+    model = timm.create_model(ARCHITECTURE, num_classes=len(CLASSES), drop_path_rate=0.05, **ARGUMENTS).to(device)
+    with torch.no_grad():
+        side = model.patch_embed.grid_size[0]
+        model.pos_embed[0, 1:] = build_sincos2d_pos_embed([side, side], dim=model.embed_dim).to(model.pos_embed)
+        mimetic(model)
+    helper = torch.nn.Linear(model.embed_dim, len(CLASSES)).to(device)  # reads the patches' mean; thrown away afterwards
+    optimizer = create_optimizer_v2(torch.nn.ModuleList([model, helper]), opt="adamw", lr=args.lr, weight_decay=0.05)
+    average = ModelEmaV3(model, decay=0.999, use_warmup=True)
+    checkpoint = args.output.with_suffix(".checkpoint.pt")
+    step, spent, running = 0, 0.0, math.log(len(CLASSES))
+    steps = math.ceil(args.epochs * len(images) / args.batch_size)
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        for part, name in ((model, "model"), (helper, "helper"), (average.module, "average"), (optimizer, "optimizer")):
+            part.load_state_dict(state[name])
+        rng.set_state(state["rng"])
+        step, spent = state["step"], state["spent"]
+        print(f"resumed at step {step}", flush=True)
+    first, started = step, time.time()
+    model.train()
+    while True:
+        elapsed = spent + time.time() - started
+        progress = max(step / steps, elapsed / (60 * args.minutes))
+        if progress >= 1:
+            break
+        factor = min(1.0, (step + 1) / 300) * 0.5 * (1 + math.cos(math.pi * progress))
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * max(factor, 1e-3)
+        rows = torch.randint(len(images), (args.batch_size,), generator=rng)
+        pixels, soft = mix(augment(images[rows], rng), targets[rows], rng)
+        keep = 64 if progress > 0.7 or torch.rand((), generator=rng) < 0.25 else 36
+        with torch.autocast(device, torch.bfloat16):
+            features = features_of(model, pixels.to(device), keep, rng)
+            logits, helped = model.head(features[:, 0]).float(), helper(features[:, 1:].mean(1)).float()
+        loss = functional.cross_entropy(logits, soft.to(device))
+        (loss + 0.5 * functional.cross_entropy(helped, soft.to(device))).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        average.update(model, step=step)
+        running += 0.02 * (loss.item() - running)
+        if step % 100 == 0:
+            rate = (step - first) * args.batch_size / (time.time() - started)
+            print(f"step {step} {progress:.1%} loss {running:.4f} {rate:.0f} images/s", flush=True)
+        if step % 300 == 0:
+            part = checkpoint.with_suffix(".part")
+            state = {"model": model, "helper": helper, "average": average.module, "optimizer": optimizer}
+            saved = {name: part_.state_dict() for name, part_ in state.items()}
+            torch.save(saved | {"rng": rng.get_state(), "step": step, "spent": elapsed}, part)
+            part.replace(checkpoint)
+    record = {
+        "architecture": ARCHITECTURE,
+        "arguments": ARGUMENTS,
+        "data": "CIFAR-10 train, 50,000 images",
+        "seed": args.seed,
+        "steps": step,
+        "batch_size": args.batch_size,
+        "lr": args.lr,
+        "seconds": round(spent + time.time() - started),
+        "data_config": DATA_CONFIG,
+        "labels": list(CLASSES),
+    }
+    save_file(average.module.state_dict(), args.output, metadata={"patchslim": json.dumps(record)})
+    args.output.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
+    checkpoint.unlink(missing_ok=True)
+    print(f"wrote {args.output} after {step} steps")
+
+
+if __name__ == "__main__":
+    main()
