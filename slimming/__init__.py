@@ -1,6 +1,6 @@
 """Which tokens each block of a Vision Transformer can do without: model and calibration images in, ``SlimPlan`` out.
 
-- ``find_plan(model, images, name=..., transform=..., macs_reduction=0.45)``: the top-down search.
+- ``find(model, images, name=..., transform=..., budget=Budget("macs-reduction", 0.45))``: a plan, and the weights fitted to it.
 - ``dense_plan(model, name)``, ``make_plan(model, name, kept)``: plans without a search.
 - ``SlimViT(model, plan)``: the PyTorch reference of a model under a plan.
 - ``SlimPlan``, ``load_plan(path)``: the plan itself; free of torch.
@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from slimming.api import dense_plan, find_plan, make_plan
+    from slimming.api import dense_plan, find, make_plan
     from slimming.data import calibration_set, evaluation_set
     from slimming.models import load_model
     from slimming.plan import SlimPlan, load_plan
@@ -27,7 +27,7 @@ __all__ = [
     "calibration_set",
     "dense_plan",
     "evaluation_set",
-    "find_plan",
+    "find",
     "load_model",
     "load_plan",
     "make_plan",
@@ -39,7 +39,7 @@ _HOME = {
     "calibration_set": "data",
     "dense_plan": "api",
     "evaluation_set": "data",
-    "find_plan": "api",
+    "find": "api",
     "load_model": "models",
     "load_plan": "plan",
     "make_plan": "api",

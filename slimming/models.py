@@ -76,7 +76,7 @@ def load_model(
     import torch
     from timm.data import resolve_data_config
 
-    from slimming.vit import check_supported
+    from slimming.families import check_supported
 
     architecture = PRESETS.get(name, name)
     arguments = dict(arguments or {})

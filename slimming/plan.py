@@ -14,6 +14,9 @@ from slimming.door import InputRejected, atomic_path
 
 Layout = Literal["split", "packed"]
 Mode = Literal["compact", "stale"]
+Fit = Literal["none", "closed-form", "sgd"]
+Criterion = Literal["tolerance", "macs-reduction", "latency-reduction", "latency-budget-ms", "tokens", "manual", "dense"]
+ScoreName = Literal["paper", "residual", "attention", "random", "uniform"]
 _Count = Annotated[int, Field(ge=1, le=1_000_000)]
 _Index = Annotated[int, Field(ge=0)]
 
@@ -49,11 +52,28 @@ class Origin(_Strict):
     """How the plan was found."""
 
     score: str = Field(description="token score: 'paper' is Eq. 6; 'none' for a plan made by hand or dense")
-    criterion: Literal["tolerance", "macs-reduction", "manual", "dense"]
-    value: float = Field(description="the tolerance or the fraction of MACs asked for; 0 for manual and dense")
-    tolerance: float | None = Field(default=None, description="the tolerance on E_{l+1} that the search ended at")
+    criterion: Criterion
+    value: float = Field(description="the tolerance, fraction or milliseconds asked for; 0 for tokens, manual and dense")
+    tolerance: float | None = Field(default=None, description="the tolerance on E_{l+1} that the search ended at or near")
     seed: int = 0
     calibration: Calibration | None = None
+    snap: Annotated[int, Field(ge=1)] = Field(default=1, description="token counts are rounded to multiples of this")
+    errors: list[float] = Field(
+        default=[], description="E above each block's cut before any fit but sgd, first to last; 0 where the cut is exact"
+    )
+
+
+class FittedWeights(_Strict):
+    """The weights that go with a plan, where they are not the original's: refitted to the cut, or fine-tuned under it."""
+
+    file: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=200)] = Field(
+        description="safetensors file beside the plan: a whole state dict of the model"
+    )
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] = Field(description="digest over names, types, shapes and values")
+    fit: Fit = Field(description="what refitted the blocks")
+    finetune: dict[str, float | int | str | None] | None = Field(
+        default=None, description="the fine-tuning recipe and its outcome"
+    )
 
 
 class SlimPlan(_Strict):
@@ -75,6 +95,7 @@ class SlimPlan(_Strict):
     kept: list[list[_Index]] = Field(min_length=1, description="for every block the sorted original indices kept")
     geometry: Geometry
     origin: Origin
+    weights: FittedWeights | None = Field(default=None, description="None: the plan is for the original's weights")
 
     @model_validator(mode="after")
     def _check(self) -> SlimPlan:

@@ -34,8 +34,8 @@ def open_session(options: ModelOptions, evaluated: Any = None) -> Session:
     from timm.layers import set_fused_attn
 
     from slimming.data import calibration_set
+    from slimming.families import check_supported
     from slimming.models import load_model, parse_arguments
-    from slimming.vit import check_supported
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise Unavailable("--device cuda: PyTorch sees no CUDA device here; pass --device cpu")
@@ -68,17 +68,19 @@ def open_session(options: ModelOptions, evaluated: Any = None) -> Session:
     return Session(loaded, create_transform(**loaded.data_config), calibration)
 
 
-def find(options: ModelOptions, session: Session, layout: Layout, progress: Progress) -> SlimPlan:
-    """Search the plan that the options ask for; see ``slimming.api.find_plan``."""
-    from slimming.api import find_plan
+def search(options: ModelOptions, session: Session, layout: Layout, progress: Progress, cost: Cost | None = None) -> Found:
+    """Search the plan that the options ask for, and fit the weights to it; see ``slimming.api.find``."""
+    from slimming.api import find
 
-    return find_plan(
+    return find(
         session.loaded.module,
         session.calibration,
         name=session.loaded.architecture,
         transform=session.transform,
-        macs_reduction=options.macs_reduction,
-        tolerance=options.tolerance,
+        budget=options.budget,
+        cost=cost,
+        score=options.score,
+        fit=options.fit,
         mode=options.mode,
         layout=layout,
         seed=options.seed,

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from slimming.door import InputRejected
+from slimming.families import ModelReader, View, reader_of
 from slimming.plan import SlimPlan
-from slimming.vit import check_supported, classify, embed, geometry_of, head_tokens_of, run_block
 
 
 class SlimViT(nn.Module):
@@ -23,53 +23,62 @@ class SlimViT(nn.Module):
         super().__init__()
         check_fits(model, plan)
         self.model = model
+        self.plan = plan
         self.stale = plan.mode == "stale"
-        self.tokens = plan.tokens
-        before = list(range(plan.tokens))
+        everything = list(range(plan.tokens))
+        before = everything
         for block, kept in enumerate(plan.kept):
-            present = list(range(plan.tokens)) if self.stale else before
-            position = {token: index for index, token in enumerate(present)}
-            rows = torch.tensor([position[token] for token in kept])
-            self.register_buffer(f"rows_{block}", rows, persistent=False)
+            present = everything if self.stale else before
+            self.register_buffer(f"present_{block}", torch.tensor(present), persistent=False)
+            self.register_buffer(f"rows_{block}", _places(kept, present), persistent=False)
             before = kept
-        self.counts = plan.counts
-        last = plan.kept[-1]
-        head = plan.head_tokens if self.stale else [last.index(token) for token in plan.head_tokens]
+        reads = ModelReader(model).head.tokens
+        given = [token for token in plan.kept[-1] if token in set(reads)]
         self.head_rows: Tensor
-        self.register_buffer("head_rows", torch.tensor(head), persistent=False)
+        self.register_buffer("head_rows", _places(given, everything if self.stale else plan.kept[-1]), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (b, 3, h, w) -> logits (b, classes)."""
-        tokens = embed(self.model, images)
-        for index, block in enumerate(self.model.blocks):
-            rows = getattr(self, f"rows_{index}")
-            if self.counts[index] == tokens.shape[1]:
-                tokens = run_block(block, tokens)
-            elif self.stale:
-                updated = run_block(block, tokens, rows)
-                tokens = tokens.index_copy(1, rows, updated)
-            else:
-                tokens = run_block(block, tokens, rows)
-        return classify(self.model, tokens[:, self.head_rows])
+        reader = ModelReader(self.model)  # made anew: a copy of this module must read the copy's layers
+        tokens, ropes = reader.embed(images), reader.ropes()
+        for index, block in enumerate(reader.blocks):
+            tokens = self._block(index, block, tokens, ropes[index])
+        return reader.head.logits(tokens[:, self.head_rows])
+
+    def _block(self, index: int, block: Any, tokens: Tensor, rope: Tensor | None) -> Tensor:
+        rows, present = getattr(self, f"rows_{index}"), getattr(self, f"present_{index}")
+        table = rope if rope is None or len(present) == self.plan.tokens else rope[..., present, :]
+        if len(rows) == len(present):
+            result: Tensor = block.run(View(tokens, tokens, table, table))
+            return result
+        result = block.run(View(tokens, tokens[:, rows], table, None if table is None else table[..., rows, :]))
+        return tokens.index_copy(1, rows, result) if self.stale else result
+
+
+def _places(wanted: list[int], present: list[int]) -> Tensor:
+    place = {token: position for position, token in enumerate(present)}
+    return torch.tensor([place[token] for token in wanted])
 
 
 def check_fits(model: Any, plan: SlimPlan) -> None:
     """Raise ``InputRejected``, naming both sides, unless ``plan`` was made for a model shaped like ``model``."""
-    check_supported(model, plan.model)
-    patches = tuple(int(side) for side in model.patch_embed.grid_size)
-    prefix = int(model.num_prefix_tokens)
-    geometry = geometry_of(model)
+    reader = reader_of(model, plan.model)
+    geometry = reader.geometry()
     pairs = {
         "blocks": (plan.depth, len(model.blocks)),
-        "tokens": (plan.tokens, prefix + patches[0] * patches[1]),
-        "patch grid": (tuple(plan.grid), patches),
-        "prefix tokens": (plan.prefix_tokens, prefix),
-        "head tokens": (plan.head_tokens, head_tokens_of(model)),
-        "token width": (plan.geometry.embed_dim, int(model.embed_dim)),
+        "tokens": (plan.tokens, reader.tokens),
+        "patch grid": (tuple(plan.grid), reader.grid),
+        "prefix tokens": (plan.prefix_tokens, reader.prefix),
+        "pooling": (plan.pooling, reader.head.pooling),
+        "head tokens": (plan.head_tokens, reader.head.tokens if reader.head.fixed else []),
+        "token width": (plan.geometry.embed_dim, geometry.embed_dim),
         "MLP width": (plan.geometry.mlp_hidden_dim, geometry.mlp_hidden_dim),
         "patch embedding's MACs": (plan.geometry.patch_macs, geometry.patch_macs),
         "head's MACs": (plan.geometry.head_macs, geometry.head_macs),
+        "geometry": (plan.geometry, geometry),
     }
     for what, (planned, actual) in pairs.items():
         if planned != actual:
             raise InputRejected(f"the plan was made for {plan.model} with {what} {planned}, the model has {actual}")
+    if not set(plan.kept[-1]) & set(reader.head.tokens):
+        raise InputRejected(f"the plan keeps no token in the last block that {plan.model}'s head reads")

@@ -25,12 +25,13 @@ class View:
     rope: Tensor | None = None
     queried_rope: Tensor | None = None
     key_bias: Tensor | None = None
+    sink: list[Tensor] | None = None  # the softmax maps that a run computes are appended here
 
     def normed(self, norm: Any) -> View:
         """The same view after a token-wise normalisation."""
         read = norm(self.read)
         queried = read if self.queried is self.read else norm(self.queried)
-        return View(read, queried, self.rope, self.queried_rope, self.key_bias)
+        return View(read, queried, self.rope, self.queried_rope, self.key_bias, self.sink)
 
 
 class AttentionReader:
@@ -61,7 +62,7 @@ class AttentionReader:
 
     def _heads(self, tokens: Tensor, part: int, rope: Tensor | None) -> Tensor:
         projected = self._projected(tokens, part)
-        heads = projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        heads: Tensor = projected.reshape(*projected.shape[:-1], -1, self.head_dim).transpose(1, 2)
         if part < 2:
             heads = (self.module.q_norm, self.module.k_norm)[part](heads)
             if rope is not None:
@@ -71,7 +72,7 @@ class AttentionReader:
 
     def _scores(self, view: View) -> Tensor:
         query = self._heads(view.queried, 0, view.queried_rope) * self.module.scale
-        scores = query @ self._heads(view.read, 1, view.rope).transpose(-2, -1)
+        scores: Tensor = query @ self._heads(view.read, 1, view.rope).transpose(-2, -1)
         return scores if view.key_bias is None else scores + view.key_bias
 
     def maps(self, view: View) -> Tensor:
@@ -80,7 +81,7 @@ class AttentionReader:
 
     def finish(self, mixed: Tensor, queried: Tensor) -> Tensor:
         """``P V`` (b, heads, k, head_dim) -> what the output projection reads (b, k, heads * head_dim)."""
-        flat = self.module.norm(mixed.transpose(1, 2).flatten(2))
+        flat: Tensor = self.module.norm(mixed.transpose(1, 2).flatten(2))
         return flat if self.module.gate is None else flat * self.module.gate(queried).sigmoid()
 
     def values(self, view: View) -> Tensor:
@@ -89,8 +90,11 @@ class AttentionReader:
 
     def inner(self, view: View) -> Tensor:
         """What the output projection reads, from normalised tokens: (b, k, heads * head_dim)."""
-        if not self.module.fused_attn:
-            return self.finish(self.maps(view) @ self.values(view), view.queried)
+        if view.sink is not None or not self.module.fused_attn:
+            maps = self.maps(view)
+            if view.sink is not None:
+                view.sink.append(maps)
+            return self.finish(maps @ self.values(view), view.queried)
         query, key = self._heads(view.queried, 0, view.queried_rope), self._heads(view.read, 1, view.rope)
         bias = None if view.key_bias is None else view.key_bias.expand(query.shape[-2], -1).to(query.dtype)
         mixed = functional.scaled_dot_product_attention(

@@ -61,6 +61,10 @@ class BlockReader:
         found = [reader.maps(view.normed(norm)) for norm, reader in self.attentions]
         return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
+    def value_norms(self, view: View) -> Tensor:
+        """Norms of the values (b, heads, n); parallel attentions side by side."""
+        return torch.cat([reader.values(view.normed(norm)).norm(dim=-1) for norm, reader in self.attentions], dim=1)
+
     def run(self, view: View) -> Tensor:
         """The block's output at the queried tokens: (b, k, d)."""
         stream = self.stages[0].run(view)

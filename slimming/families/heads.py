@@ -37,12 +37,10 @@ class HeadReader:
 
     def pooled(self, tokens: Tensor) -> Tensor:
         """The pooled feature (b, width) of the tokens that the head is given, (b, k, d) as the last block left them."""
-        normed = self.model.norm(tokens)
+        normed: Tensor = self.model.norm(tokens)
         if self.pooling == "token":
             return normed.flatten(1)
-        if self.pooling == "avg":
-            return normed.mean(dim=1)
-        pooled: Tensor = self.model.attn_pool(normed)
+        pooled: Tensor = normed.mean(dim=1) if self.pooling == "avg" else self.model.attn_pool(normed)
         return pooled
 
     def logits(self, tokens: Tensor) -> Tensor:
@@ -72,7 +70,8 @@ class HeadReader:
             .transpose(1, 2)
         )
         maps = ((pool.q_norm(query) * pool.scale) @ pool.k_norm(key).transpose(-2, -1)).softmax(-1)
-        return maps.mean(dim=1).mean(dim=1)[..., None]
+        weights: Tensor = maps.mean(dim=1).mean(dim=1)[..., None]
+        return weights
 
     def macs(self) -> tuple[int, int]:
         """MACs of the head once per image, and per token that it is given."""

@@ -1,0 +1,138 @@
+"""Closed-form compensation: refit each cut block's output projections, so that it answers as the dense one did.
+
+A cut changes what a block's attention mixes and what its MLP is given. Its two output projections (W_o and W_2, with their
+biases) are linear in what they read, so the best ones on the calibration rows are a ridge regression: no labels, no gradients,
+and nothing is added at inference. Related: CORP (2602.05243), GRAIL (2602.23795), Kwon et al. (2204.09656).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimming.door import InputRejected
+from slimming.families import ModelReader, Stage, View
+from slimming.features import DenseFeatures
+from slimming.plan import SlimPlan
+from slimming.store import TensorStore
+
+#: Ridge strength, a fraction of the mean diagonal of the inputs' second moments.
+RIDGE = 0.03
+#: Rows of statistics that are enough per input feature; past it, every second, third, ... row is left out.
+ROWS_PER_FEATURE = 24
+_TINY = 1e-6
+
+
+def can_compensate(model: Any) -> bool:
+    """Whether every output projection of the model is a plain linear layer; post-norm blocks have none."""
+    return all(block.can_refit for block in ModelReader(model).blocks)
+
+
+@torch.no_grad()
+def compensate(
+    model: Any,
+    features: DenseFeatures,
+    plan: SlimPlan,
+    *,
+    ridge: float = RIDGE,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> None:
+    """Refit ``model``, a copy of the one that ``features`` belong to, in place, block by block from the first cut on.
+
+    Each block is fitted on what the slimmed and already refitted blocks before it hand over, so that errors do not add up; its
+    targets are the dense model's features at the rows that it keeps. Raises ``InputRejected`` for unusable statistics.
+    """
+    dense, slim = features.reader, ModelReader(model)
+    batches = list(features.rows(features.all_batches))
+    store = TensorStore(features.store.bound)
+    streams = [features.output(-1, rows) for rows in batches]
+    present = features.everything
+    for index, kept in enumerate(plan.kept):
+        block, original, rope = slim.blocks[index], dense.blocks[index], features.ropes[index]
+        if len(kept) == len(present) == features.tokens:  # nothing differs yet
+            streams = [features.output(index, rows) for rows in batches]
+            continue
+        read = features.everything if plan.mode == "stale" else present
+        targets = [
+            _kept(store, original.stages[0].run(dense.view(features.output(index - 1, rows), features.everything, kept, rope)))
+            for rows in batches
+        ]
+        after = streams
+        for number, stage in enumerate(block.stages):
+            views = partial(_views, slim, after, (read, kept, rope) if number == 0 else None)
+            if number == len(block.stages) - 1:
+                targets = [features.output(index, rows)[:, kept] for rows in batches]
+            _refit(stage, views, targets, features, ridge)
+            after = [_kept(store, stage.run(view)) for view in views()]
+        if plan.mode == "stale":
+            positions = torch.tensor(kept, device=features.device)
+            after = [_kept(store, stream.index_copy(1, positions, new)) for stream, new in zip(streams, after, strict=True)]
+        streams, present = after, kept
+        if progress:
+            progress("compensating", index + 1, plan.depth)
+
+
+def _views(
+    reader: ModelReader, streams: list[Tensor], cut: tuple[list[int], list[int], Tensor | None] | None
+) -> Iterator[View]:
+    """What a stage is given, batch by batch: the first one reads what is present and computes what is kept."""
+    for stream in streams:
+        yield View(stream, stream) if cut is None else reader.view(stream, *cut)
+
+
+def _kept(store: TensorStore, tensor: Tensor) -> Tensor:
+    if tensor.device.type != "cpu":
+        return tensor
+    stored = store.empty(*tensor.shape)
+    stored.copy_(tensor)
+    return stored
+
+
+def _refit(
+    stage: Stage, views: Callable[[], Iterator[View]], wanted: list[Tensor], features: DenseFeatures, ridge: float
+) -> None:
+    """Change the stage's projections so that its output comes closest to ``wanted``, jointly where branches share an addition.
+
+    Solves ``min_D sum ||X D - R||^2 + lambda ||D||^2`` for the change D, X what the projections read and R what is missing, so
+    that without evidence nothing changes. LayerScale's gamma divides what it multiplies.
+    """
+    widths = [branch.projection.in_features for branch in stage.branches if branch.projection is not None]
+    biased = next((branch for branch in stage.branches if branch.projection and branch.projection.bias is not None), None)
+    size, out = sum(widths) + int(biased is not None), wanted[0].shape[2] if wanted else features.features[0].shape[2]
+    total = features.images * (wanted[0].shape[1] if wanted else 1)
+    stride = max(1, total // (ROWS_PER_FEATURE * size))
+    moment = torch.zeros(size, size, dtype=torch.float64, device=features.device)
+    cross = torch.zeros(size, out, dtype=torch.float64, device=features.device)
+    for number, (view, target) in enumerate(zip(views(), wanted, strict=True)):
+        inputs = [branch.inner(view) for branch in stage.branches]
+        stream = view.queried
+        for branch, read in zip(stage.branches, inputs, strict=True):
+            stream = stream.add(branch.scale(branch.output(read)))
+        missing = (target - stream).flatten(0, 1)[number % stride :: stride]
+        rows = torch.cat([read.flatten(0, 1)[number % stride :: stride] for read in inputs], dim=1)
+        if biased is not None:
+            rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+        moment += (rows.T @ rows).double()
+        cross += (rows.T @ missing).double()
+    moment, cross = features.world.added(moment), features.world.added(cross)
+    if not bool(moment.isfinite().all()) or not bool(cross.isfinite().all()):
+        raise InputRejected("the statistics of a block's refit are not finite: are the weights damaged?")
+    strength = ridge * moment.diagonal()[: sum(widths)].mean().clamp_min(_TINY)
+    penalty = strength.expand(size).clone()
+    if biased is not None:
+        penalty[-1] = _TINY * strength  # a bias is not held back
+    change = torch.linalg.solve(moment + torch.diag(penalty), cross)
+    at = 0
+    for branch, width in zip(stage.branches, widths, strict=True):
+        assert branch.projection is not None
+        gamma = torch.ones(out, dtype=torch.float64, device=features.device) if branch.gamma is None else branch.gamma.double()
+        gain = torch.where(gamma.abs() > _TINY, 1 / gamma, 0.0)
+        branch.projection.weight += (change[at : at + width] * gain).T.to(branch.projection.weight)
+        if branch is biased:
+            assert branch.projection.bias is not None
+            branch.projection.bias += (change[-1] * gain).to(branch.projection.bias)
+        at += int(width)

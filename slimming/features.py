@@ -1,0 +1,146 @@
+"""The dense model's features on the calibration images: what the search, the scores and the errors look at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from slimming.door import InputRejected
+from slimming.families import ModelReader, View
+from slimming.plan import Mode
+from slimming.scores import input_magnitude
+from slimming.store import TensorStore
+from slimming.world import ALONE, World, chunks
+
+Progress = Callable[[str, int, int], None]
+#: Images that are looked at together: few, so that attention maps stay in a CPU's caches.
+BATCH = 8
+#: Images that errors are measured on, spread over the calibration images.
+ERROR_IMAGES = 48
+_TINY = 1e-30
+
+
+class DenseFeatures:
+    """Z_0 ... Z_L (every block's dense input, the last one's output) of this process's share of the calibration images.
+
+    ``batches`` yields this process's batches of ``BATCH`` images, in order. Past ``store``'s bound the features are spilled to
+    disk; attention maps are recomputed, never stored. Raises ``InputRejected`` where features are not finite.
+    """
+
+    def __init__(
+        self,
+        reader: ModelReader,
+        batches: Iterator[Tensor],
+        images: int,
+        *,
+        mode: Mode = "compact",
+        magnitudes: bool = True,
+        store: TensorStore | None = None,
+        world: World = ALONE,
+        progress: Progress | None = None,
+    ) -> None:
+        self.reader, self.mode, self.images, self.world = reader, mode, images, world
+        self.store = store or TensorStore()
+        self.device = next(reader.model.parameters()).device
+        self.progress: Progress = progress or (lambda stage, done, total: None)
+        self.places = list(chunks(images, BATCH))
+        self.own = world.own(len(self.places))
+        spread = torch.randperm(len(self.places), generator=torch.Generator().manual_seed(0)).tolist()
+        self.sample = sorted(spread[: math.ceil(ERROR_IMAGES / BATCH)])
+        self.everything = list(range(reader.tokens))
+        self.features: list[Tensor] = []
+        self.magnitudes: list[Tensor] = []
+        with torch.inference_mode():
+            self.ropes = reader.ropes()
+            self._see(batches, magnitudes)
+        self.tokens = reader.tokens
+
+    def _see(self, batches: Iterator[Tensor], magnitudes: bool) -> None:
+        """Keep, per image, every block boundary's features and, for Eq. 6, ``sum_h ||U_t^h[i, :]||^2``."""
+        held = sum(self.places[batch].stop - self.places[batch].start for batch in self.own)
+        done = 0
+        for batch in batches:
+            tokens = self.reader.embed(batch.to(self.device))
+            if not self.features:
+                self.features = [self.store.empty(held, *tokens.shape[1:]) for _ in range(len(self.reader.blocks) + 1)]
+                self.magnitudes = [self.store.empty(held, tokens.shape[1]) for _ in self.reader.blocks if magnitudes]
+            rows = slice(done, done + len(tokens))
+            self.features[0][rows] = tokens.cpu()
+            for index, block in enumerate(self.reader.blocks):
+                maps: list[Tensor] = []
+                rope = self.ropes[index]
+                output = block.run(View(tokens, tokens, rope, rope, sink=maps if magnitudes else None))
+                if magnitudes:
+                    self.magnitudes[index][rows] = input_magnitude(torch.cat(maps, dim=1), tokens).cpu()
+                tokens = output
+                self.features[index + 1][rows] = tokens.cpu()
+            if not bool(tokens.isfinite().all()):
+                raise InputRejected("the model's features on the calibration images are not finite: are its weights damaged?")
+            done += len(tokens)
+            self.progress("dense features", min(done * self.world.size, self.images), self.images)
+
+    def rows(self, batches: list[int]) -> Iterator[slice]:
+        """Where this process holds each of its share of ``batches``."""
+        for batch in batches:
+            if batch % self.world.size == self.world.rank:
+                start = batch // self.world.size * BATCH
+                yield slice(start, start + self.places[batch].stop - self.places[batch].start)
+
+    @property
+    def all_batches(self) -> list[int]:
+        """Every batch, whichever process holds it."""
+        return list(range(len(self.places)))
+
+    def count(self, batches: list[int]) -> int:
+        """Images in ``batches``, over all processes."""
+        return sum(self.places[batch].stop - self.places[batch].start for batch in batches)
+
+    def output(self, block: int, rows: slice) -> Tensor:
+        """Block ``block``'s dense output (b, N, d); -1 is the first block's input."""
+        return self.features[block + 1][rows].to(self.device)
+
+    def view(self, block: int, rows: slice, kept: list[int], wanted: list[int]) -> View:
+        """What block ``block`` + 1 is given when ``block`` keeps ``kept`` and the block above ``wanted``."""
+        output = self.features[block + 1][rows]
+        if self.mode == "compact":
+            return self.reader.view(output[:, kept].to(self.device), kept, wanted, self.ropes[block + 1])
+        mixed = self.features[block][rows].clone()
+        mixed[:, kept] = output[:, kept]
+        return self.reader.view(mixed.to(self.device), self.everything, wanted, self.ropes[block + 1])
+
+    @torch.inference_mode()
+    def error(self, block: int, kept: list[int], above: list[int]) -> float:
+        """E of block ``block`` + 1 over its rows ``above`` when ``block`` keeps ``kept``; 0 when it keeps every token.
+
+        E_{l+1} is ||Z^_{l+1} - Z_{l+1}||_F^2 / ||Z_{l+1}||_F^2 averaged over the images of the sample. Above the last block
+        stands the head, and its pooled feature takes the rows' place.
+        """
+        if len(kept) == self.tokens:
+            return 0.0
+        return self.mean_error(block, lambda view: self.reader.blocks[block + 1].run(view), kept, above)
+
+    def mean_error(self, block: int, run: Callable[[View], Tensor], kept: list[int], above: list[int]) -> float:
+        """``error`` with what stands above the cut given as ``run``; raises ``InputRejected`` where it is not finite."""
+        found = []
+        for rows in self.rows(self.sample):
+            if block == len(self.reader.blocks) - 1:
+                output = self.output(block, rows)
+                result, wanted = (self.reader.head.pooled(output[:, tokens]) for tokens in (kept, above))
+            else:
+                result = run(self.view(block, rows, kept, above))
+                wanted = self.output(block + 1, rows)[:, above]
+            difference = (result - wanted).square().flatten(1).sum(1).double()
+            norm = wanted.square().flatten(1).sum(1).double().clamp_min(_TINY)  # all-zero features have no error
+            found.append((difference / norm).sum().cpu())
+        total = float(self.world.total(found, self.sample))
+        if not math.isfinite(total):
+            raise InputRejected(f"the error of block {block + 2} under a cut is not finite: are the weights damaged?")
+        return total / self.count(self.sample)
+
+    def close(self) -> None:
+        """Let go of the features; what was spilled of them goes with them."""
+        self.features.clear()
+        self.magnitudes.clear()
