@@ -140,16 +140,19 @@ class SlimPlan(_Strict):
 
     def macs(self, layout: Layout = "split") -> int:
         """Multiply-accumulates of one image under the plan; see ``macs_of``."""
-        return macs_of(self.counts, self.tokens, self.geometry, self.mode, layout)
+        readable = self.tokens - self.geometry.pool_tokens  # prefix tokens lead, and are what a pool may not read
+        reads = sum(token >= readable for token in self.kept[-1])
+        return macs_of(self.counts, self.tokens, self.geometry, self.mode, layout, reads)
 
     def dense_macs(self) -> int:
         """Multiply-accumulates of one image through the unslimmed model."""
         return macs_of([self.tokens] * self.depth, self.tokens, self.geometry)
 
     def order(self) -> list[int]:
-        """Original indices sorted by the block that drops them, longest kept first, ties by index; prefix tokens lead.
+        """Original indices sorted by the block that drops them, longest kept first, ties by index.
 
-        Under this order every cut is a prefix slice: block l keeps the first ``counts[l]`` tokens.
+        Under this order every cut is a prefix slice: block l keeps the first ``counts[l]`` tokens. Prefix tokens lead, unless
+        the head pools and the last block drops one of them.
         """
         survived = Counter(token for kept in self.kept for token in kept)
         head = set(self.head_tokens)
@@ -163,17 +166,26 @@ class SlimPlan(_Strict):
             part.write_text(text + "\n", encoding="utf-8")
 
 
-def macs_of(counts: list[int], tokens: int, geometry: Geometry, mode: Mode = "compact", layout: Layout = "split") -> int:
+def macs_of(
+    counts: list[int],
+    tokens: int,
+    geometry: Geometry,
+    mode: Mode = "compact",
+    layout: Layout = "split",
+    pool_reads: int | None = None,
+) -> int:
     """Multiply-accumulates of one image whose block l outputs ``counts[l]`` of ``tokens`` tokens; biases and norms count zero.
 
     ``layout`` says how a cut block's projections are laid: ``split`` queries kept tokens only, ``packed`` keeps one qkv
-    projection over every token that the block reads, and so also spends the dropped tokens' queries.
+    projection over every token that the block reads, and so also spends the dropped tokens' queries. ``pool_reads`` of the
+    last block's tokens go to an attention pool; None: as many as it can read.
     """
     d = geometry.embed_dim
     query = geometry.attn_dim or d
     key = geometry.key_dim or query
     mlp = geometry.mlp_macs or 2 * d * geometry.mlp_hidden_dim
-    total = geometry.patch_macs + geometry.head_macs + geometry.pool_macs * min(counts[-1], geometry.pool_tokens)
+    reads = min(counts[-1], geometry.pool_tokens) if pool_reads is None else pool_reads
+    total = geometry.patch_macs + geometry.head_macs + geometry.pool_macs * reads
     for block, k in enumerate(counts):
         n_in = tokens if mode == "stale" or block == 0 else counts[block - 1]
         queries = n_in if layout == "packed" else k
