@@ -2,9 +2,9 @@
 
     digits | DIR | FILE.tar | hfds/NAME | wds/PATH_WITHOUT_SPLIT
 
-A folder with ``train`` and ``val``, ``validation`` or ``test`` inside has splits, and so has a hub data set. Any other folder
-or file is divided once and for good: a fifth of its images, drawn by a fixed permutation, calibrates, and the others are
-evaluated on.
+A folder with ``train`` and ``val``, ``validation`` or ``test`` inside has splits, and so have a hub data set and a folder of
+WebDataset shards, which may be of any size: images are read one at a time, by index, and never held. Any other folder or file
+is divided once and for good: a fifth of its images, drawn by a fixed permutation, calibrates, and the others are evaluated on.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from __future__ import annotations
 import hashlib
 import os
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from slimming.data.digits import CLASSES, DEFAULT_LENGTH, Digits
+from slimming.data.shards import ShardReader, shards_of
 from slimming.door import InputRejected, Unavailable
 
 CALIBRATION_SHARE = 0.2
@@ -37,7 +37,7 @@ class ImageSet:
     share: str  # "all", or which disjoint share of an undivided data set this is
     labels: list[str]
     samples: Any  # map-style: samples[i] -> (PIL image, class); samples.transform is applied when set
-    indices: list[int]
+    indices: Sequence[int]  # a range where that says it: a large data set then has no list
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -61,8 +61,9 @@ def calibration_set(address: str, count: int, seed: int = 0, *, apart: bool = Fa
     opened = _open(address, training=True, limit=count, apart=apart)
     rng = np.random.default_rng([seed, 1])
     pool = opened.indices
-    chosen = sorted(rng.permutation(len(pool))[:count].tolist()) if count < len(pool) else range(len(pool))
-    return replace(opened, indices=[pool[index] for index in chosen])
+    if count >= len(pool):
+        return opened
+    return replace(opened, indices=[pool[index] for index in sorted(rng.permutation(len(pool))[:count].tolist())])
 
 
 def evaluation_set(address: str, count: int | None) -> ImageSet:
@@ -129,8 +130,10 @@ def _open(address: str, *, training: bool, limit: int | None, apart: bool = Fals
         samples: Any = Digits(split, max(limit or 0, DEFAULT_LENGTH[split]))
         return ImageSet(address, split, "all", list(CLASSES), samples, list(range(len(samples))))
     prefix = address.partition("/")[0].lower()
-    if prefix in ("hfds", "hfids", "tfds", "torch", "wds"):
-        return _open_named(address, prefix, training=training, limit=limit)
+    if prefix == "wds":
+        return _open_shards(address, training=training)
+    if prefix in ("hfds", "hfids", "tfds", "torch"):
+        return _open_named(address, training=training)
     path = Path(address)
     if not path.exists():
         raise InputRejected(f"{address}: no such data; --data takes digits, a folder, FILE.tar, hfds/NAME or wds/PATH")
@@ -167,7 +170,23 @@ def _with_reader(path: Path) -> Any:
     return samples
 
 
-def _open_named(address: str, prefix: str, *, training: bool, limit: int | None) -> ImageSet:
+def _open_shards(address: str, *, training: bool) -> ImageSet:
+    """The first split that is here, and no other in its stead where it is damaged."""
+    folder, reasons = Path(address.partition("/")[2]), []
+    for split in ("train",) if training else _EVALUATION_SPLITS:
+        try:
+            shards, label = shards_of(folder, split)
+        except InputRejected as error:
+            reasons.append(f"{split}: {error}")
+            continue
+        samples = _Read(ShardReader(shards, label))
+        if len(samples):
+            return ImageSet(address, split, "all", [], samples, range(len(samples)))
+        reasons.append(f"{split}: empty")
+    raise _no_split(address, reasons)
+
+
+def _open_named(address: str, *, training: bool) -> ImageSet:
     """A data set of timm's named readers; offline, from what is on this machine."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -176,13 +195,8 @@ def _open_named(address: str, prefix: str, *, training: bool, limit: int | None)
     reasons = []
     for split in ("train",) if training else _EVALUATION_SPLITS:
         try:
-            if prefix == "wds":
-                folder = address.partition("/")[2]
-                stream = create_dataset("wds/", root=folder, split=split, is_training=False, batch_size=1)
-                samples: Any = _Materialised(list(islice(stream, limit)))
-            else:
-                samples = create_dataset(address, root=None, split=split)
-                samples = _Read(samples.reader) if hasattr(samples, "reader") else samples
+            samples = create_dataset(address, root=None, split=split)
+            samples = _Read(samples.reader) if hasattr(samples, "reader") else samples
         except ImportError as error:
             raise Unavailable(f"{address}: {error}; install the readers: pip install 'patchslim[readers]'") from error
         except Exception as error:
@@ -191,7 +205,11 @@ def _open_named(address: str, prefix: str, *, training: bool, limit: int | None)
         if len(samples):
             return ImageSet(address, split, "all", _labels(samples), samples, list(range(len(samples))))
         reasons.append(f"{split}: empty")
-    raise InputRejected(f"{address}: no usable split here, offline ({'; '.join(reasons)})")
+    raise _no_split(address, reasons)
+
+
+def _no_split(address: str, reasons: list[str]) -> InputRejected:
+    return InputRejected(f"{address}: no usable split here, offline ({'; '.join(reasons)})")
 
 
 class _Read:
@@ -205,30 +223,17 @@ class _Read:
         return len(self.reader)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
 
         try:
             stream, target = self.reader[index]
             with stream:
                 image = Image.open(stream).convert("RGB")
+        except UnidentifiedImageError as error:  # whose own text may be the address of a stream in memory
+            raise InputRejected(f"{self.reader.filename(index)}: not an image that can be decoded") from error
         except Exception as error:
             raise InputRejected(f"{self.reader.filename(index)}: {error}") from error
         return (image if self.transform is None else self.transform(image)), int(target)
-
-
-class _Materialised:
-    """The first images of a streamed data set, held so that they have an index, a length and a transform like any other."""
-
-    def __init__(self, samples: list[tuple[Any, int]]) -> None:
-        self.samples = samples
-        self.transform: Callable[[Any], Any] | None = None
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        image, target = self.samples[index]
-        return (image if self.transform is None else self.transform(image)), target
 
 
 def _labels(samples: Any) -> list[str]:
