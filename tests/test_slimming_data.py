@@ -104,7 +104,6 @@ def write_shard(path: Path, numbers: range) -> None:
 
 
 def test_local_shards(tmp_path: Path) -> None:
-    pytest.importorskip("webdataset")
     splits = {}
     for split, numbers in (("train", range(12)), ("validation", range(12, 20))):
         write_shard(tmp_path / f"{split}-0.tar", numbers)
@@ -119,6 +118,10 @@ def test_local_shards(tmp_path: Path) -> None:
     assert all(evaluation.samples[index][1] == number % 2 for index, number in enumerate(numbers_of(evaluation)))
     batch, targets = next(load_tensors(evaluation, to_tensor))
     assert (tuple(batch.shape), sorted(targets.tolist())) == ((8, 3, 8, 8), [0] * 4 + [1] * 4)
+    assert evaluation.describe() == {"data": address, "split": "validation", "share": "all", "images": 8}
+    assert (len(calibration_set(address, 99)), len(evaluation_set(address, 3))) == (12, 3)
+    assert fingerprint_of(calibration) == fingerprint_of(calibration_set(address, 5))
+    assert fingerprint_of(calibration) != fingerprint_of(calibration_set(address, 5, seed=1))
 
 
 def test_tensors_come_in_order_with_and_without_a_worker(tmp_path: Path) -> None:

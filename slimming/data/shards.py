@@ -11,7 +11,6 @@ import io
 import json
 import os
 import re
-import tarfile
 from array import array
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from slimming.data.tar_headers import regular_files
 from slimming.door import InputRejected
 
 IMAGE_SUFFIXES = ("jpg", "png", "webp", "jpeg", "ppm")  # timm's order first: the one read where a sample has several
@@ -28,6 +28,7 @@ _COMPRESSED_NAME = re.compile(r"\.(tgz|tbz2?|txz|tzst|(tar\.)?(gz|bz2|xz|zst|lz4
 _COMPRESSED_START = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
 _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # webdataset's division of a member's name into key and suffix
 _META = re.compile(r"__[^/]*__($|/)")  # webdataset's own records
+_Place = tuple[int, int]  # offset and size of a member's content, in bytes
 _SCANNERS = 4  # threads: a scan of shards that are not cached waits for the disk at every image
 _LONGEST = {"cls": 64, "json": 1 << 24}  # bytes of a member that is read while indexing; anything longer is not what it says
 
@@ -76,8 +77,8 @@ class ShardReader:
         shard, offset = self.shards[self._shard_of(index)], int(self._offsets[index])
         try:
             with open(shard, "rb") as file:
-                for member, key, _ in _members(shard, file):
-                    if member.offset_data == offset:
+                for key, _, place in _members(shard, file):
+                    if place[0] == offset:
                         return f"{shard}: sample {key}"
         except (OSError, InputRejected):
             pass
@@ -103,8 +104,8 @@ class ShardReader:
                         kinds = ", ".join(sorted(parts))
                         raise InputRejected(f"{shard}: sample {key}: no image (jpg, jpeg, png, webp or ppm) among {kinds}")
                     if target is not None:
-                        offsets.append(image.offset_data)
-                        sizes.append(image.size)
+                        offsets.append(image[0])
+                        sizes.append(image[1])
                         classes.append(target)
         except OSError as error:
             raise InputRejected(f"{shard}: {error}") from error
@@ -155,55 +156,43 @@ def _archives(folder: Path) -> list[Path]:
     return [path for path in folder.glob("*") if wanted.fullmatch(path.name) and path.is_file()]
 
 
-def _members(shard: str, file: IO[bytes]) -> Iterator[tuple[tarfile.TarInfo, str, str]]:
-    """Each sample file's header, key and suffix, in order; the contents are passed over."""
+def _members(shard: str, file: IO[bytes]) -> Iterator[tuple[str, str, _Place]]:
+    """Each sample file's key, suffix and place, in order; the contents are passed over."""
     if _COMPRESSED_NAME.search(shard) or file.read(8).startswith(_COMPRESSED_START):
         raise InputRejected(f"{shard}: a compressed tar has no random access; unpack it to a plain .tar")
     try:
-        file.seek(0)
-        with tarfile.TarFile(fileobj=file, mode="r") as tar:
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every header
-                divided = None if _META.match(member.name) else _NAME.fullmatch(member.name)
-                if divided is None or not member.isreg():
-                    continue
-                if member.issparse():
-                    raise InputRejected(
-                        f"{shard}: sample {divided[1]}: stored as a sparse file, which cannot be read by offset"
-                    )
-                yield member, divided[1], divided[2].lower()
-            end = tar.offset
-        file.seek(end)
-        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes a broken header for the end
-            raise InputRejected(f"{shard}: damaged or truncated at byte {end}: neither a member nor the end of the archive")
-    except (tarfile.TarError, ValueError) as error:
+        for name, place in regular_files(file):
+            divided = None if _META.match(name) else _NAME.fullmatch(name)
+            if divided is not None:
+                yield divided[1], divided[2].lower(), place
+    except ValueError as error:
         raise InputRejected(f"{shard}: not a readable tar file: {error}") from error
 
 
-def _samples(shard: str, file: IO[bytes]) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """Each sample's key and its members by suffix."""
-    current, parts = "", dict[str, tarfile.TarInfo]()
-    for member, key, suffix in _members(shard, file):
+def _samples(shard: str, file: IO[bytes]) -> Iterator[tuple[str, dict[str, _Place]]]:
+    """Each sample's key and the places of its files by suffix."""
+    current, parts = "", dict[str, _Place]()
+    for key, suffix, place in _members(shard, file):
         if key != current and parts:
             yield current, parts
             parts = {}
         if suffix in parts:
             raise InputRejected(f"{shard}: sample {key}: has two .{suffix} files")
-        current, parts[suffix] = key, member
+        current, parts[suffix] = key, place
     if parts:
         yield current, parts
 
 
-def _class_of(where: str, parts: dict[str, tarfile.TarInfo], file: IO[bytes], label: str) -> int | None:
+def _class_of(where: str, parts: dict[str, _Place], file: IO[bytes], label: str) -> int | None:
     """A sample's class; None where its ``.json`` says that it has none."""
     suffix = "json" if label else "cls"
-    member = parts.get(suffix)
-    if member is None:
+    if suffix not in parts:
         raise InputRejected(f"{where}: no .{suffix} file to take its class from")
-    if member.size > _LONGEST[suffix]:
-        raise InputRejected(f"{where}: a .{suffix} file of {member.size} bytes holds no class")
-    file.seek(member.offset_data)
-    content = file.read(member.size)
+    offset, size = parts[suffix]
+    if size > _LONGEST[suffix]:
+        raise InputRejected(f"{where}: a .{suffix} file of {size} bytes holds no class")
+    file.seek(offset)
+    content = file.read(size)
     if not label:
         try:
             return int(content)
