@@ -21,7 +21,7 @@ class BlockFitter:
     """Fits one block after the other, from the top, on a copy of the model; what it learns is in ``model``.
 
     Calling it with (block, kept, above) starts that block at its dense weights again, fits it, and gives E of the block above,
-    whose own fit is already in place.
+    whose own fit is already in place. A block that keeps every token stays at its dense weights, without error.
     """
 
     def __init__(
@@ -36,18 +36,23 @@ class BlockFitter:
         self.model: Any = copy.deepcopy(features.reader.model)
         self.reader = ModelReader(self.model)
         self.progress = progress
+        with torch.inference_mode(False):  # autograd saves the rotary tables
+            self.ropes = [None if rope is None else rope.clone() for rope in features.ropes]
 
     def __call__(self, block: int, kept: list[int], above: list[int]) -> float:
         """E of block ``block`` + 1 at its rows ``above`` after ``block``, keeping ``kept``, was fitted."""
         features, reader = self.features, self.reader
         module = self.model.blocks[block]
         module.load_state_dict(features.reader.model.blocks[block].state_dict())
-        positions = torch.tensor(kept, device=features.device)
+        if len(kept) == features.tokens:
+            return 0.0
+        with torch.inference_mode(False):  # autograd saves it
+            positions = torch.tensor(kept, device=features.device)
 
         def run(tokens: Tensor) -> Tensor:
-            rope = features.ropes[block]
+            rope = self.ropes[block]
             output = reader.blocks[block].run(reader.view(tokens, features.everything, kept, rope))
-            rope = features.ropes[block + 1]
+            rope = self.ropes[block + 1]
             if features.mode == "stale":
                 view: View = reader.view(tokens.index_copy(1, positions, output), features.everything, above, rope)
             else:

@@ -100,14 +100,15 @@ def _refit(
     Solves ``min_D sum ||X D - R||^2 + lambda ||D||^2`` for the change D, X what the projections read and R what is missing, so
     that without evidence nothing changes. LayerScale's gamma divides what it multiplies.
     """
-    widths = [branch.projection.in_features for branch in stage.branches if branch.projection is not None]
+    projections = [branch.projection for branch in stage.branches if branch.projection is not None]
+    widths = [projection.in_features for projection in projections]
     biased = next((branch for branch in stage.branches if branch.projection and branch.projection.bias is not None), None)
-    size, out = sum(widths) + int(biased is not None), wanted[0].shape[2] if wanted else features.features[0].shape[2]
+    size, out = sum(widths) + int(biased is not None), projections[0].out_features
     total = features.images * (wanted[0].shape[1] if wanted else 1)
     stride = max(1, total // (ROWS_PER_FEATURE * size))
     moment = torch.zeros(size, size, dtype=torch.float64, device=features.device)
     cross = torch.zeros(size, out, dtype=torch.float64, device=features.device)
-    for number, (view, target) in enumerate(zip(views(), wanted, strict=True)):
+    for number, view, target in zip(features.own, views(), wanted, strict=True):  # rows are left out alike in any world
         inputs = [branch.inner(view) for branch in stage.branches]
         stream = view.queried
         for branch, read in zip(stage.branches, inputs, strict=True):
@@ -127,12 +128,13 @@ def _refit(
         penalty[-1] = _TINY * strength  # a bias is not held back
     change = torch.linalg.solve(moment + torch.diag(penalty), cross)
     at = 0
-    for branch, width in zip(stage.branches, widths, strict=True):
+    for branch in stage.branches:
         assert branch.projection is not None
+        width = branch.projection.in_features
         gamma = torch.ones(out, dtype=torch.float64, device=features.device) if branch.gamma is None else branch.gamma.double()
         gain = torch.where(gamma.abs() > _TINY, 1 / gamma, 0.0)
         branch.projection.weight += (change[at : at + width] * gain).T.to(branch.projection.weight)
         if branch is biased:
             assert branch.projection.bias is not None
             branch.projection.bias += (change[-1] * gain).to(branch.projection.bias)
-        at += int(width)
+        at += width

@@ -2,18 +2,17 @@
 
 Profiles are curves ``N - (N - e) (l / L')^p`` over the blocks l: p says how early tokens go, and the budget then fixes the
 count e that the curve ends at. The paper's own profile for DeiT-S (Fig. 5) is close to p = 1. The best p is found by climbing:
-each trial is one walk and one slimmed run on the sample, and its merit the KL divergence to the dense model's answers. No labels
-are used.
-
-Measured against the same tolerance for every block, which is how Algorithm 1 spreads its error: see ``benchmarks/accuracy``.
+each trial is one walk and one slimmed run on the sample, and its merit the KL divergence to the dense model's answers. No
+labels are used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
-from slimming.costs import Cost
+from slimming.costs import Cost, Rounding, snap
 from slimming.door import BudgetUnreachable
 
 #: Values of p that are tried, from tokens dropped early to tokens dropped late.
@@ -32,23 +31,78 @@ class Judge(Protocol):
     def fixed_head(self) -> int | None:
         """The count of the last block, where the head fixes it."""
 
+    @property
+    def readable(self) -> int:
+        """How many tokens of the last block the head can read."""
+
     def divergence(self, counts: Sequence[int]) -> float:
         """How far a plan of these counts moves the answers."""
 
 
-def profile_within(judge: Judge, cost: Cost, limit: float) -> list[int]:
-    """The token counts of the profile that diverges least among those that cost at most ``limit``.
+@dataclass(frozen=True)
+class _Snapped:
+    """What counts cost once they are snapped down, so that a limit still holds after snapping."""
 
-    Raises ``BudgetUnreachable`` naming the nearest reachable point.
+    cost: Cost
+    judge: Judge
+    multiple: int
+
+    @property
+    def unit(self) -> str:
+        return self.cost.unit
+
+    def of(self, counts: Sequence[int]) -> float:
+        return self.cost.of(snapped(self.judge, counts, self.multiple, "down"))
+
+    def dense(self) -> float:
+        return self.cost.dense()
+
+
+def snapped(judge: Judge, counts: Sequence[int], multiple: int, rounding: Rounding = "nearest") -> list[int]:
+    """``counts`` rounded by ``slimming.costs.snap``.
+
+    The last block of a head that pools needs no prefix tokens, but the blocks below keep them: it is rounded with them counted
+    in, so that nesting adds nothing to the others.
     """
-    head = judge.fixed_head
-    least = curve(judge, 0.0, judge.prefix + (head is None))
-    dense, lowest = cost.dense(), cost.of(least)
+    rounded = snap(list(counts), multiple, judge.tokens, judge.prefix, rounding)
+    if judge.fixed_head is None and counts[-1] < judge.tokens - judge.prefix:
+        rounded[-1] = snap([counts[-1] + judge.prefix], multiple, judge.tokens, judge.prefix, rounding)[0] - judge.prefix
+    elif judge.fixed_head is None:
+        rounded[-1] = counts[-1]
+    return rounded
+
+
+def _reachable(judge: Judge, cost: Cost, limit: float) -> None:
+    dense, lowest = cost.dense(), cost.of(curve(judge, 0.0, _least(judge)))
     if lowest > limit:
         raise BudgetUnreachable(
             f"{1 - limit / dense:.1%} of the {cost.unit} cannot be removed: no patches at all remove {1 - lowest / dense:.1%} "
             f"(down to {lowest:.4g} of {dense:.4g} {cost.unit}), the nearest reachable point"
         )
+
+
+def _least(judge: Judge) -> int:
+    return judge.prefix + (judge.fixed_head is None)
+
+
+def uniform_within(judge: Judge, cost: Cost, limit: float, multiple: int = 1) -> list[int]:
+    """The same count in every block but the last, a multiple of ``multiple``, as large as ``limit`` allows.
+
+    Raises ``BudgetUnreachable`` naming the nearest reachable point.
+    """
+    cost = _Snapped(cost, judge, multiple)
+    _reachable(judge, cost, limit)
+    ends = [end for end in range(_least(judge), judge.tokens + 1) if cost.of(curve(judge, 0.0, end)) <= limit]
+    return snapped(judge, curve(judge, 0.0, max(ends)), multiple, "down")
+
+
+def profile_within(judge: Judge, cost: Cost, limit: float, multiple: int = 1) -> list[int]:
+    """The token counts of the profile that diverges least among those that cost at most ``limit``, snapped to ``multiple``.
+
+    Raises ``BudgetUnreachable`` naming the nearest reachable point.
+    """
+    cost = _Snapped(cost, judge, multiple)
+    _reachable(judge, cost, limit)
     exact = curve(judge, 1.0, judge.tokens)
     if cost.of(exact) <= limit:
         return exact
@@ -57,7 +111,8 @@ def profile_within(judge: Judge, cost: Cost, limit: float) -> list[int]:
         power = POWERS[0]
         while (found := _ending(judge, cost, limit, power)) is None:
             power = power / 2 if power > 1e-3 else 0.0
-        return found
+        return snapped(judge, found, multiple, "down")
+    profiles = {index: snapped(judge, found, multiple, "down") for index, found in profiles.items()}
     tried: dict[int, float] = {}
 
     def merit(index: int) -> float:
@@ -81,13 +136,13 @@ def curve(judge: Judge, power: float, end: int) -> list[int]:
     counts = [round(judge.tokens - (judge.tokens - end) * ((block + 1) / free) ** power) for block in range(free)]
     if head is not None:
         return [*counts, head]
-    readable = judge.tokens - judge.prefix  # a head that pools reads patches; prefix tokens end with the block before
-    return [*counts[:-1], min(max(1, counts[-1] - judge.prefix), readable)]
+    # Where the head pools, prefix tokens end with the block before, and are in its count.
+    return [*counts[:-1], judge.readable if counts[-1] == judge.tokens else max(1, counts[-1] - judge.prefix)]
 
 
 def _ending(judge: Judge, cost: Cost, limit: float, power: float) -> list[int] | None:
     """The profile of this power that ends as high as ``limit`` allows; None where no end is low enough."""
-    low, high = judge.prefix + (judge.fixed_head is None), judge.tokens
+    low, high = _least(judge), judge.tokens
     if cost.of(curve(judge, power, low)) > limit:
         return None
     while low < high:
@@ -100,12 +155,13 @@ def _filled(counts: list[int], judge: Judge, cost: Cost, limit: float) -> list[i
     """What is left of the budget, spent token by token on the deepest block that it pays for."""
     last = len(counts) - 1 - (judge.fixed_head is not None)
     for block in range(last, -1, -1):
-        top = judge.tokens if block < len(counts) - 1 else judge.tokens - judge.prefix
+        top = judge.tokens if block < len(counts) - 1 else judge.readable
         while counts[block] < top:
             raised = list(counts)
             raised[block] += 1
             for index in range(block - 1, -1, -1):
-                raised[index] = max(raised[index], raised[index + 1])
+                room = judge.prefix if index + 2 == len(counts) and judge.fixed_head is None else 0
+                raised[index] = max(raised[index], min(raised[index + 1] + room, judge.tokens))
             if cost.of(raised) > limit:
                 break
             counts = raised

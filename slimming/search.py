@@ -52,9 +52,14 @@ class TopDownSearch:
         """How many tokens the last block keeps, where the head fixes it."""
         return len(self.head.tokens) if self.head.fixed else None
 
+    @property
+    def readable(self) -> int:
+        """How many tokens of the last block the head can read."""
+        return len(self.head.tokens)
+
     def error(self, block: int, kept: list[int], above: list[int]) -> float:
         """E above ``block`` when it keeps ``kept`` and what is above needs ``above``; see ``DenseFeatures.error``."""
-        if self.fit is not None and 0 <= block < self.depth - 1 and len(kept) < self.tokens:
+        if self.fit is not None and block < self.depth - 1:  # also without a cut: a trial's weights must not stay
             return self.fit(block, kept, above)
         key = (block, tuple(kept), tuple(above))
         if key not in self._errors:
@@ -203,7 +208,7 @@ class TopDownSearch:
                 low = middle
         self._hints[block] = high
         kept = kept_at(high)
-        return kept, 0.0 if len(kept) == self.tokens else self.error(block, kept, above)
+        return kept, self.error(block, kept, above)
 
     def by_budget(self, cost: Cost, limit: float) -> Selection:
         """The selection on the best profile of token counts that costs at most ``limit``; see ``slimming.profile``."""
