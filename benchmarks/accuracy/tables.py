@@ -343,9 +343,8 @@ class Ours:
     def plan(self, score: ScoreName, budget: float) -> Any:
         """The plan that ``slimming.api.find`` makes of these images; raises ``NotMeasured``."""
         from slimming.api import make_plan
-        from slimming.budget import uniform_counts
         from slimming.costs import MacsCost
-        from slimming.profile import profile_within
+        from slimming.profile import profile_within, uniform_within
         from slimming.scores import score_named
         from slimming.search import TopDownSearch
 
@@ -355,16 +354,10 @@ class Ours:
             search = TopDownSearch(features, ranking)
             cost = MacsCost(search.tokens, search.depth, reader.geometry(), features.mode)
             limit = (1 - budget) * cost.dense()
-            head = search.fixed_head or search.tokens - search.prefix
             try:
-                if score == "uniform":
-                    counts = uniform_counts(cost, limit, search.tokens, search.depth, search.prefix, head)
-                else:
-                    counts = profile_within(search, cost, limit)
+                counts = (uniform_within if score == "uniform" else profile_within)(search, cost, limit)
             except BudgetUnreachable as error:
                 raise NotMeasured(str(error)) from error
-            if counts is None:
-                raise NotMeasured(f"no uniform count removes {budget:.1%} of the MACs")
             kept = TopDownSearch(features, ranking).by_counts(counts).kept
             self.plans[score, budget] = make_plan(reader.model, self.bench.loaded.architecture, kept, mode=features.mode)
         return self.plans[score, budget]
