@@ -70,7 +70,7 @@ FAMILY_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "rope_mixed": ("vit_small_patch16_rope_mixed_224", {"img_size": (32, 64)}),
     "rope_multimodal": ("vit_small_patch16_rope_224", {"rope_type": "mrope", "rope_grid_indexing": "ij"}),
     "perception_encoder": ("vit_pe_core_tiny_patch16_384", {}),
-    "grouped_query": ("vit_base_patch16_sapiens2", {"dynamic_img_size": False, "num_kv_heads": 1}),
+    "grouped_query": ("vit_base_patch16_sapiens2", {"dynamic_img_size": False, "num_heads": 6, "num_kv_heads": 2}),
 }
 ALL_KINDS = [*KINDS, *FAMILY_KINDS]
 
