@@ -64,9 +64,10 @@ def snapped(judge: Judge, counts: Sequence[int], multiple: int, rounding: Roundi
     The last block of a head that pools needs no prefix tokens, but the blocks below keep them: it is rounded with them counted
     in, so that nesting adds nothing to the others.
     """
-    rounded = snap(list(counts), multiple, judge.tokens, judge.prefix, rounding)
+    least = _least(judge)
+    rounded = snap(list(counts), multiple, judge.tokens, least, rounding)
     if judge.fixed_head is None and counts[-1] < judge.tokens - judge.prefix:
-        rounded[-1] = snap([counts[-1] + judge.prefix], multiple, judge.tokens, judge.prefix, rounding)[0] - judge.prefix
+        rounded[-1] = snap([counts[-1] + judge.prefix], multiple, judge.tokens, least, rounding)[0] - judge.prefix
     elif judge.fixed_head is None:
         rounded[-1] = counts[-1]
     return rounded
