@@ -17,11 +17,13 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from timm.layers import Attention
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional
 
 from slimming.door import BudgetUnreachable, InputRejected, UsageError
-from slimming.vit import check_supported, classify, embed, geometry_of
+from slimming.families import reader_of
 
 #: Where the EViT paper shrinks a 12-block model, counting from 1.
 EVIT_BLOCKS_OF_12 = (4, 7, 10)
@@ -102,7 +104,16 @@ class Rival(nn.Module):
 
     def __init__(self, model: Any, head_only: bool) -> None:
         super().__init__()
-        check_supported(model, type(model).__name__)
+        reader_of(model, type(model).__name__)
+        for index, block in enumerate(model.blocks):
+            plain = (
+                type(block) is Block
+                and type(block.attn) is Attention
+                and block.attn.gate is None
+                and isinstance(block.attn.norm, nn.Identity)
+            )
+            if not plain:
+                raise InputRejected(f"the rivals take plain pre-norm blocks; block {index} is not one: {type(block).__name__}")
         if model.num_prefix_tokens != 1 or model.global_pool != "token":
             raise InputRejected(
                 f"the rivals take one class token that the head reads; the model has {model.num_prefix_tokens} prefix tokens "
@@ -120,7 +131,7 @@ class Rival(nn.Module):
 
     def macs(self) -> int:
         """Multiply-accumulates of one image, patch embedding and head included; choosing, merging and fusing are not."""
-        geometry = geometry_of(self.model)
+        geometry = reader_of(self.model).geometry()
         d, hidden = geometry.embed_dim, geometry.mlp_hidden_dim
         total = geometry.patch_macs + geometry.head_macs
         for block, (read, passed) in enumerate(pairwise([self.tokens, *self.counts])):
@@ -161,14 +172,14 @@ class ToMeViT(Rival):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (b, 3, h, w) -> logits (b, classes)."""
-        tokens, sizes = embed(self.model, images), None
+        tokens, sizes = reader_of(self.model).embed(images), None
         for index, (block, r) in enumerate(zip(self.model.blocks, self.merged(), strict=True)):
             tokens, _, keys = attend(block, tokens, sizes, self.is_cut(index))
             if r:
                 sizes = torch.ones_like(tokens[..., 0]) if sizes is None else sizes
                 tokens, sizes = merge(tokens, sizes, bipartite_soft_matching(keys.mean(1), r))
             tokens = feed(block, tokens)
-        return classify(self.model, tokens)
+        return reader_of(self.model).head.logits(tokens[:, :1])
 
 
 class EViT(Rival):
@@ -211,13 +222,13 @@ class EViT(Rival):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (b, 3, h, w) -> logits (b, classes)."""
-        tokens = embed(self.model, images)
+        tokens = reader_of(self.model).embed(images)
         for index, block in enumerate(self.model.blocks):
             tokens, maps, _ = attend(block, tokens, None, self.is_cut(index))
             if index + 1 in self.blocks and not self.is_cut(index):
                 tokens = self.reorganise(tokens, maps[:, :, 0, 1:].mean(1))
             tokens = feed(block, tokens)
-        return classify(self.model, tokens)
+        return reader_of(self.model).head.logits(tokens[:, :1])
 
     def reorganise(self, tokens: Tensor, received: Tensor) -> Tensor:
         """Keep and fuse tokens (b, n, d) by the class token's attention ``received`` by all but itself (b, n - 1)."""
