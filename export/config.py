@@ -66,6 +66,8 @@ class Options(ModelOptions):
             raise UsageError(f"--max-top1-drop {self.max_top1_drop}: must be from 0 to 100 points")
         if self.batch_size < 1:
             raise UsageError(f"--batch-size {self.batch_size}: must be at least 1")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UsageError("export.run is one process: run slimming.run under torchrun, then export.run with its --plan")
         if self.target and self.engine != "trt":
             raise UsageError("--target needs --engine trt")
 

@@ -18,6 +18,7 @@ from export.config import Options
 from export.engines import EngineResult
 from export.onnx_export import INPUT, OUTPUT
 from export.stages import ENGINE, ONNX_FP16, ONNX_SLIM, PYTORCH, PYTORCH_SLIM, Stages
+from slimming.budget import LATENCY
 from slimming.door import ParityFailed
 from slimming.plan import SlimPlan
 from slimming.progress import Reporter
@@ -78,10 +79,11 @@ def export_bundle(options: Options) -> Outcome:
     session = open_session(options, images)
     stages = Stages(options, session, StageCache(options.work_folder), reporter)
     plan = stages.plan()
-    dense = stages.dense_onnx()
+    fitted = stages.fitted(plan)
+    dense = stages.dense_onnx(fitted)
     graphs = stages.slim_onnx(dense, plan)
     engine = stages.engine(graphs.get(ONNX_FP16, graphs[ONNX_SLIM]))
-    logits, targets = stages.logits(images, plan, graphs, engine)
+    logits, targets = stages.logits(images, plan, fitted, graphs, engine)
     parity = _parity(options, plan, engine, images, stages, logits, targets)
 
     def fill(folder: Path) -> schema.Manifest:
@@ -223,6 +225,8 @@ def _fill(
         shutil.copyfile(file, folder / "engine" / file.name if file in engine.files else folder / file.name)
     if not any((folder / "engine").iterdir()):
         (folder / "engine").rmdir()
+    if options.plan is None and not options.dense and options.budget.criterion in LATENCY:
+        shutil.copyfile(stages.latency_table(), folder / "latency_table.json")
     write_parity(folder, parity)
     first, _ = next(load_tensors(_first(images, GOLDEN_IMAGES), stages.session.transform, GOLDEN_IMAGES))
     count = len(first)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import platform
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +20,11 @@ from export.engines import EngineResult, build_engine
 from export.engines import Progress as EngineProgress
 from export.evaluate import Runner, measure, torch_runner
 from export.onnx_export import export_dense
+from slimming.budget import LATENCY
 from slimming.door import InputRejected
 from slimming.plan import SlimPlan, load_plan
 from slimming.progress import Reporter
-from slimming.session import Session, find
+from slimming.session import Session, search
 from validate.bundle import digest
 
 Array = npt.NDArray[Any]
@@ -57,9 +61,55 @@ class Stages:
             model=self.model_key,
             images=fingerprint_of(self.session.calibration),
             described=self.session.calibration.describe(),
-            budget=(options.macs_reduction, options.tolerance),
-            form=(options.mode, options.layout, options.seed, self.device),
+            budget=dataclasses.asdict(options.budget),
+            form=(options.mode, options.layout, options.seed, self.device, options.score, options.fit),
+            latency=digest(self.latency_table()) if options.budget.criterion in LATENCY else None,
+            finetune=self._finetune_key(),
         )
+
+    def _finetune_key(self) -> object:
+        """What fine-tuning depends on beyond the plan; None without it."""
+        from slimming.session import training_images
+
+        if not self.options.finetune_epochs:
+            return None
+        return dataclasses.asdict(self.options.recipe), training_images(self.options).describe()
+
+    def latency_table(self) -> Path:
+        """The latency table that a latency budget is solved on: the given one, or measured once on the dense graph."""
+        from slimming.api import dense_plan
+        from slimming.latency_table import load_table
+
+        options, loaded = self.options, self.session.loaded
+        plan = dense_plan(loaded.module, loaded.architecture).model_copy(update={"mode": options.mode})
+        if options.latency_table is not None:
+            load_table(options.latency_table).ensure_fits(plan, options.layout)
+            return options.latency_table
+        dense = self.dense_onnx(loaded.module)
+        folder = self.cache.path(
+            "latency",
+            dense=digest(dense),
+            form=(options.mode, options.layout, options.engine, options.engine_precision, options.batch_size),
+            machine=(platform.node(), platform.processor(), os.cpu_count(), onnxruntime_providers()),
+        )
+
+        def build(part: Path) -> None:
+            from export.latency_table import measure_table
+
+            with self.reporter.stages("points") as progress:
+                measure_table(
+                    dense,
+                    plan,
+                    layout=options.layout,
+                    mode=options.mode,
+                    engine=options.engine,
+                    precision=options.engine_precision,
+                    batch=options.batch_size,
+                    progress=progress,
+                ).save(part / "latency_table.json")
+
+        self.cache.make(folder, build)
+        return folder / "latency_table.json"
 
     @property
     def device(self) -> str:
@@ -83,19 +133,40 @@ class Stages:
         folder = self.plan_folder()
 
         def build(part: Path) -> None:
+            from slimming.fitted import save_fitted
+            from slimming.latency_table import load_table
+
+            cost = load_table(self.latency_table()) if options.budget.criterion in LATENCY else None
+            checkpoint = folder.with_name(f"{folder.name}.checkpoint")
             with self.reporter.stages() as progress:
-                find(options, self.session, options.layout, progress).save(part / "plan.json")
+                found = search(options, self.session, options.layout, progress, cost=cost, checkpoint=checkpoint)
+            if found.fit != options.fit:
+                self.reporter.say("the blocks end in norms, so they cannot be refitted in closed form: --fit none")
+            save_fitted(found.plan, found.model, part / "plan.json", found.fit, found.finetune)
+            shutil.rmtree(checkpoint, ignore_errors=True)
 
         self.cache.make(folder, build)
         return load_plan(folder / "plan.json")
 
-    def dense_onnx(self) -> Path:
-        """The dense model, exported."""
-        folder = self.cache.path("dense", model=self.model_key)
+    def fitted(self, plan: SlimPlan) -> Any:
+        """The PyTorch module that runs under ``plan``: the original, or a copy with the weights that were fitted to the cut."""
+        from slimming.fitted import load_fitted
+
+        if plan.weights is None:
+            return self.session.loaded.module
+        path = self.options.plan or self.plan_folder() / "plan.json"
+        return load_fitted(plan, path, self.session.loaded.module)
+
+    def dense_onnx(self, module: Any) -> Path:
+        """``module``, the original or its fitted copy, exported dense."""
+        from slimming.models import state_digest
+
+        key = self.model_key | {"weights": state_digest(module.state_dict())}
+        folder = self.cache.path("dense", model=key)
 
         def build(part: Path) -> None:
             self.reporter.say("exporting the dense model to ONNX")
-            export_dense(self.session.loaded.module, tuple(self.session.loaded.data_config["input_size"]), part / "dense.onnx")
+            export_dense(module, tuple(self.session.loaded.data_config["input_size"]), part / "dense.onnx")
 
         self.cache.make(folder, build)
         return folder / "dense.onnx"
@@ -156,7 +227,7 @@ class Stages:
         return EngineResult(**fields)
 
     def logits(
-        self, images: Any, plan: SlimPlan, graphs: dict[str, Path], engine: EngineResult
+        self, images: Any, plan: SlimPlan, fitted: Any, graphs: dict[str, Path], engine: EngineResult
     ) -> tuple[dict[str, Array], Array]:
         """Logits of every stage on the held-out images, and their classes; only what is not there yet is run.
 
@@ -167,14 +238,17 @@ class Stages:
         fingerprint = fingerprint_of(images)
         if self.options.engine == "trt" and engine.executed:
             graphs = {**graphs, ENGINE: engine.files[0]}
-        keys: dict[str, object] = {PYTORCH: "original", PYTORCH_SLIM: plan.model_dump(mode="json", include={"kept", "mode"})}
+        keys: dict[str, object] = {
+            PYTORCH: "original",
+            PYTORCH_SLIM: plan.model_dump(mode="json", include={"kept", "mode", "weights"}),
+        }
         keys |= {stage: digest(path) for stage, path in graphs.items()}
         where = (self.device, onnxruntime_providers())
         shared = {"images": fingerprint, "model": self.model_key, "device": where}
         folders = {stage: self.cache.path("logits", stage=stage, key=key, **shared) for stage, key in keys.items()}
         missing = [stage for stage, folder in folders.items() if not folder.is_dir()]
         if missing:
-            runners = {stage: self._runner(stage, plan, graphs, engine) for stage in missing}
+            runners = {stage: self._runner(stage, plan, fitted, graphs, engine) for stage in missing}
             classes = int(self.session.loaded.module.num_classes)
             self.reporter.say(f"measuring {', '.join(missing)} on {len(images)} held-out images")
             with self.reporter.bar("parity") as progress:
@@ -196,7 +270,7 @@ class Stages:
         read = {stage: np.load(folder / "logits.npy", allow_pickle=False) for stage, folder in folders.items()}
         return read, np.load(folders[PYTORCH] / "targets.npy", allow_pickle=False)
 
-    def _runner(self, stage: str, plan: SlimPlan, graphs: dict[str, Path], engine: EngineResult) -> Runner:
+    def _runner(self, stage: str, plan: SlimPlan, fitted: Any, graphs: dict[str, Path], engine: EngineResult) -> Runner:
         from export.engines.ort import OrtSession
         from slimming.slim_vit import SlimViT
 
@@ -204,7 +278,7 @@ class Stages:
         if stage == PYTORCH:
             return torch_runner(module)
         if stage == PYTORCH_SLIM:
-            return torch_runner(SlimViT(module, plan).to(self.device).eval())
+            return torch_runner(SlimViT(fitted, plan).to(self.device).eval())
         if stage == ENGINE:
             from export.engines.trt_session import TrtSession
 

@@ -12,15 +12,15 @@ from typing import Any
 from torch import Tensor
 
 from slimming.blockwise import BlockFitter
-from slimming.budget import LATENCY, Budget, uniform_counts
+from slimming.budget import LATENCY, Budget
 from slimming.compensate import can_compensate, compensate
-from slimming.costs import Cost, MacsCost, snap
+from slimming.costs import Cost, MacsCost
 from slimming.data import ImageSet, load_tensors
-from slimming.door import BudgetUnreachable, UsageError
+from slimming.door import UsageError
 from slimming.families import ModelReader, check_supported, reader_of
 from slimming.features import BATCH, DenseFeatures, Progress
 from slimming.plan import Calibration, Fit, Layout, Mode, Origin, ScoreName, SlimPlan
-from slimming.profile import profile_within
+from slimming.profile import profile_within, snapped, uniform_within
 from slimming.scores import score_named
 from slimming.search import Selection, TopDownSearch
 from slimming.store import DEFAULT_BOUND, TensorStore
@@ -34,6 +34,104 @@ class Found:
     plan: SlimPlan
     model: Any
     fit: Fit
+    finetune: dict[str, float | int | str] | None = None  # the recipe and its outcome, where there was one
+
+
+class Calibrated:
+    """A timm ViT with its dense features on calibration images, on which any number of plans can be searched.
+
+    ``transform`` maps a PIL image to the model's input tensor. ``bound`` is the number of bytes of per-image state held in
+    memory before it spills to disk. Every process of ``world`` makes one with the same arguments and finds the same plans.
+    Raises ``InputRejected`` for a model or images that cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        images: ImageSet,
+        *,
+        name: str,
+        transform: Any,
+        mode: Mode = "compact",
+        seed: int = 0,
+        bound: int = DEFAULT_BOUND,
+        world: World = ALONE,
+        progress: Progress | None = None,
+        magnitudes: bool = True,
+    ) -> None:
+        self.model, self.name, self.mode, self.seed, self.world, self.progress = model, name, mode, seed, world, progress
+        self.reader = reader_of(model, name)
+        digests: list[bytes] = []
+        self.features = DenseFeatures(
+            self.reader,
+            _batches(images, transform, world, digests),
+            len(images),
+            mode=mode,
+            magnitudes=magnitudes,
+            store=TensorStore(bound),
+            world=world,
+            progress=progress,
+        )
+        self.calibration = Calibration(
+            data=f"{images.address} ({images.split}, {images.share})",
+            images=len(images),
+            fingerprint=world.same(digests, len(self.features.places)),
+        )
+
+    def find(
+        self,
+        budget: Budget | None = None,
+        *,
+        cost: Cost | None = None,
+        score: ScoreName = "paper",
+        fit: Fit = "none",
+        layout: Layout = "split",
+    ) -> Found:
+        """Find the top-down masks that meet ``budget``, and fit the blocks to them.
+
+        ``cost`` is what a latency budget is solved on; MAC budgets count the projections as ``layout`` lays them. A model whose
+        blocks end in norms cannot be refitted in closed form, and is not: ``Found.fit`` says so.
+        Raises ``BudgetUnreachable``, ``UsageError``.
+        """
+        budget = budget or Budget()
+        budget.check()
+        reader = self.reader
+        if budget.criterion not in LATENCY:
+            cost = MacsCost(reader.tokens, len(reader.blocks), reader.geometry(), self.mode, layout)
+        elif cost is None:
+            raise UsageError(f"--{budget.criterion} is solved on a measured latency table: pass --latency-table")
+        if fit == "sgd" and self.world.size > 1:
+            raise UsageError("--fit sgd works in one process; across processes use closed-form, or --finetune-epochs")
+        if fit == "closed-form" and not can_compensate(self.model):
+            fit = "none"
+        ranking = score_named(score, self.seed)
+        fitter = BlockFitter(self.features, progress=self.progress) if fit == "sgd" else None
+        if budget.criterion == "tolerance":
+            selection = _within(TopDownSearch(self.features, ranking, fit=fitter), budget, score)
+        else:
+            assert cost is not None
+            counts = _counts(TopDownSearch(self.features, ranking), budget, cost, score)
+            selection = TopDownSearch(self.features, ranking, fit=fitter).by_counts(counts)
+        origin = Origin(
+            score=score,
+            criterion=budget.criterion,
+            value=0.0 if budget.criterion == "tokens" else float(budget.value),
+            tolerance=selection.tolerance,
+            seed=self.seed,
+            calibration=self.calibration,
+            snap=budget.snap,
+            errors=[float(error) for error in selection.errors],
+        )
+        plan = make_plan(self.model, self.name, selection.kept, mode=self.mode, origin=origin)
+        fitted = fitter.model if fitter is not None else self.model
+        if fit == "closed-form":
+            fitted = copy.deepcopy(self.model)
+            compensate(fitted, self.features, plan, progress=self.progress)
+        return Found(plan, fitted, fit)
+
+    def close(self) -> None:
+        """Let go of the features."""
+        self.features.close()
 
 
 def find(
@@ -53,60 +151,24 @@ def find(
     world: World = ALONE,
     progress: Progress | None = None,
 ) -> Found:
-    """Find the top-down masks of a timm ViT on calibration images, and refit its blocks to them.
-
-    ``transform`` maps a PIL image to the model's input tensor. ``cost`` is what a latency budget is solved on; MAC budgets
-    count the projections as ``layout`` lays them. ``bound`` is the number of bytes of per-image state held in memory
-    before it spills to disk. Every process of ``world`` calls this with the same arguments and gets the same plan. A model whose blocks end in
-    norms cannot be refitted in closed form, and is not: ``Found.fit`` says so.
-    Raises ``InputRejected`` for a model or images that cannot be used, ``BudgetUnreachable``, ``UsageError``.
-    """
-    budget = budget or Budget()
-    budget.check()
-    reader = reader_of(model, name)
-    if budget.criterion in LATENCY and cost is None:
-        raise UsageError(f"--{budget.criterion} is solved on a measured latency table: pass --latency-table")
-    if fit == "sgd" and world.size > 1:
-        raise UsageError(
-            "--fit sgd fits block after block in one process; across processes, use closed-form or --finetune-epochs"
-        )
-    if fit == "closed-form" and not can_compensate(model):
-        fit = "none"
-    if budget.criterion not in LATENCY:
-        cost = MacsCost(reader.tokens, len(reader.blocks), reader.geometry(), mode, layout)
-    assert cost is not None
-    digests: list[bytes] = []
-    ranking = score_named(score, seed)
-    features = DenseFeatures(
-        reader,
-        _batches(images, transform, world, digests),
-        len(images),
+    """Find one plan for ``model``, and fit its blocks to it; see ``Calibrated`` and ``Calibrated.find``."""
+    (budget or Budget()).check()
+    calibrated = Calibrated(
+        model,
+        images,
+        name=name,
+        transform=transform,
         mode=mode,
-        magnitudes=ranking.needs_magnitude,
-        store=TensorStore(bound),
+        seed=seed,
+        bound=bound,
         world=world,
         progress=progress,
+        magnitudes=score_named(score, seed).needs_magnitude,
     )
     try:
-        fitter = BlockFitter(features, progress=progress) if fit == "sgd" else None
-        if budget.criterion == "tolerance":
-            selection = _within(TopDownSearch(features, ranking, fit=fitter), budget, score)
-        else:
-            counts = _counts(TopDownSearch(features, ranking), budget, cost, score)
-            selection = TopDownSearch(features, ranking, fit=fitter).by_counts(counts)
-        calibration = Calibration(
-            data=f"{images.address} ({images.split}, {images.share})",
-            images=len(images),
-            fingerprint=world.same(digests, len(features.places)),
-        )
-        plan = _plan_of(model, name, selection, budget, score, mode, seed, calibration)
-        fitted = fitter.model if fitter is not None else model
-        if fit == "closed-form":
-            fitted = copy.deepcopy(model)
-            compensate(fitted, features, plan, progress=progress)
+        return calibrated.find(budget, cost=cost, score=score, fit=fit, layout=layout)
     finally:
-        features.close()
-    return Found(plan, fitted, fit)
+        calibrated.close()
 
 
 def _within(search: TopDownSearch, budget: Budget, score: ScoreName) -> Selection:
@@ -117,28 +179,18 @@ def _within(search: TopDownSearch, budget: Budget, score: ScoreName) -> Selectio
     if budget.snap == 1:
         return selection
     counts = [len(kept) for kept in selection.kept]
-    return search.by_counts(snap(counts, budget.snap, search.tokens, search.prefix, "up"), budget.value)
+    return search.by_counts(snapped(search, counts, budget.snap, "up"), budget.value)
 
 
 def _counts(search: TopDownSearch, budget: Budget, cost: Cost, score: ScoreName) -> list[int]:
     """Token counts per block that meet the budget."""
-    head = len(search.head.tokens) if search.head.fixed else search.tokens - search.prefix
     if budget.criterion == "tokens":
         counts = budget.counts(search.tokens, search.depth, search.prefix)
-        if search.head.fixed and counts[-1] != head:
-            raise UsageError(f"--tokens: the last block keeps what the head reads, {head}, not {counts[-1]}")
-        return snap(counts, budget.snap, search.tokens, search.prefix)
-    limit = budget.limit(cost)
-    if score == "uniform":
-        found = uniform_counts(cost, limit, search.tokens, search.depth, search.prefix, head)
-        if found is None:
-            raise BudgetUnreachable(
-                f"no uniform count is within {limit:.4g} of {cost.dense():.4g} {cost.unit}: pass another --score"
-            )
-        counts = found
-    else:
-        counts = profile_within(search, cost, limit)
-    return snap(counts, budget.snap, search.tokens, search.prefix, "down")
+        if search.fixed_head is not None and counts[-1] != search.fixed_head:
+            raise UsageError(f"--tokens: the last block keeps what the head reads, {search.fixed_head}, not {counts[-1]}")
+        return snapped(search, counts, budget.snap)
+    within = uniform_within if score == "uniform" else profile_within
+    return within(search, cost, budget.limit(cost), budget.snap)
 
 
 def _batches(images: ImageSet, transform: Any, world: World, digests: list[bytes]) -> Iterator[Tensor]:
@@ -150,22 +202,6 @@ def _batches(images: ImageSet, transform: Any, world: World, digests: list[bytes
     for batch, _ in load_tensors(dataclasses.replace(images, indices=own), transform, BATCH):
         digests.append(hashlib.sha256(batch.numpy().tobytes()).digest())
         yield batch
-
-
-def _plan_of(
-    model: Any, name: str, selection: Selection, budget: Budget, score: str, mode: Mode, seed: int, calibration: Calibration
-) -> SlimPlan:
-    origin = Origin(
-        score=score,
-        criterion=budget.criterion,
-        value=float(budget.value) if budget.criterion != "tokens" else 0.0,
-        tolerance=selection.tolerance,
-        seed=seed,
-        calibration=calibration,
-        snap=budget.snap,
-        errors=[float(error) for error in selection.errors],
-    )
-    return make_plan(model, name, selection.kept, mode=mode, origin=origin)
 
 
 def make_plan(

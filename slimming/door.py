@@ -62,7 +62,20 @@ Options = TypeVar("Options")
 
 #: Packages that an extra brings: without one of them a door says what to install.
 _OF_EXTRAS = frozenset(
-    ["PIL", "matplotlib", "onnx", "onnx_graphsurgeon", "onnxruntime", "onnxscript", "safetensors", "sklearn", "timm", "torch"]
+    [
+        "PIL",
+        "accelerate",
+        "jinja2",
+        "matplotlib",
+        "onnx",
+        "onnx_graphsurgeon",
+        "onnxruntime",
+        "onnxscript",
+        "safetensors",
+        "sklearn",
+        "timm",
+        "torch",
+    ]
 )
 
 

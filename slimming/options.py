@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from slimming.budget import Budget
 from slimming.door import UsageError
-from slimming.plan import Mode
+from slimming.plan import Fit, Mode, ScoreName
+from slimming.recipe import Recipe
+
+_INSTEAD = ("tolerance", "tokens", "latency-reduction", "latency-budget-ms")
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,34 @@ class ModelOptions:
     """Fraction of the model's multiply-accumulates to remove."""
     tolerance: float | None = None
     """Instead of --macs-reduction: the relative error that each cut may cause in the block above (the paper: 0.01, 0.02)."""
+    tokens: str | None = None
+    """Instead: how many tokens each block outputs, first to last, as 197,197,160,...; the scores choose which."""
+    latency_reduction: float | None = None
+    """Instead: fraction of the engine's measured latency to remove; export.run measures, or give --latency-table."""
+    latency_budget_ms: float | None = None
+    """Instead: milliseconds that one batch may take, on the same table."""
+    latency_table: Path | None = None
+    """A latency_table.json that an earlier export.run measured (it is in its bundle)."""
+    snap: int = 1
+    """Round token counts to multiples of this, within the budget; 8 suits most GPUs."""
+    score: ScoreName = "paper"
+    """Ranks tokens: paper (Eq. 6), residual, attention, random (chance), or uniform (paper, and one count for all blocks)."""
+    fit: Fit = "closed-form"
+    """Refit the slimmed blocks: not (none), by ridge regression (closed-form), or the paper's gradient descent (sgd)."""
+    finetune_epochs: float = 0.0
+    """Then fine-tune the whole slimmed model on --train-data for this long; may be fractional."""
+    train_data: str | None = None
+    """Labelled images to fine-tune on, in the forms of --data; by default the train split of --data."""
+    train_images: int | Literal["all"] = "all"
+    """How many of them."""
+    finetune_lr: float | None = None
+    """Peak learning rate. Default: two fifths of DeiT's, scaled with the batch."""
+    finetune_batch_size: int = 64
+    """Images per step and process while fine-tuning."""
+    distill: float = 0.5
+    """Weight of the dense original's answers against the labels while fine-tuning; 0 is labels alone."""
+    finetune_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Mixed precision while fine-tuning."""
     mode: Mode = "compact"
     """What later blocks see of a dropped token: nothing (compact), or its last value (stale)."""
     seed: int = 0
@@ -59,14 +92,44 @@ class ModelOptions:
             "interpolation": self.interpolation,
         }
 
+    @property
+    def budget(self) -> Budget:
+        """What is asked of the plan; raises ``UsageError`` where ``--tokens`` cannot be read."""
+        if self.tokens is not None:
+            try:
+                counts = tuple(int(count) for count in self.tokens.split(","))
+            except ValueError as error:
+                raise UsageError(f"--tokens {self.tokens}: must be whole numbers with commas between") from error
+            return Budget("tokens", tokens=counts, snap=self.snap)
+        for name in ("tolerance", "latency-reduction", "latency-budget-ms"):
+            if (value := getattr(self, name.replace("-", "_"))) is not None:
+                return Budget(name, value, snap=self.snap)
+        return Budget("macs-reduction", self.macs_reduction, snap=self.snap)
+
+    @property
+    def recipe(self) -> Recipe:
+        """How the slimmed model is fine-tuned."""
+        return Recipe(
+            epochs=self.finetune_epochs,
+            batch_size=self.finetune_batch_size,
+            lr=self.finetune_lr,
+            distill=self.distill,
+            precision=self.finetune_precision,
+            seed=self.seed,
+        )
+
     def check(self) -> None:
         """Raise ``UsageError`` for values that no run could use."""
         if self.calibration_images < 1:
             raise UsageError(f"--calibration-images {self.calibration_images}: must be at least 1")
-        if not 0 <= self.macs_reduction < 1:
-            raise UsageError(f"--macs-reduction {self.macs_reduction}: must be a fraction from 0 to below 1")
-        if self.tolerance is not None and not 0 <= self.tolerance < math.inf:
-            raise UsageError(f"--tolerance {self.tolerance}: must be a number from 0")
+        asked = [name for name in _INSTEAD if getattr(self, name.replace("-", "_")) is not None]
+        if len(asked) > 1:
+            raise UsageError(f"{' and '.join(f'--{name}' for name in asked)} contradict each other")
+        self.budget.check()
+        if self.finetune_epochs:
+            self.recipe.check()
+        if self.train_images != "all" and self.train_images < 1:
+            raise UsageError(f"--train-images {self.train_images}: must be at least 1, or all")
         if self.img_size is not None and self.img_size < 1:
             raise UsageError(f"--img-size {self.img_size}: must be at least 1")
         if any(len(values) not in (0, 1, 3) for values in (self.mean, self.std)):

@@ -8,16 +8,17 @@ from typing import Any
 
 from slimming.door import raise_if_interrupted
 
+_UNITS = {"top-down search": "blocks", "compensating": "blocks", "fitting": "steps", "fine-tuning": "steps"}
 Update = Callable[[int, int], None]
 
 
 class Reporter:
-    """Says on stderr what is being done; stdout stays free for results."""
+    """Says on stderr what is being done; stdout stays free for results. A ``quiet`` one says nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, quiet: bool = False) -> None:
         from rich.console import Console
 
-        self.console: Any = Console(stderr=True, highlight=False)
+        self.console: Any = Console(stderr=True, highlight=False, quiet=quiet)
 
     def say(self, text: str) -> None:
         """One line."""
@@ -58,7 +59,7 @@ class Reporter:
                 nonlocal current
                 if current is None or current[0] != stage:
                     stack.close()
-                    current = (stage, stack.enter_context(self.bar(stage, unit if stage == "dense features" else "blocks")))
+                    current = (stage, stack.enter_context(self.bar(stage, _UNITS.get(stage, unit))))
                 current[1](done, total)
 
             yield update

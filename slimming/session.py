@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slimming.door import InputRejected, Unavailable
 from slimming.options import ModelOptions
-from slimming.plan import Layout, SlimPlan
+from slimming.plan import Layout
+
+if TYPE_CHECKING:
+    from slimming.api import Calibrated, Found
+    from slimming.costs import Cost
+    from slimming.world import World
 
 Progress = Callable[[str, int, int], None]
 
@@ -23,8 +29,10 @@ class Session:
     calibration: Any
 
 
-def open_session(options: ModelOptions, evaluated: Any = None) -> Session:
+def open_session(options: ModelOptions, evaluated: Any = None, world: World | None = None) -> Session:
     """Load what the options name; ``evaluated`` is the ``ImageSet`` to be measured on, if any, whose classes are the model's.
+
+    Every process of ``world`` has a device of its own.
 
     Raises ``DoorError`` with the next step in its message.
     """
@@ -41,9 +49,7 @@ def open_session(options: ModelOptions, evaluated: Any = None) -> Session:
         raise Unavailable("--device cuda: PyTorch sees no CUDA device here; pass --device cpu")
     set_fused_attn(True)
     address = options.calibration_data or options.data
-    here, there = Path(address).resolve(), Path(options.data).resolve()
-    apart = here != there and here not in there.parents and there not in here.parents
-    calibration = calibration_set(address, options.calibration_images, options.seed, apart=apart)
+    calibration = calibration_set(address, options.calibration_images, options.seed, apart=_apart(address, options.data))
     classified = calibration if evaluated is None else evaluated
     labels = classified.labels
     if len(labels) == 1:
@@ -64,25 +70,90 @@ def open_session(options: ModelOptions, evaluated: Any = None) -> Session:
             "pass data of the model's classes, or --model-arg num_classes=N with weights that fit"
         )
     device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
+    if device == "cuda" and world is not None and world.size > 1:
+        device = f"cuda:{torch.cuda.current_device()}"
     loaded.module.to(device)
     return Session(loaded, create_transform(**loaded.data_config), calibration)
 
 
-def search(options: ModelOptions, session: Session, layout: Layout, progress: Progress, cost: Cost | None = None) -> Found:
-    """Search the plan that the options ask for, and fit the weights to it; see ``slimming.api.find``."""
-    from slimming.api import find
+def _apart(address: str, evaluated: str) -> bool:
+    """Whether no image of ``address`` can be one that is evaluated on."""
+    here, there = Path(address).resolve(), Path(evaluated).resolve()
+    return here != there and here not in there.parents and there not in here.parents
 
-    return find(
+
+def training_images(options: ModelOptions) -> Any:
+    """The labelled images to fine-tune on: an ``ImageSet``, none of it ever evaluated on."""
+    from slimming.data import calibration_set
+    from slimming.data.digits import DEFAULT_LENGTH
+
+    address = options.train_data or options.data
+    everything = DEFAULT_LENGTH["train"] if address == "digits" else sys.maxsize
+    count = everything if options.train_images == "all" else options.train_images
+    return calibration_set(address, count, options.seed, apart=_apart(address, options.data))
+
+
+def calibrate(options: ModelOptions, session: Session, progress: Progress, world: World | None = None) -> Calibrated:
+    """The model's dense features on the calibration images; the caller closes them."""
+    from slimming.api import Calibrated
+    from slimming.world import ALONE
+
+    return Calibrated(
         session.loaded.module,
         session.calibration,
         name=session.loaded.architecture,
         transform=session.transform,
-        budget=options.budget,
-        cost=cost,
-        score=options.score,
-        fit=options.fit,
         mode=options.mode,
-        layout=layout,
         seed=options.seed,
+        world=world or ALONE,
+        progress=progress,
+        magnitudes=options.score in ("paper", "uniform"),
+    )
+
+
+def search(
+    options: ModelOptions,
+    session: Session,
+    layout: Layout,
+    progress: Progress,
+    *,
+    cost: Cost | None = None,
+    calibrated: Calibrated | None = None,
+    checkpoint: Path | None = None,
+) -> Found:
+    """Search the plan that the options ask for, fit the weights to it, and fine-tune them where that is asked.
+
+    ``calibrated`` is reused where one is at hand; ``checkpoint`` is a folder from which an interrupted fine-tuning goes on.
+    Raises ``DoorError``.
+    """
+    own = calibrated or calibrate(options, session, progress)
+    try:
+        found = own.find(options.budget, cost=cost, score=options.score, fit=options.fit, layout=layout)
+    finally:
+        if calibrated is None:
+            own.close()
+    if not options.finetune_epochs:
+        return found
+    return _finetuned(options, session, found, progress, checkpoint)
+
+
+def _finetuned(options: ModelOptions, session: Session, found: Found, progress: Progress, checkpoint: Path | None) -> Found:
+    import copy
+    import dataclasses
+
+    from slimming.finetune import finetune
+    from slimming.slim_vit import SlimViT
+
+    original = session.loaded.module
+    model = copy.deepcopy(original) if found.model is original else found.model
+    student = SlimViT(model, found.plan).to(next(original.parameters()).device)
+    report = finetune(
+        student,
+        original if options.distill else None,
+        training_images(options),
+        data_config=session.loaded.data_config,
+        recipe=options.recipe,
+        checkpoint=checkpoint,
         progress=progress,
     )
+    return dataclasses.replace(found, model=model.eval().requires_grad_(False), finetune=report.as_dict())

@@ -1,0 +1,49 @@
+"""Top-1 of models on labelled images, shared out over processes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from slimming.data import ImageSet, load_tensors
+from slimming.world import ALONE, World, chunks
+
+BATCH = 8
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Percent of images answered right, and answered as the first model answers."""
+
+    top1: float
+    agreement: float
+
+
+@torch.inference_mode()
+def evaluate(
+    models: Sequence[Any],
+    images: ImageSet,
+    transform: Any,
+    *,
+    world: World = ALONE,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[Accuracy]:
+    """Every model's accuracy on the same ``images``; the first one is what the others are compared with."""
+    places = list(chunks(len(images), BATCH))
+    own = [index for batch in world.own(len(places)) for index in images.indices[places[batch]]]
+    device = next(models[0].parameters()).device
+    hits = torch.zeros(len(models), 2, dtype=torch.float64)
+    done = 0
+    for batch, targets in load_tensors(dataclasses.replace(images, indices=own), transform, BATCH) if own else ():
+        answers = [model(batch.to(device)).argmax(1).cpu() for model in models]
+        for index, answer in enumerate(answers):
+            hits[index] += torch.tensor([int((answer == targets).sum()), int((answer == answers[0]).sum())])
+        done += len(batch)
+        if progress:
+            progress("measuring", min(done * world.size, len(images)), len(images))
+    shares = 100 * world.added(hits) / len(images)
+    return [Accuracy(float(top1), float(agreement)) for top1, agreement in shares]

@@ -1,0 +1,51 @@
+"""The weights that go with a plan: written beside it, and read back only as the ones that it names."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from slimming.door import InputRejected, atomic_path
+from slimming.models import apply_weights, read_weights, state_digest
+from slimming.plan import Fit, FittedWeights, SlimPlan
+
+
+def save_fitted(
+    plan: SlimPlan, model: Any, path: Path, fit: Fit, finetune: dict[str, float | int | str] | None = None
+) -> SlimPlan:
+    """Write ``plan`` to ``path``, and ``model``'s weights beside it where they are not the original's.
+
+    Each file is whole or not there, and the plan comes last. Returns the plan as written. Raises ``OSError``.
+    """
+    from safetensors.torch import save_file
+
+    if fit != "none" or finetune is not None:
+        weights = path.with_suffix(".safetensors")
+        state = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
+        with atomic_path(weights) as part:
+            save_file(state, part)
+        record = FittedWeights(file=weights.name, sha256=state_digest(state), fit=fit, finetune=finetune)
+        plan = plan.model_copy(update={"weights": record})
+    plan.save(path)
+    return plan
+
+
+def load_fitted(plan: SlimPlan, path: Path, model: Any) -> Any:
+    """The model to run under the plan that was read from ``path``: ``model`` itself, or a copy with the weights beside it.
+
+    Raises ``InputRejected`` where they are missing or not the ones that the plan names.
+    """
+    if plan.weights is None:
+        return model
+    file = path.with_name(plan.weights.file)
+    if not file.is_file():
+        raise InputRejected(
+            f"{path}: its weights were fitted to the cut and belong beside it, as {plan.weights.file}; there are none"
+        )
+    state, _ = read_weights(file)
+    if state_digest(state) != plan.weights.sha256:
+        raise InputRejected(f"{file}: not the weights that {path.name} was made with (their digest differs)")
+    fitted = copy.deepcopy(model)
+    apply_weights(fitted, state, file)
+    return fitted
