@@ -9,49 +9,51 @@ import pytest
 import timm
 import torch
 from models_factory import KINDS, TINY, build
-from timm.layers import GluMlp, SwiGLU
 
-from slimming.api import dense_plan, find_plan
+from slimming.api import dense_plan, find
+from slimming.budget import Budget
 from slimming.data import calibration_set
 from slimming.door import InputRejected, Unavailable, UsageError
+from slimming.families import check_supported, reader_of
 from slimming.models import BUNDLED, PRESETS, load_model, parse_arguments
-from slimming.vit import check_supported
 
 VIT = "vit_tiny_patch16_224"
 SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 16, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7}
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "average pool": (VIT, SMALL | {"global_pool": "avg"}, "pooling 'avg'"),
-    "no class token": (VIT, SMALL | {"global_pool": "avg", "class_token": False}, "pooling 'avg'"),
-    "map pool": ("vit_base_patch16_siglip_224", SMALL, "pooling 'map'"),
     "max pool": (VIT, SMALL | {"global_pool": "max"}, "pooling 'max'"),
-    "swin": ("swin_tiny_patch4_window7_224", {"embed_dim": 12, "depths": (1, 1), "num_heads": (1, 1)}, "SwinTransformer"),
-    "resnet": ("resnet10t", {}, "ResNet"),
-    "eva": ("eva02_tiny_patch14_224", {"depth": 1}, "Eva"),
-    "swiglu": (VIT, SMALL | {"mlp_layer": SwiGLU}, "block 0's MLP SwiGLU"),
-    "gated mlp": (VIT, SMALL | {"mlp_layer": GluMlp}, "block 0's MLP GluMlp"),
-    "parallel attention": (VIT, SMALL | {"block_fn": "ParallelThingsBlock"}, "block 0 is a ParallelThingsBlock"),
-    "parallel scaling": (VIT, SMALL | {"block_fn": "ParallelScalingBlock"}, "block 0 is a ParallelScalingBlock"),
-    "post norm": (VIT, SMALL | {"block_fn": "ResPostBlock"}, "block 0 is a ResPostBlock"),
-    "normalised attention output": (VIT, SMALL | {"scale_attn_norm": True}, "block 0's gated or normalised"),
-    "normalised mlp": (VIT, SMALL | {"scale_mlp_norm": True}, "block 0's MLP"),
-    "differential attention": (VIT, SMALL | {"attn_layer": "diff", "num_heads": 2}, "block 0's attention DiffAttention"),
+    "swin": ("swin_tiny_patch4_window7_224", {"embed_dim": 12, "depths": (1, 1), "num_heads": (1, 1)}, "attention is windowed"),
+    "beit": ("beit_base_patch16_224", SMALL, "Beit cannot be slimmed: its relative-position bias"),
+    "relative positions": (
+        "vit_relpos_small_patch16_224",
+        SMALL,
+        "VisionTransformerRelPos cannot be slimmed",
+    ),
+    "resnet": ("resnet10t", {}, "family ResNet is not supported"),
+    "differential attention": (VIT, SMALL | {"attn_layer": "diff", "num_heads": 2}, "block 0: attention DiffAttention"),
     "hybrid stem": ("vit_tiny_r_s16_p8_224", {"img_size": 64}, "patch embedding HybridEmbed"),
     "dynamic size": (VIT, SMALL | {"dynamic_img_size": True}, "dynamic_img_size"),
     "no head": (VIT, SMALL | {"num_classes": 0}, "no classifier head"),
+    "one channel": (VIT, SMALL | {"in_chans": 1}, "takes 1 channels"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_other_families_are_refused_by_name(case: str) -> None:
     name, arguments, reason = REFUSED[case]
-    if isinstance(arguments.get("block_fn"), str):
-        arguments = arguments | {"block_fn": getattr(timm.models.vision_transformer, arguments["block_fn"])}
     model = timm.create_model(name, pretrained=False, **arguments).eval()
-    for refusing in (lambda: check_supported(model, name), lambda: dense_plan(model, name)):
+    for refusing in (check_supported, dense_plan, reader_of):
         with pytest.raises(InputRejected, match=reason) as raised:
-            refusing()
+            refusing(model, name)
         assert f"model {name}: " in str(raised.value)
+        assert "supported families are timm's Eva, VisionTransformer" in str(raised.value)
         assert raised.value.exit_code == 3
+
+
+def test_a_known_family_whose_classes_are_not_timms_own_is_refused() -> None:
+    model = build()
+    model.__class__ = type("Changed", (type(model),), {})
+    with pytest.raises(InputRejected, match="family Changed is not supported"):
+        check_supported(model, "changed")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -138,12 +140,13 @@ def test_the_input_size_is_the_models_whatever_is_asked() -> None:
         assert loaded.data_config["input_size"] == wanted
 
 
-def test_find_plan_is_the_same_twice_and_says_where_it_comes_from() -> None:
+def test_find_is_the_same_twice_and_says_where_the_plan_comes_from() -> None:
     loaded = load_model(VIT, weights="random", arguments=TINY | {"patch_size": 8})
     transform = timm.data.create_transform(**loaded.data_config, is_training=False)
     images = calibration_set("digits", 6, seed=2)
+    budget = Budget("macs-reduction", 0.3)
     plans = [
-        find_plan(loaded.module, images, name=VIT, transform=transform, macs_reduction=0.3, bound=bound, seed=2)
+        find(loaded.module, images, name=VIT, transform=transform, budget=budget, bound=bound, seed=2).plan
         for bound in (1 << 30, 1)
     ]
     assert plans[0] == plans[1]
@@ -152,27 +155,73 @@ def test_find_plan_is_the_same_twice_and_says_where_it_comes_from() -> None:
     assert (origin.score, origin.criterion, origin.value, origin.seed) == ("paper", "macs-reduction", 0.3, 2)
     assert origin.calibration is not None
     assert (origin.calibration.data, origin.calibration.images) == ("digits (train, all)", 6)
-    by_tolerance = find_plan(loaded.module, images, name=VIT, transform=transform, tolerance=0.05)
-    assert (by_tolerance.origin.criterion, by_tolerance.origin.value) == ("tolerance", 0.05)
-    assert by_tolerance.origin.calibration == origin.calibration
+    found = find(loaded.module, images, name=VIT, transform=transform, budget=Budget("tolerance", 0.05))
+    assert (found.plan.origin.criterion, found.plan.origin.value, found.plan.origin.tolerance) == ("tolerance", 0.05, 0.05)
+    assert found.plan.origin.calibration == origin.calibration
+    assert (found.fit, found.model) == ("none", loaded.module)
 
 
 @pytest.mark.parametrize("mode", ["compact", "stale"])
 @pytest.mark.parametrize("asked", [0.2, 0.45])
-def test_find_plan_meets_a_budget_closely_in_a_deep_model(asked: float, mode: Any) -> None:
+def test_find_meets_a_budget_closely_in_a_deep_model(asked: float, mode: Any) -> None:
     loaded = load_model(VIT, weights="random", arguments=TINY | {"depth": 12, "img_size": 160})  # 101 tokens
     transform = timm.data.create_transform(**loaded.data_config, is_training=False)
-    plan = find_plan(
-        loaded.module, calibration_set("digits", 8), name=VIT, transform=transform, macs_reduction=asked, mode=mode
-    )
-    assert asked <= 1 - plan.macs() / plan.dense_macs() <= asked + 0.015
+    images, budget = calibration_set("digits", 8), Budget("macs-reduction", asked)
+    plan = find(loaded.module, images, name=VIT, transform=transform, budget=budget, mode=mode).plan
+    assert asked <= 1 - plan.macs() / plan.dense_macs() <= asked + 0.005
+
+
+@pytest.mark.parametrize("more", [{}, {"global_pool": "avg", "class_token": False}, {"global_pool": "avg", "reg_tokens": 3}])
+@pytest.mark.parametrize("score", ["paper", "uniform"])
+@pytest.mark.parametrize("snap", [1, 8])
+def test_find_keeps_a_budget_whatever_the_head_the_counts_and_the_rounding(snap: int, score: Any, more: dict[str, Any]) -> None:
+    model = build(patch_size=8, **more)
+    transform = timm.data.create_transform((3, 48, 48))
+    for asked in (0.3, 0.7):
+        budget = Budget("macs-reduction", asked, snap=snap)
+        plan = find(model, calibration_set("digits", 4), name="tiny", transform=transform, budget=budget, score=score).plan
+        assert 1 - plan.macs() / plan.dense_macs() >= asked
+        assert all(count % snap == 0 or count in (1, plan.tokens) for count in plan.counts[:-1])
+
+
+def test_find_keeps_the_counts_that_it_is_given() -> None:
+    model = build(patch_size=8)
+    transform = timm.data.create_transform((3, 48, 48))
+    images = calibration_set("digits", 4)
+    plan = find(model, images, name="tiny", transform=transform, budget=Budget("tokens", 0.0, (30, 20, 10, 1))).plan
+    assert plan.counts == [30, 20, 10, 1]
+    assert (plan.origin.criterion, plan.origin.value) == ("tokens", 0.0)
+    for tokens, fault in (
+        ((30, 20, 10, 5), "the last block keeps what the head reads, 1"),
+        ((30, 20, 1), "3 token counts for 4"),
+    ):
+        with pytest.raises(UsageError, match=fault):
+            find(model, images, name="tiny", transform=transform, budget=Budget("tokens", 0.0, tokens))
 
 
 @pytest.mark.parametrize(
-    "options", [{"macs_reduction": None}, {"tolerance": -0.1}, {"tolerance": float("nan")}, {"macs_reduction": 1.0}]
+    ("budget", "fault"),
+    [
+        (Budget("tolerance", -0.1), "a number from 0"),
+        (Budget("tolerance", float("nan")), "a number from 0"),
+        (Budget("macs-reduction", 1.0), "a fraction"),
+        (Budget("macs-reduction", 0.5, snap=0), "--snap 0"),
+        (Budget("tokens", 0.0), "one count"),
+        (Budget("latency-budget-ms", 0.0), "above 0"),
+    ],
 )
-def test_find_plan_refuses_options_that_mean_nothing(options: dict[str, Any]) -> None:
-    with pytest.raises(UsageError) as raised:
-        find_plan(build(), calibration_set("digits", 2), name="tiny", transform=None, **options)
+def test_find_refuses_budgets_that_mean_nothing(budget: Budget, fault: str) -> None:
+    with pytest.raises(UsageError, match=fault) as raised:
+        find(build(), calibration_set("digits", 2), name="tiny", transform=None, budget=budget)
     assert raised.value.exit_code == 2
     assert torch.is_inference_mode_enabled() is False
+
+
+def test_find_refuses_what_does_not_go_together() -> None:
+    transform = timm.data.create_transform((3, 48, 48))
+    for budget, score, fault in (
+        (Budget("latency-reduction", 0.3), "paper", "--latency-table"),
+        (Budget("tolerance", 0.1), "uniform", "--score uniform"),
+    ):
+        with pytest.raises(UsageError, match=fault):
+            find(build(), calibration_set("digits", 2), name="tiny", transform=transform, budget=budget, score=score)  # type: ignore[arg-type]
