@@ -19,6 +19,7 @@ from slimming.families import ModelReader, Stage, View
 from slimming.features import DenseFeatures
 from slimming.plan import SlimPlan
 from slimming.store import TensorStore
+from slimming.summary import split, summarised
 
 #: Ridge strength, a fraction of the mean diagonal of the inputs' second moments.
 RIDGE = 0.03
@@ -44,7 +45,7 @@ def compensate(
     """Refit ``model``, a copy of the one that ``features`` belong to, in place, block by block from the first cut on.
 
     Each block is fitted on what the slimmed and already refitted blocks before it hand over, so that errors do not add up; its
-    targets are the dense model's features at the rows that it keeps. Raises ``InputRejected`` for unusable statistics.
+    targets are the dense model's features at the rows that it keeps; a summary is carried along, and has none. Raises ``InputRejected`` for unusable statistics.
     """
     dense, slim = features.reader, ModelReader(model)
     batches = list(features.rows(features.all_batches))
@@ -57,13 +58,14 @@ def compensate(
             streams = [features.output(index, rows) for rows in batches]
             continue
         read = features.everything if plan.mode == "stale" else present
+        look = _look(slim, plan, index, read, rope)
         targets = [
             _kept(store, original.stages[0].run(dense.view(features.output(index - 1, rows), features.everything, kept, rope)))
             for rows in batches
         ]
         after = streams
         for number, stage in enumerate(block.stages):
-            views = partial(_views, slim, after, (read, kept, rope) if number == 0 else None)
+            views = partial(_views, after, look if number == 0 else _whole)
             if number == len(block.stages) - 1:
                 targets = [features.output(index, rows)[:, kept] for rows in batches]
             _refit(stage, views, targets, features, ridge)
@@ -76,12 +78,28 @@ def compensate(
             progress("compensating", index + 1, plan.depth)
 
 
-def _views(
-    reader: ModelReader, streams: list[Tensor], cut: tuple[list[int], list[int], Tensor | None] | None
-) -> Iterator[View]:
-    """What a stage is given, batch by batch: the first one reads what is present and computes what is kept."""
-    for stream in streams:
-        yield View(stream, stream) if cut is None else reader.view(stream, *cut)
+def _views(streams: list[Tensor], look: Callable[[Tensor], View]) -> Iterator[View]:
+    """What a stage is given, batch by batch."""
+    yield from map(look, streams)
+
+
+def _whole(stream: Tensor) -> View:
+    return View(stream, stream)
+
+
+def _look(reader: ModelReader, plan: SlimPlan, index: int, present: list[int], rope: Tensor | None) -> Callable[[Tensor], View]:
+    """What a block's first stage sees of a stream: it reads what is present and computes what is kept."""
+    kept = plan.kept[index]
+    if not plan.summary:
+        return lambda stream: reader.view(stream, present, kept, rope)
+    table = rope if rope is None or len(present) == plan.tokens else rope[..., present, :]
+    count, last = plan.tokens - len(present), index == plan.depth - 1
+
+    def look(stream: Tensor) -> View:
+        rows, dropped = (places.to(stream.device) for places in split(present, kept))
+        return summarised(stream, rows, dropped, count, table, last=last)
+
+    return look
 
 
 def _kept(store: TensorStore, tensor: Tensor) -> Tensor:
@@ -97,7 +115,7 @@ def _refit(
 ) -> None:
     """Change the stage's projections so that its output comes closest to ``wanted``, jointly where branches share an addition.
 
-    Solves ``min_D sum ||X D - R||^2 + lambda ||D||^2`` for the change D, X what the projections read and R what is missing, so
+    Rows past those of ``wanted`` (a summary) have no target, and do not count. Solves ``min_D sum ||X D - R||^2 + lambda ||D||^2`` for the change D, X what the projections read and R what is missing, so
     that without evidence nothing changes. LayerScale's gamma divides what it multiplies.
     """
     projections = [branch.projection for branch in stage.branches if branch.projection is not None]
@@ -109,8 +127,9 @@ def _refit(
     moment = torch.zeros(size, size, dtype=torch.float64, device=features.device)
     cross = torch.zeros(size, out, dtype=torch.float64, device=features.device)
     for number, view, target in zip(features.own, views(), wanted, strict=True):  # rows are left out alike in any world
-        inputs = [branch.inner(view) for branch in stage.branches]
-        stream = view.queried
+        count = target.shape[1]
+        inputs = [branch.inner(view)[:, :count] for branch in stage.branches]
+        stream = view.queried[:, :count]
         for branch, read in zip(stage.branches, inputs, strict=True):
             stream = stream.add(branch.scale(branch.output(read)))
         missing = (target - stream).flatten(0, 1)[number % stride :: stride]
@@ -136,5 +155,5 @@ def _refit(
         branch.projection.weight += (change[at : at + width] * gain).T.to(branch.projection.weight)
         if branch is biased:
             assert branch.projection.bias is not None
-            branch.projection.bias += (change[-1] * gain).to(branch.projection.bias)
+            branch.projection.bias.add_((change[-1] * gain).to(branch.projection.bias))
         at += width
