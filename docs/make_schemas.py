@@ -5,11 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from slimming.latency_table import latency_table_schema
 from slimming.plan import plan_schema
 from validate.schema import manifest_schema, parity_schema
 
 FOLDER = Path(__file__).parent / "schemas"
-SCHEMAS = {"plan": plan_schema, "manifest": manifest_schema, "parity": parity_schema}
+SCHEMAS = {
+    "plan": plan_schema,
+    "manifest": manifest_schema,
+    "parity": parity_schema,
+    "latency_table": latency_table_schema,
+}
 
 
 def render(name: str) -> str:

@@ -1,6 +1,7 @@
 """Which tokens each block of a Vision Transformer can do without: model and calibration images in, ``SlimPlan`` out.
 
 - ``find(model, images, name=..., transform=..., budget=Budget("macs-reduction", 0.45))``: a plan, and the weights fitted to it.
+- ``Calibrated(model, images, ...)``: the same for many plans on one set of features.
 - ``dense_plan(model, name)``, ``make_plan(model, name, kept)``: plans without a search.
 - ``SlimViT(model, plan)``: the PyTorch reference of a model under a plan.
 - ``SlimPlan``, ``load_plan(path)``: the plan itself; free of torch.
@@ -15,13 +16,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from slimming.api import dense_plan, find, make_plan
+    from slimming.api import Calibrated, Found, dense_plan, find, make_plan
+    from slimming.budget import Budget
     from slimming.data import calibration_set, evaluation_set
     from slimming.models import load_model
     from slimming.plan import SlimPlan, load_plan
     from slimming.slim_vit import SlimViT
 
 __all__ = [
+    "Budget",
+    "Calibrated",
+    "Found",
     "SlimPlan",
     "SlimViT",
     "calibration_set",
@@ -34,6 +39,9 @@ __all__ = [
 ]
 
 _HOME = {
+    "Budget": "budget",
+    "Calibrated": "api",
+    "Found": "api",
     "SlimPlan": "plan",
     "SlimViT": "slim_vit",
     "calibration_set": "data",

@@ -25,8 +25,14 @@ TORCH_FREE = [
     *sorted((ROOT / "graph_passes").rglob("*.py")),
     *sorted((ROOT / "validate").rglob("*.py")),
     ROOT / "slimming" / "__init__.py",
+    ROOT / "slimming" / "budget.py",
+    ROOT / "slimming" / "costs.py",
     ROOT / "slimming" / "door.py",
+    ROOT / "slimming" / "latency_table.py",
+    ROOT / "slimming" / "options.py",
     ROOT / "slimming" / "plan.py",
+    ROOT / "slimming" / "profile.py",
+    ROOT / "slimming" / "recipe.py",
 ]
 NEEDS_TORCH = ("torch", "torchvision", "timm")
 
