@@ -62,7 +62,7 @@ class Stages:
             images=fingerprint_of(self.session.calibration),
             described=self.session.calibration.describe(),
             budget=dataclasses.asdict(options.budget),
-            form=(options.mode, options.layout, options.seed, self.device, options.score, options.fit),
+            form=(options.mode, options.layout, options.seed, self.device, options.score, options.fit, options.summary),
             latency=digest(self.latency_table()) if options.budget.criterion in LATENCY else None,
             finetune=self._finetune_key(),
         )
@@ -118,6 +118,7 @@ class Stages:
 
     def plan(self) -> SlimPlan:
         """The given plan, the dense one, or the one that the search finds."""
+        from graph_passes.tokens import ensure_no_summary
         from slimming.api import dense_plan
         from slimming.slim_vit import check_fits
 
@@ -127,6 +128,7 @@ class Stages:
         if options.plan is not None:
             plan = load_plan(options.plan)
             check_fits(loaded.module, plan)
+            ensure_no_summary(plan)
             if plan.model != loaded.architecture:  # the manifest names one model
                 raise InputRejected(f"{options.plan}: was made for {plan.model}, and --model is {loaded.architecture}")
             return plan
@@ -240,7 +242,7 @@ class Stages:
             graphs = {**graphs, ENGINE: engine.files[0]}
         keys: dict[str, object] = {
             PYTORCH: "original",
-            PYTORCH_SLIM: plan.model_dump(mode="json", include={"kept", "mode", "weights"}),
+            PYTORCH_SLIM: plan.model_dump(mode="json", include={"kept", "mode", "summary", "weights"}),
         }
         keys |= {stage: digest(path) for stage, path in graphs.items()}
         where = (self.device, onnxruntime_providers())

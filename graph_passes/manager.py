@@ -15,6 +15,7 @@ from graph_passes.files import save_model
 from graph_passes.match import MatchFailure
 from graph_passes.proto import export_model, import_graph, with_shapes
 from graph_passes.registry import PASSES, PassResult, Refusal, Settings
+from graph_passes.tokens import ensure_no_summary
 from slimming.door import InputRejected, UsageError
 from slimming.plan import Layout, SlimPlan
 
@@ -49,10 +50,13 @@ def run_passes(
 
     A pass that does not understand the graph leaves it as it was and says so in its result's ``refused``. After each change
     the model is checked and, where ``save_intermediates`` is a folder, saved there as ``NN_name.onnx``.
-    Raises ``UsageError`` for an unknown pass, ``InputRejected`` for an invalid model or a plan that is for another one.
+    Raises ``UsageError`` for an unknown pass, ``InputRejected`` for an invalid model, a plan that is for another one, or one
+    that keeps a summary.
     """
     if unknown := [name for name in names if name not in PASSES]:
         raise UsageError(f"no pass named {', '.join(unknown)}; there are {', '.join(PASSES)}")
+    if settings.plan is not None:
+        ensure_no_summary(settings.plan)
     current = onnx.ModelProto()
     current.CopyFrom(model)
     results: list[PassResult] = []

@@ -9,6 +9,9 @@ from graph_passes.structure import Block, Structure
 from slimming.door import InputRejected
 from slimming.plan import SlimPlan
 
+#: Why a plan with a summary is refused.
+NO_SUMMARY = "summary tokens are not cut into ONNX graphs yet"
+
 
 class PlanMismatch(InputRejected):
     """The plan is for another model than this graph (exit 3)."""
@@ -21,6 +24,12 @@ class Cut:
     block: Block
     positions: list[int]
     rest: list[int]
+
+
+def ensure_no_summary(plan: SlimPlan) -> None:
+    """Raise ``InputRejected`` for a plan that keeps a summary of its dropped tokens."""
+    if plan.summary:
+        raise InputRejected(f"the plan for '{plan.model}': {NO_SUMMARY}")
 
 
 def ensure_fit(structure: Structure, plan: SlimPlan) -> None:

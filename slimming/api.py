@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from slimming.blockwise import BlockFitter
-from slimming.budget import LATENCY, Budget
+from slimming.budget import LATENCY, Budget, check_summary
 from slimming.compensate import can_compensate, compensate
 from slimming.costs import Cost, MacsCost
 from slimming.data import ImageSet, load_tensors
@@ -86,18 +86,22 @@ class Calibrated:
         score: ScoreName = "paper",
         fit: Fit = "none",
         layout: Layout = "split",
+        summary: bool = False,
     ) -> Found:
         """Find the top-down masks that meet ``budget``, and fit the blocks to them.
 
         ``cost`` is what a latency budget is solved on; MAC budgets count the projections as ``layout`` lays them. A model whose
-        blocks end in norms cannot be refitted in closed form, and is not: ``Found.fit`` says so.
+        blocks end in norms cannot be refitted in closed form, and is not: ``Found.fit`` says so. With ``summary`` the plan
+        keeps the mean of the dropped tokens; budgets and the closed-form fit count it, scores and errors do not.
         Raises ``BudgetUnreachable``, ``UsageError``.
         """
         budget = budget or Budget()
         budget.check()
         reader = self.reader
+        if summary:
+            check_summary(self.mode, fit, budget)
         if budget.criterion not in LATENCY:
-            cost = MacsCost(reader.tokens, len(reader.blocks), reader.geometry(), self.mode, layout)
+            cost = MacsCost(reader.tokens, len(reader.blocks), reader.geometry(), self.mode, layout, summary)
         elif cost is None:
             raise UsageError(f"--{budget.criterion} is solved on a measured latency table: pass --latency-table")
         if fit == "sgd" and self.world.size > 1:
@@ -122,7 +126,7 @@ class Calibrated:
             snap=budget.snap,
             errors=[float(error) for error in selection.errors],
         )
-        plan = make_plan(self.model, self.name, selection.kept, mode=self.mode, origin=origin)
+        plan = make_plan(self.model, self.name, selection.kept, mode=self.mode, summary=summary, origin=origin)
         fitted = fitter.model if fitter is not None else self.model
         if fit == "closed-form":
             fitted = copy.deepcopy(self.model)
@@ -146,6 +150,7 @@ def find(
     fit: Fit = "none",
     mode: Mode = "compact",
     layout: Layout = "split",
+    summary: bool = False,
     seed: int = 0,
     bound: int = DEFAULT_BOUND,
     world: World = ALONE,
@@ -166,7 +171,7 @@ def find(
         magnitudes=score_named(score, seed).needs_magnitude,
     )
     try:
-        return calibrated.find(budget, cost=cost, score=score, fit=fit, layout=layout)
+        return calibrated.find(budget, cost=cost, score=score, fit=fit, layout=layout, summary=summary)
     finally:
         calibrated.close()
 
@@ -205,7 +210,13 @@ def _batches(images: ImageSet, transform: Any, world: World, digests: list[bytes
 
 
 def make_plan(
-    model: Any, name: str, kept: list[list[int]], *, mode: Mode = "compact", origin: Origin | None = None
+    model: Any,
+    name: str,
+    kept: list[list[int]],
+    *,
+    mode: Mode = "compact",
+    summary: bool = False,
+    origin: Origin | None = None,
 ) -> SlimPlan:
     """A ``SlimPlan`` for ``model`` from masks; raises ``pydantic.ValidationError`` when they break a rule of ``SlimPlan``."""
     reader = ModelReader(model)
@@ -218,6 +229,7 @@ def make_plan(
         head_tokens=reader.head.tokens if reader.head.fixed else [],
         mode=mode,
         kept=kept,
+        summary=summary,
         geometry=reader.geometry(),
         origin=origin or Origin(score="none", criterion="manual", value=0.0),
     )

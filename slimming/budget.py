@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from slimming.costs import Cost, check_counts
 from slimming.door import UsageError
-from slimming.plan import Criterion
+from slimming.plan import Criterion, Fit, Mode
 
 #: The criteria that are solved on a measured latency table.
 LATENCY: tuple[Criterion, ...] = ("latency-reduction", "latency-budget-ms")
@@ -52,6 +52,16 @@ class Budget:
                 f"--tokens: the {prefix} prefix tokens are kept until the last block, so every other count is at least that"
             )
         return list(self.tokens)
+
+
+def check_summary(mode: Mode, fit: Fit, budget: Budget) -> None:
+    """Raise ``UsageError`` where a summary of the dropped tokens does not go with the rest of what is asked."""
+    if mode == "stale":
+        raise UsageError("--summary stands for tokens that are gone, and --mode stale keeps them all readable")
+    if fit == "sgd":
+        raise UsageError("--fit sgd fits each block without what --summary adds to it: use closed-form, or --finetune-epochs")
+    if budget.criterion in LATENCY:
+        raise UsageError(f"--{budget.criterion} is measured on blocks without --summary: pass --macs-reduction")
 
 
 def uniform_counts(cost: Cost, limit: float, tokens: int, depth: int, least: int, head: int) -> list[int] | None:

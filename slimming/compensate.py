@@ -45,7 +45,8 @@ def compensate(
     """Refit ``model``, a copy of the one that ``features`` belong to, in place, block by block from the first cut on.
 
     Each block is fitted on what the slimmed and already refitted blocks before it hand over, so that errors do not add up; its
-    targets are the dense model's features at the rows that it keeps; a summary is carried along, and has none. Raises ``InputRejected`` for unusable statistics.
+    targets are the dense model's features at the rows that it keeps. A summary has no target, and is only carried along.
+    Raises ``InputRejected`` for unusable statistics.
     """
     dense, slim = features.reader, ModelReader(model)
     batches = list(features.rows(features.all_batches))
@@ -115,8 +116,9 @@ def _refit(
 ) -> None:
     """Change the stage's projections so that its output comes closest to ``wanted``, jointly where branches share an addition.
 
-    Rows past those of ``wanted`` (a summary) have no target, and do not count. Solves ``min_D sum ||X D - R||^2 + lambda ||D||^2`` for the change D, X what the projections read and R what is missing, so
-    that without evidence nothing changes. LayerScale's gamma divides what it multiplies.
+    Solves ``min_D sum ||X D - R||^2 + lambda ||D||^2`` for the change D, X what the projections read and R what is missing, so
+    that without evidence nothing changes. A row behind those of ``wanted``, a summary, does not count. LayerScale's gamma
+    divides what it multiplies.
     """
     projections = [branch.projection for branch in stage.branches if branch.projection is not None]
     widths = [projection.in_features for projection in projections]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from slimming.budget import Budget
+from slimming.budget import Budget, check_summary
 from slimming.door import UsageError
 from slimming.plan import Fit, Mode, ScoreName
 from slimming.recipe import Recipe
@@ -75,6 +75,8 @@ class ModelOptions:
     """Weight of the dense original's answers against the labels while fine-tuning; 0 is labels alone."""
     finetune_precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision while fine-tuning."""
+    summary: bool = False
+    """Keep the mean of the dropped tokens as one more token (measure first: it helps some checkpoints and hurts others)."""
     mode: Mode = "compact"
     """What later blocks see of a dropped token: nothing (compact), or its last value (stale)."""
     seed: int = 0
@@ -126,6 +128,8 @@ class ModelOptions:
         if len(asked) > 1:
             raise UsageError(f"{' and '.join(f'--{name}' for name in asked)} contradict each other")
         self.budget.check()
+        if self.summary:
+            check_summary(self.mode, self.fit, self.budget)
         if self.finetune_epochs:
             self.recipe.check()
         if self.train_images != "all" and self.train_images < 1:

@@ -91,6 +91,10 @@ class SlimPlan(_Strict):
     )
     mode: Mode = Field(description="what later blocks see of a dropped token: nothing (compact), or its last value (stale)")
     kept: list[list[_Index]] = Field(min_length=1, description="for every block the sorted original indices kept")
+    summary: bool = Field(
+        default=False,
+        description="whether the mean of the dropped tokens, weighed by their number, stays as one more token; compact only",
+    )
     geometry: Geometry
     origin: Origin
     weights: FittedWeights | None = Field(default=None, description="None: the plan is for the original's weights")
@@ -98,6 +102,8 @@ class SlimPlan(_Strict):
     @model_validator(mode="after")
     def _check(self) -> SlimPlan:
         n = self.tokens
+        if self.summary and self.mode == "stale":
+            raise ValueError("summary: goes with mode compact; in mode stale every dropped token stays readable")
         if self.prefix_tokens + self.grid[0] * self.grid[1] != n:
             raise ValueError(f"tokens: {n} is not {self.prefix_tokens} prefix tokens + a {self.grid[0]} x {self.grid[1]} grid")
         if any(t >= self.prefix_tokens for t in self.head_tokens):
@@ -140,7 +146,7 @@ class SlimPlan(_Strict):
         """Multiply-accumulates of one image under the plan; see ``macs_of``."""
         readable = self.tokens - self.geometry.pool_tokens  # prefix tokens lead, and are what a pool may not read
         reads = sum(token >= readable for token in self.kept[-1])
-        return macs_of(self.counts, self.tokens, self.geometry, self.mode, layout, reads)
+        return macs_of(self.counts, self.tokens, self.geometry, self.mode, layout, reads, self.summary)
 
     def dense_macs(self) -> int:
         """Multiply-accumulates of one image through the unslimmed model."""
@@ -171,12 +177,14 @@ def macs_of(
     mode: Mode = "compact",
     layout: Layout = "split",
     pool_reads: int | None = None,
+    summary: bool = False,
 ) -> int:
     """Multiply-accumulates of one image whose block l outputs ``counts[l]`` of ``tokens`` tokens; biases and norms count zero.
 
     ``layout`` says how a cut block's projections are laid: ``split`` queries kept tokens only, ``packed`` keeps one qkv
     projection over every token that the block reads, and so also spends the dropped tokens' queries. ``pool_reads`` of the
-    last block's tokens go to an attention pool; None: as many as it can read.
+    last block's tokens go to an attention pool; None: as many as it can read. A ``summary`` is one more row that blocks
+    after the first cut read, and that blocks from that cut on compute, but for the last one.
     """
     d = geometry.embed_dim
     query = geometry.attn_dim or d
@@ -185,8 +193,13 @@ def macs_of(
     reads = min(counts[-1], geometry.pool_tokens) if pool_reads is None else pool_reads
     total = geometry.patch_macs + geometry.head_macs + geometry.pool_macs * reads
     for block, k in enumerate(counts):
-        n_in = tokens if mode == "stale" or block == 0 else counts[block - 1]
-        queries = n_in if layout == "packed" else k
+        before = tokens if block == 0 else counts[block - 1]
+        n_in = tokens if mode == "stale" else before
+        fresh = 0  # a summary that takes tokens in is a row that was not read: no packed projection has its query
+        if summary:
+            fresh = int(k < before and block < len(counts) - 1)
+            n_in, k = n_in + (before < tokens), k + (k < tokens and block < len(counts) - 1)
+        queries = n_in + fresh if layout == "packed" else k
         total += queries * d * query + 2 * n_in * d * key + 2 * k * n_in * query + k * query * d + k * mlp
         total += k * d * query if geometry.gate else 0
     return total

@@ -161,7 +161,9 @@ def _sweep(
     for reduction in options.reductions:
         try:
             budget = Budget("macs-reduction", reduction, snap=options.snap)
-            every.append(calibrated.find(budget, score=options.score, fit=options.fit, layout=options.layout))
+            every.append(
+                calibrated.find(budget, score=options.score, fit=options.fit, layout=options.layout, summary=options.summary)
+            )
         except BudgetUnreachable:
             continue
     if images is None:

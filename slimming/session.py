@@ -128,7 +128,9 @@ def search(
     """
     own = calibrated or calibrate(options, session, progress)
     try:
-        found = own.find(options.budget, cost=cost, score=options.score, fit=options.fit, layout=layout)
+        found = own.find(
+            options.budget, cost=cost, score=options.score, fit=options.fit, layout=layout, summary=options.summary
+        )
     finally:
         if calibrated is None:
             own.close()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from slimming.door import InputRejected
 from slimming.families import ModelReader, View, reader_of
 from slimming.plan import SlimPlan
+from slimming.summary import split, summarised
 
 
 class SlimViT(nn.Module):
@@ -30,12 +31,14 @@ class SlimViT(nn.Module):
         for block, kept in enumerate(plan.kept):
             present = everything if self.stale else before
             self.register_buffer(f"present_{block}", torch.tensor(present), persistent=False)
-            self.register_buffer(f"rows_{block}", _places(kept, present), persistent=False)
+            rows, dropped = split(present, kept)
+            self.register_buffer(f"rows_{block}", rows, persistent=False)
+            self.register_buffer(f"dropped_{block}", dropped, persistent=False)
             before = kept
         reads = ModelReader(model).head.tokens
-        given = [token for token in plan.kept[-1] if token in set(reads)]
         self.head_rows: Tensor
-        self.register_buffer("head_rows", _places(given, everything if self.stale else plan.kept[-1]), persistent=False)
+        given = set(plan.kept[-1]) & set(reads)
+        self.register_buffer("head_rows", split(everything if self.stale else plan.kept[-1], given)[0], persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (b, 3, h, w) -> logits (b, classes)."""
@@ -48,16 +51,15 @@ class SlimViT(nn.Module):
     def _block(self, index: int, block: Any, tokens: Tensor, rope: Tensor | None) -> Tensor:
         rows, present = getattr(self, f"rows_{index}"), getattr(self, f"present_{index}")
         table = rope if rope is None or len(present) == self.plan.tokens else rope[..., present, :]
-        if len(rows) == len(present):
-            result: Tensor = block.run(View(tokens, tokens, table, table))
-            return result
-        result = block.run(View(tokens, tokens[:, rows], table, None if table is None else table[..., rows, :]))
-        return tokens.index_copy(1, rows, result) if self.stale else result
-
-
-def _places(wanted: list[int], present: list[int]) -> Tensor:
-    place = {token: position for position, token in enumerate(present)}
-    return torch.tensor([place[token] for token in wanted])
+        if self.plan.summary:
+            count, last = self.plan.tokens - len(present), index == self.plan.depth - 1
+            view = summarised(tokens, rows, getattr(self, f"dropped_{index}"), count, table, last=last)
+        elif len(rows) == len(present):
+            view = View(tokens, tokens, table, table)
+        else:
+            view = View(tokens, tokens[:, rows], table, None if table is None else table[..., rows, :])
+        result: Tensor = block.run(view)
+        return tokens.index_copy(1, rows, result) if self.stale and len(rows) < len(present) else result
 
 
 def check_fits(model: Any, plan: SlimPlan) -> None:
