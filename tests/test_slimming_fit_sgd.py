@@ -10,26 +10,31 @@ import torch
 from models_factory import build, images_for
 from torch import Tensor
 
+from slimming.families import ModelReader, View
 from slimming.fit_sgd import fit_block, relative_error, unfused_attention
-from slimming.vit import embed, run_block
 
 BLOCK, KEPT = 1, torch.tensor([0, 1, 2, 5, 7])
 Batches = Callable[[], Iterator[tuple[Tensor, Tensor]]]
+
+
+def kept_rows(model: Any, given: Tensor) -> Tensor:
+    """The block's kept rows when it reads ``given``."""
+    return ModelReader(model).blocks[BLOCK].run(View(given, given[:, KEPT]))
 
 
 @torch.no_grad()
 def task(images: int = 24, batch: int = 8) -> tuple[Any, Callable[[Tensor], Tensor], Batches, Tensor, Tensor]:
     """A block that reads half of the tokens, and the dense block's output at the rows that it keeps."""
     model = build()
-    block = model.blocks[BLOCK]
-    tokens = model.blocks[0](embed(model, images_for(model, images)))
-    target = run_block(block, tokens)[:, KEPT]
+    reader = ModelReader(model)
+    tokens = model.blocks[0](reader.embed(images_for(model, images)))
+    target = model.blocks[BLOCK](tokens)[:, KEPT]
     inputs = tokens[:, : tokens.shape[1] // 2 + 3]
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         yield from zip(inputs.split(batch), target.split(batch), strict=True)
 
-    return model, lambda given: run_block(block, given, KEPT), batches, inputs, target
+    return model, lambda given: kept_rows(model, given), batches, inputs, target
 
 
 def own(model: Any) -> list[torch.nn.Parameter]:
@@ -110,8 +115,7 @@ def test_features_of_inference_mode_can_be_fitted_on() -> None:
     with torch.no_grad():
         assert inputs.is_inference()
         model = build()  # parameters of its own, not of inference mode
-        block = model.blocks[BLOCK]
-        assert fit_block(lambda given: run_block(block, given, KEPT), own(model), batches, epochs=3, lr=1e-3) < start
+        assert fit_block(lambda given: kept_rows(model, given), own(model), batches, epochs=3, lr=1e-3) < start
 
 
 def test_unfused_attention_is_for_the_block_only() -> None:
