@@ -176,10 +176,14 @@ class ToMeViT(Rival):
         for index, (block, r) in enumerate(zip(self.model.blocks, self.merged(), strict=True)):
             tokens, _, keys = attend(block, tokens, sizes, self.is_cut(index))
             if r:
-                sizes = torch.ones_like(tokens[..., 0]) if sizes is None else sizes
-                tokens, sizes = merge(tokens, sizes, bipartite_soft_matching(keys.mean(1), r))
+                tokens, sizes = self.reduce(tokens, sizes, keys.mean(1), r)
             tokens = feed(block, tokens)
         return reader_of(self.model).head.logits(tokens[:, :1])
+
+    def reduce(self, tokens: Tensor, sizes: Tensor | None, metric: Tensor, r: int) -> tuple[Tensor, Tensor]:
+        """Merge r of the tokens (b, n, d) of ``sizes`` (b, n), None where each is one patch, by ``metric`` (b, n, c)."""
+        sizes = torch.ones_like(tokens[..., 0]) if sizes is None else sizes
+        return merge(tokens, sizes, bipartite_soft_matching(metric, r))
 
 
 class EViT(Rival):

@@ -1,0 +1,473 @@
+"""``python -m benchmarks.accuracy.latency``: accuracy at equal measured latency in ONNX Runtime, ours against ToMe and EViT.
+
+Every model is exported to ONNX and timed on a CPU, all of them in turn, in a new order each round. The rivals are exported as
+they stand and rewritten for ONNX Runtime (``rivals_onnx``), and the faster counts; of EViT's forms the best one counts. What a
+rival's line reaches at our latency is told in its favour too: see ``at_latency``.
+
+    python -m benchmarks.accuracy.latency --name digits --work build/latency --prepare   # slow; the machine may be busy
+    python -m benchmarks.accuracy.latency --name digits --work build/latency --output digits-latency.json
+    python -m benchmarks.accuracy.latency --show benchmarks/accuracy/results/*-latency.json
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from benchmarks.accuracy import tables
+from benchmarks.accuracy.tables import EVIT_FORMS, FITS, Bench, Case, NotMeasured, Ours
+from benchmarks.accuracy.tables import Options as TableOptions
+from slimming.door import InputRejected, UsageError, atomic_path, open_door
+from slimming.plan import Fit, ScoreName
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+#: An exported model must answer like the PyTorch one: logits within this, on all but ``FLIPS`` of the images that are compared.
+TOLERANCE, COMPARED = 1e-4, 64
+#: A rival that chooses at run time chooses otherwise where rounding decides between two all but equal tokens.
+FLIPS = 0.05
+_WARMUP = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of ``benchmarks.accuracy.latency``."""
+
+    name: str = "digits"
+    """What the results are called."""
+    model: str = "vit_ti"
+    """A preset or any timm model name."""
+    model_arg: tuple[str, ...] = ()
+    """key=value pairs for timm.create_model."""
+    weights: str = "bundled"
+    """bundled, pretrained, random or a weights file."""
+    data: str = "digits"
+    """Held-out images: digits, a folder, FILE.tar, hfds/NAME or wds/PATH."""
+    calibration_data: str | None = None
+    """Images that plans and fits are made from; by default the part of --data that is not held out."""
+    eval_images: int | None = 2000
+    """How many held-out images; None is all."""
+    calibration_images: int = 256
+    """How many images a plan is made from."""
+    budgets: tuple[float, ...] = (0.30, 0.45, 0.60)
+    """Fractions of the dense multiply-accumulates that we remove."""
+    rival_budgets: tuple[float, ...] = (0.30, 0.45, 0.60, 0.70, 0.80)
+    """Those that the rivals remove: as they lose time to choosing, they need more for the same latency."""
+    head_only: tuple[bool, ...] = (False, True)
+    """Rivals with the last block as it is (False) or cut to the class token (True), as ours is."""
+    seeds: tuple[int, ...] = (0,)
+    """Each draws its own calibration images."""
+    score: ScoreName = "paper"
+    """The score of our plans."""
+    fit: Fit = "closed-form"
+    """The fit of our plans."""
+    batch: int = 8
+    """Images per timed run."""
+    threads: int = 1
+    """Threads of ONNX Runtime and of PyTorch. One is timed by its CPU time, several by wall time."""
+    rounds: int = 40
+    """How often each model is timed."""
+    tables: Path | None = None
+    """Results of benchmarks.accuracy.tables: rivals that are in them are not evaluated again."""
+    work: Path | None = None
+    """A folder that keeps exported models and their accuracy, so that a second call only times them."""
+    prepare: bool = False
+    """Export and evaluate into --work, and do not time: for a machine that is busy."""
+    output: Path = Path("latency.json")
+    """The JSON file of results."""
+    show: tuple[Path, ...] = ()
+    """Instead of measuring: print these results as Markdown."""
+    figure: Path | None = None
+    """Draw the results, or the first of those shown, here: SVG or PNG."""
+
+    def check(self) -> None:
+        """Raise ``UsageError`` for values that no run could use."""
+        if not self.budgets or not all(0 < value < 1 for value in (*self.budgets, *self.rival_budgets)):
+            raise UsageError("--budgets and --rival-budgets are fractions between 0 and 1, and --budgets needs one")
+        if min(self.batch, self.threads, self.rounds) < 1 or not self.seeds:
+            raise UsageError("--batch, --threads and --rounds must be at least 1, and --seeds needs a value")
+        if self.fit not in FITS:
+            raise UsageError(f"--fit {self.fit}: the tables have {' and '.join(FITS)}")
+        if self.prepare and self.work is None:
+            raise UsageError("--prepare needs --work, a folder for what it makes")
+        self.of_tables().check()
+
+    def of_tables(self) -> TableOptions:
+        """The options of the tables' bench that measures accuracy."""
+        names = ("name", "model", "model_arg", "weights", "data", "calibration_data", "eval_images", "calibration_images")
+        shared = {name: getattr(self, name) for name in (*names, "budgets", "seeds", "threads")}
+        return TableOptions(**shared, default_score=self.score, default_fit=self.fit)
+
+    def command(self) -> str:
+        """The command line that these options come from; of a path outside this folder only the name is told."""
+        words = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value != field.default and field.name not in ("figure", "work"):
+                values = value if isinstance(value, tuple) else (value,)
+                words += [f"--{field.name.replace('_', '-')}", *(tables.public(str(each)) for each in values)]
+        return shlex.join(["python", "-m", "benchmarks.accuracy.latency", *words])
+
+
+def cases(options: Options) -> list[Case]:
+    """Every model to export; ``dense`` with the last block cut is the exact saving that every rival may have."""
+    rows = [Case("dense")] + [Case("dense", head_only=True)] * (True in options.head_only)
+    for seed, budget in itertools.product(options.seeds, options.budgets):
+        rows.append(Case(options.score, budget, options.fit, "compact", seed))
+    for cut, budget in itertools.product(options.head_only, options.rival_budgets):
+        rows += [Case("ToMe", budget, head_only=cut), Case("EViT", budget, head_only=cut, form="best")]
+    return rows
+
+
+class Workshop:
+    """Makes the ONNX files of each case and their row, but for the times; what ``folder`` has already is not made again."""
+
+    def __init__(self, options: Options, bench: Bench, folder: Path) -> None:
+        self.options, self.bench, self.folder = options, bench, folder
+        self.described = bench.described()
+        self.known = tables.found_rows(options.tables, self.described) if options.tables else {}
+        self.ours: Ours | None = None
+
+    def row(self, case: Case) -> dict[str, Any]:
+        """The case's row; ``exports`` names its ONNX files."""
+        key = f"{tables.key_of(case, self.described)}-{self.options.batch}"
+        path = self.folder / f"{key}.json"
+        if path.exists():
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return found
+        row = {"method": case.method, "budget": case.budget, "fit": case.fit, "seed": case.seed, "head_only": case.head_only}
+        try:
+            made = self.slim(case, key) if case.mode else self.dense(key) if case == Case("dense") else self.rival(case, key)
+        except NotMeasured as error:
+            made = {"refused": f"{case.method}: {error}"}
+        if "macs" in made:
+            made["reduction"] = round(1 - made["macs"] / self.bench.dense_macs, 6)
+            made["images"] = len(self.bench.images)
+        with atomic_path(path) as part:
+            part.write_text(json.dumps(row | made), encoding="utf-8")
+        return row | made
+
+    def dense(self, key: str) -> dict[str, Any]:
+        """The original."""
+        module, macs = self.bench.model, self.bench.dense_macs
+        return {
+            "macs": macs,
+            **self.accuracy(module, "dense"),
+            "exports": {"plain": self.export(module, module, f"{key}-plain")},
+        }
+
+    def slim(self, case: Case, key: str) -> dict[str, Any]:
+        """Ours: the fitted weights exported dense, and the plan's tokens cut out of that graph."""
+        from graph_passes import slim
+
+        if self.ours is None or self.ours.seed != case.seed:
+            self.ours = Ours(self.bench, "compact", case.seed or 0)
+        module, row = self.ours.slim(case)
+        path = self.export(module.model, module, f"{key}-plain", lambda model: slim(model, module.plan).model)
+        return row | self.accuracy(module, case.title()) | {"exports": {"plain": path}}
+
+    def rival(self, case: Case, key: str) -> dict[str, Any]:
+        """ToMe, or EViT in the form that is best on the held-out images, as it stands and rewritten for ONNX Runtime."""
+        from benchmarks.accuracy.rivals import ToMeViT
+        from benchmarks.accuracy.rivals_onnx import lean
+
+        if case.method == "dense":
+            cut = ToMeViT(self.bench.model, 0, head_only=True)
+            row = {"macs": cut.macs(), "counts": cut.counts, **self.accuracy(cut, "dense, last block cut")}
+            return row | {"exports": {"plain": self.export(cut, cut, f"{key}-plain")}}
+        forms = [dataclasses.replace(case, form=form) for form in (EVIT_FORMS if case.form else (None,))]
+        found = []
+        for form in forms:
+            module, row = self.bench.rival(form)
+            measured = self.known.get(tables.key_of(form, self.described), {})
+            if "top1" not in measured or measured["counts"] != row["counts"]:
+                measured = self.accuracy(module, form.title())
+            found.append((module, row | {name: measured[name] for name in ("top1", "agreement")} | {"form": form.form}))
+        module, row = max(found, key=lambda each: float(each[1]["top1"]))
+        exports = {
+            "plain": self.export(module, module, f"{key}-plain"),
+            "lean": self.export(lean(module), module, f"{key}-lean"),
+        }
+        return row | {"exports": exports}
+
+    def accuracy(self, module: Any, title: str) -> dict[str, Any]:
+        """Top-1 and agreement of the PyTorch module on the held-out images."""
+        measured = self.bench.measured(module, title)
+        return {name: measured[name] for name in ("top1", "agreement")}
+
+    def export(self, module: Any, reference: Any, name: str, change: Callable[[Any], Any] | None = None) -> dict[str, Any]:
+        """Export for the timed batch, and compare with the PyTorch ``reference``: the file and the largest errors."""
+        import numpy as np
+        import torch
+
+        from export.onnx_export import export_dense
+        from graph_passes.files import read_model, save_model
+        from validate.runtime import open_session, run_logits
+
+        path = self.folder / f"{name}.onnx"
+        self.bench.reporter.say(f"exporting {type(module).__name__} to {path.name}")
+        # onnx-graphsurgeon logs to stdout, which is kept for the results
+        with contextlib.redirect_stdout(sys.stderr), atomic_path(path) as part:
+            export_dense(module.eval(), tuple(self.bench.loaded.data_config["input_size"]), part)
+            model = read_model(part)
+            model = change(model) if change else model
+            fix_batch(model, self.options.batch)
+            save_model(model, part)
+        pixels = self.bench.pixels[:COMPARED]
+        with torch.inference_mode():
+            wanted = reference(pixels).numpy()
+        errors = np.abs(run_logits(open_session(path, threads=self.options.threads), pixels.numpy()) - wanted).max(axis=1)
+        if (errors > TOLERANCE).mean() > FLIPS:
+            raise RuntimeError(f"{name}: the exported {type(module).__name__} differs from PyTorch by {np.median(errors)}")
+        apart = int((errors > TOLERANCE).sum())
+        return {"file": path.name, "median_error": float(np.median(errors)), "error": float(errors.max()), "apart": apart}
+
+
+def fix_batch(model: Any, batch: int) -> None:
+    """Give an exported model a fixed batch, in place, so that ONNX Runtime folds every shape in advance, whoever made it."""
+    for tensor in (*model.graph.input, *model.graph.output):
+        tensor.type.tensor_type.shape.dim[0].dim_value = batch
+    del model.graph.value_info[:]
+
+
+def timed(paths: list[Path], pixels: Any, options: Options, report: Callable[[int, int], None]) -> NDArray[Any]:
+    """Seconds (2, rounds, models) of one batch: CPU time of the calling thread, and wall time.
+
+    Each visit runs a model twice and times the second run, so that its weights are as near as they are to one that serves.
+    With one thread ONNX Runtime's only thread is the calling one; its clock stands still while others have its core.
+    """
+    import numpy as np
+
+    from validate.runtime import open_session
+
+    sessions = [open_session(path, threads=options.threads) for path in paths]
+    feeds = [{session.get_inputs()[0].name: pixels} for session in sessions]
+    shuffle = np.random.default_rng(0)
+    times = np.empty((2, options.rounds, len(paths)))
+    for number in range(-_WARMUP, options.rounds):
+        for index in shuffle.permutation(len(paths)):
+            sessions[index].run(None, feeds[index])
+            wall, cpu = time.perf_counter(), time.thread_time()
+            sessions[index].run(None, feeds[index])
+            taken = time.thread_time() - cpu, time.perf_counter() - wall
+            if number >= 0:
+                times[:, number, index] = taken
+        report(number + _WARMUP + 1, options.rounds + _WARMUP)
+    return times
+
+
+def measure(options: Options) -> dict[str, Any] | None:
+    """Export, evaluate, time and write ``--output``; None after ``--prepare``. Raises ``DoorError``."""
+    options.check()
+    bench = Bench(options.of_tables())
+    with tempfile.TemporaryDirectory(prefix="patchslim-") as temporary:
+        folder = options.work or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        workshop = Workshop(options, bench, folder)
+        rows = [workshop.row(case) for case in cases(options)]
+        if options.prepare:
+            return None
+        add_times(rows, folder, bench, options)
+    import onnxruntime
+
+    machine = tables.machine(options.of_tables()) | {"onnxruntime": onnxruntime.__version__}
+    result = {"name": options.name, "command": options.command(), "machine": machine, **workshop.described}
+    result["default"] = {"score": options.score, "fit": options.fit, "mode": "compact"}
+    clock = "cpu" if options.threads == 1 else "wall"
+    result["timing"] = {"batch": options.batch, "threads": options.threads, "rounds": options.rounds, "clock": clock}
+    result |= {"rows": rows, "summary": summarised(rows)}
+    write(options.output, result)
+    return result
+
+
+def add_times(rows: list[dict[str, Any]], folder: Path, bench: Bench, options: Options) -> None:
+    """Time every export, and put into each row the times of its fastest."""
+    import numpy as np
+
+    from export.latency_table import level_rounds
+
+    exports = [(row, name) for row in rows for name in row.get("exports", {})]
+    pixels = bench.pixels[[index % len(bench.pixels) for index in range(options.batch)]].numpy()
+    with bench.reporter.bar("timing", unit="rounds") as update:
+        paths = [folder / row["exports"][name]["file"] for row, name in exports]
+        times = timed(paths, pixels, options, update)
+    clock, wall = times[0 if options.threads == 1 else 1], times[1]
+    low, middle, high = 1e3 * np.percentile(level_rounds(clock), [25, 50, 75], axis=0)
+    ratios = np.median(clock / clock[:, :1], axis=0)  # the first is dense
+    for index, (row, name) in enumerate(exports):
+        export = row["exports"][name]
+        export.pop("file")
+        export |= {"latency_ms": middle[index], "latency_p25": low[index], "latency_p75": high[index]}
+        export |= {"wall_ms": 1e3 * np.median(wall[:, index]), "ratio_to_dense": ratios[index]}
+        export |= {key: round(float(value), 9 if "error" in key else 4) for key, value in export.items() if key != "apart"}
+    for row in rows:
+        if "exports" in row:
+            row["export"] = min(row["exports"], key=lambda name: float(row["exports"][name]["latency_ms"]))
+            fastest = row["exports"][row["export"]]
+            row |= {name: fastest[name] for name in ("latency_ms", "latency_p25", "latency_p75", "wall_ms", "ratio_to_dense")}
+
+
+def lines_of(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The rivals' rows by line, the fastest first; each line starts from the dense model that its rival merges or keeps."""
+    lines: dict[str, list[dict[str, Any]]] = {}
+    rivals = [row for row in rows if "latency_ms" in row and row["method"] in ("ToMe", "EViT")]
+    for row in rivals:
+        name = "EViT, best form" if row["method"] == "EViT" else row["method"]
+        lines.setdefault(name + (", last block cut" if row["head_only"] else ""), []).append(row)
+    dense = {row["head_only"]: row for row in rows if row["method"] == "dense"}
+    for title, line in lines.items():
+        line += [dense[None], *([dense[True]] if title.endswith("cut") else [])]
+        line.sort(key=lambda row: float(row["latency_ms"]))
+    return lines
+
+
+def at_latency(line: list[dict[str, Any]], latency: float) -> float | None:
+    """Top-1 of a rival's line at a latency, linear between its points; None where its fastest point is slower.
+
+    In its favour: a point that is both slower and worse than another is left out, though the line went through it.
+    """
+    import numpy as np
+
+    frontier: list[dict[str, Any]] = []
+    for row in line:
+        if not frontier or row["top1"] > frontier[-1]["top1"]:
+            frontier.append(row)
+    if latency < frontier[0]["latency_ms"]:
+        return None
+    return float(np.interp(latency, [row["latency_ms"] for row in frontier], [row["top1"] for row in frontier]))
+
+
+def summarised(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each of our rows against each rival's line at our latency; ``lead`` in percentage points."""
+    entries = []
+    ours = [row for row in rows if row["fit"] and "latency_ms" in row]
+    for row, (title, line) in itertools.product(ours, lines_of(rows).items()):
+        theirs = at_latency(line, row["latency_ms"])
+        entry = {name: row[name] for name in ("budget", "seed", "reduction", "latency_ms", "ratio_to_dense", "top1")}
+        entry |= {"rival": title, "reached": theirs is not None, "rival_top1": None if theirs is None else round(theirs, 6)}
+        entry |= {"lead": None if theirs is None else round(100 * (row["top1"] - theirs), 4)}
+        entries.append(entry | {"rival_fastest_ms": line[0]["latency_ms"], "rival_fastest_top1": line[0]["top1"]})
+    return entries
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Write the results whole, one row a line."""
+    lines = []
+    for name, value in result.items():
+        listed = isinstance(value, list) and value
+        text = "[\n  " + ",\n  ".join(json.dumps(each) for each in value) + "\n ]" if listed else json.dumps(value)
+        lines.append(f" {json.dumps(name)}: {text}")
+    with atomic_path(path) as part:
+        part.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A results file; raises ``InputRejected``."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not found["rows"] or not found["timing"] or not isinstance(found["summary"], list):
+            raise ValueError("it has no timed rows")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputRejected(f"{path}: not a results file of benchmarks.accuracy.latency: {error}") from error
+    return found
+
+
+def title_of(row: dict[str, Any]) -> str:
+    """What a row of the table is called."""
+    if row["fit"]:
+        return f"**ours: {row['method']}, {row['fit'].replace('none', 'no fit')}**"
+    form = f" ({row['form']})" if row.get("form") else ""
+    return str(row["method"]) + form + (", last block cut" if row["head_only"] else "")
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Every model's time and accuracy, then ours against the rivals at our latency."""
+    model, timing, rows = result["model"], result["timing"], [row for row in result["rows"] if "latency_ms" in row]
+    lines = [
+        f"### {result['name']}: {model['name']}, top-1 on {result['evaluation']['images']} held-out images at measured latency",
+        "",
+        f"ONNX Runtime {result['machine']['onnxruntime']} on {result['machine']['cpu']}, {timing['threads']} thread(s), "
+        f"batches of {timing['batch']}; medians of {timing['rounds']} interleaved rounds, {timing['clock']} time.",
+        "",
+        "| model | MACs removed | ms (quartiles) | time to dense | top-1 | same answer as dense |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: -float(row["latency_ms"])):
+        quartiles = f"{row['latency_ms']:.2f} ({row['latency_p25']:.2f}–{row['latency_p75']:.2f})"
+        share = f"{row['ratio_to_dense']:.3f} | {100 * row['top1']:.2f} | {row['agreement']:.1%}"
+        lines.append(f"| {title_of(row)} | {row['reduction']:.1%} | {quartiles} | {share} |")
+    seeded = len({entry["seed"] for entry in result["summary"]}) > 1
+    lines += [
+        "",
+        "| ours at | ms | top-1 | rival at that latency | its top-1 | our lead, points |",
+        "|---|---|---|---|---|---|",
+    ]
+    for entry in result["summary"]:
+        ours = f"{entry['reduction']:.1%}" + (f", seed {entry['seed']}" if seeded else "")
+        theirs = (
+            f"{100 * entry['rival_top1']:.2f} | {entry['lead']:+.2f}"
+            if entry["reached"]
+            else (f"not reached: {100 * entry['rival_fastest_top1']:.2f} at {entry['rival_fastest_ms']:.2f} ms | ")
+        )
+        lines.append(f"| {ours} | {entry['latency_ms']:.2f} | {100 * entry['top1']:.2f} | {entry['rival']} | {theirs} |")
+    if refused := list(dict.fromkeys(row["refused"] for row in result["rows"] if "refused" in row)):
+        lines += ["", "Not measured: " + "; ".join(refused) + "."]
+    return "\n".join([*lines, ""])
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Top-1 over latency: ours (a line for each seed), and each rival's line from the dense model on; always the same bytes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in result["rows"] if "latency_ms" in row]
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in (row for row in rows if row["fit"]):
+        lines.setdefault(f"{title_of(row).strip('*')}, seed {row['seed']}", []).append(row)
+    with pyplot.rc_context({"svg.hashsalt": "patchslim"}):
+        figure, axes = pyplot.subplots(figsize=(7, 4.5))
+        for title, line in (lines | lines_of(rows)).items():
+            line = sorted(line, key=lambda row: float(row["latency_ms"]))
+            points = [row["latency_ms"] for row in line], [100 * row["top1"] for row in line]
+            axes.plot(*points, marker="o", markersize=4, linewidth=2.2 if title.startswith("ours") else 1.2, label=title)
+        axes.plot(rows[0]["latency_ms"], 100 * rows[0]["top1"], marker="s", color="0.3", linestyle="", label="dense")
+        axes.set_xlabel(f"ONNX Runtime, ms for {result['timing']['batch']} images, {result['timing']['threads']} thread(s)")
+        axes.set_ylabel("top-1, %")
+        axes.set_title(f"{result['name']}: {result['model']['name']}, {result['evaluation']['images']} held-out images")
+        axes.legend(fontsize=7)
+        figure.tight_layout()
+        with atomic_path(path) as part:
+            kind: Literal["png", "svg"] = "png" if path.suffix == ".png" else "svg"
+            figure.savefig(part, format=kind, metadata={"Date": None} if kind == "svg" else None)
+        pyplot.close(figure)
+
+
+def main(options: Options) -> int:
+    """Measure, or show what was measured; the results as Markdown on stdout."""
+    results = [read(path) for path in options.show]
+    if not results:
+        measured = measure(options)
+        if measured is None:
+            return 0
+        results = [measured]
+    print("\n".join(markdown(result) for result in results))
+    if options.figure:
+        draw(results[0], options.figure)
+    return 0
+
+
+if __name__ == "__main__":
+    description = "Accuracy at equal measured latency in ONNX Runtime: ours against ToMe and EViT."
+    sys.exit(open_door(Options, main, prog="benchmarks.accuracy.latency", description=description))
