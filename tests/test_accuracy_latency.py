@@ -59,7 +59,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> Options:
         calibration_images=8,
         budgets=(0.4,),
         rival_budgets=(0.4,),
-        head_only=(True,),
+        head_only=(True,),  # one line of each rival: an export takes a second or two
         batch=5,
         rounds=2,
         work=folder / "work",

@@ -215,6 +215,9 @@ class Workshop:
         from validate.runtime import open_session, run_logits
 
         path = self.folder / f"{name}.onnx"
+        if (record := path.with_suffix(".json")).exists():
+            found: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+            return found
         self.bench.reporter.say(f"exporting {type(module).__name__} to {path.name}")
         # onnx-graphsurgeon logs to stdout, which is kept for the results
         with contextlib.redirect_stdout(sys.stderr), atomic_path(path) as part:
@@ -230,7 +233,10 @@ class Workshop:
         if (errors > TOLERANCE).mean() > FLIPS:
             raise RuntimeError(f"{name}: the exported {type(module).__name__} differs from PyTorch by {np.median(errors)}")
         apart = int((errors > TOLERANCE).sum())
-        return {"file": path.name, "median_error": float(np.median(errors)), "error": float(errors.max()), "apart": apart}
+        made = {"file": path.name, "median_error": float(np.median(errors)), "error": float(errors.max()), "apart": apart}
+        with atomic_path(record) as part:
+            part.write_text(json.dumps(made), encoding="utf-8")
+        return made
 
 
 def fix_batch(model: Any, batch: int) -> None:
