@@ -16,6 +16,7 @@ from export.bundle import check_place, publish
 from export.cache import StageCache, tool_versions
 from export.config import Options
 from export.engines import EngineResult
+from export.families import check_exportable
 from export.onnx_export import INPUT, OUTPUT
 from export.stages import ENGINE, ONNX_FP16, ONNX_SLIM, PYTORCH, PYTORCH_SLIM, Stages
 from slimming.budget import LATENCY
@@ -77,6 +78,7 @@ def export_bundle(options: Options) -> Outcome:
         reporter.say(f"engine: {backend.name} for {', '.join(backend.targets)}")
     images = evaluation_images(options)
     session = open_session(options, images)
+    check_exportable(session.loaded.module, options.model)
     stages = Stages(options, session, StageCache(options.work_folder), reporter)
     plan = stages.plan()
     fitted = stages.fitted(plan)
@@ -116,6 +118,7 @@ def describe(options: Options) -> dict[str, Any]:
         backend, targets = chosen.name, list(chosen.targets)
     images = evaluation_images(options)
     session = open_session(options, images)
+    check_exportable(session.loaded.module, options.model)
     stages = Stages(options, session, StageCache(options.work_folder), Reporter())
     if options.plan is not None or options.dense:
         stages.plan()  # read and compared with the model

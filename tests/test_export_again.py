@@ -48,7 +48,21 @@ def test_only_what_a_choice_changes_is_made_again(ort_export: Outcome, export_wo
     before = set(stages_in(export_work))
     export_bundle(tiny(export_work, "budget", macs_reduction=0.2))
     made = {name.partition("-")[0] for name in set(stages_in(export_work)) - before}
-    assert made == {"plan", "slim", "engine", "logits"}
+    assert made == {
+        "plan",
+        "dense",
+        "slim",
+        "engine",
+        "logits",
+    }  # the weights are fitted to the plan, so the dense graph is too
+    before = set(stages_in(export_work))
+    export_bundle(tiny(export_work, "budget", macs_reduction=0.2, fit="none"))
+    made = {name.partition("-")[0] for name in set(stages_in(export_work)) - before}
+    assert made == {"plan", "dense", "slim", "engine", "logits"}
+    before = set(stages_in(export_work))
+    export_bundle(tiny(export_work, "budget", macs_reduction=0.3, fit="none"))
+    made = {name.partition("-")[0] for name in set(stages_in(export_work)) - before}
+    assert made == {"plan", "slim", "engine", "logits"}  # the original's dense graph serves every plan
 
 
 def interrupt(arguments: list[str], when: Callable[[], bool], *, transient: bool = False) -> tuple[int, str]:

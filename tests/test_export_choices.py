@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,9 @@ def test_dense(export_work: Path) -> None:
 def test_a_plan_is_used_as_it_is_and_not_searched_again(ort_export: Outcome, export_work: Path, tmp_path: Path) -> None:
     kept = [[0, 1, 5, 9], [0, 5], [0]]
     given = change_plan(ort_export.bundle / "plan.json", tmp_path / "plan.json", kept)
+    with pytest.raises(InputRejected, match="the weights fitted to its cut are missing"):
+        export_bundle(tiny(export_work, "planned", plan=given))
+    given.write_text(json.dumps(read(given) | {"weights": None}), encoding="utf-8")
     before = {path.name for path in export_work.glob("plan-*")}
     outcome = export_bundle(tiny(export_work, "planned", plan=given))
     assert load_plan(outcome.bundle / "plan.json") == load_plan(given)
@@ -86,7 +90,7 @@ def test_fp16_in_onnx_runtime(export_work: Path) -> None:
 
 
 def test_an_unreachable_budget(export_work: Path) -> None:
-    with pytest.raises(BudgetUnreachable, match=r"leave at most \d+\.\d%") as caught:
+    with pytest.raises(BudgetUnreachable, match=r"no patches at all remove \d+\.\d%") as caught:
         export_bundle(tiny(export_work, "greedy", macs_reduction=0.95))
     assert caught.value.exit_code == 6
     assert not (export_work.parent / "greedy").exists()
