@@ -194,10 +194,9 @@ class Workshop:
                 measured = self.accuracy(module, form.title())
             found.append((module, row | {name: measured[name] for name in ("top1", "agreement")} | {"form": form.form}))
         module, row = max(found, key=lambda each: float(each[1]["top1"]))
-        exports = {
-            "plain": self.export(module, module, f"{key}-plain"),
-            "lean": self.export(lean(module), module, f"{key}-lean"),
-        }
+        name = f"{key}-{row['form']}" if case.form else key
+        exports = {"plain": self.export(module, module, f"{name}-plain")}
+        exports["lean"] = self.export(lean(module), module, f"{name}-lean")
         return row | {"exports": exports}
 
     def accuracy(self, module: Any, title: str) -> dict[str, Any]:
