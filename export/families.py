@@ -27,7 +27,8 @@ def _faults(module: Any) -> Iterator[str]:
         yield f"it is an {type(module).__name__}, not a plain VisionTransformer"
         return
     if module.global_pool != "token" or module.attn_pool is not None:
-        yield f"its head pools ({'map' if module.attn_pool is not None else module.global_pool}) instead of reading a class token"
+        pooling = "map" if module.attn_pool is not None else module.global_pool
+        yield f"its head pools ({pooling}) instead of reading a class token"
     for index, block in enumerate(module.blocks):
         if type(block) is not Block:
             yield f"block {index} is a {type(block).__name__}, not a pre-norm Block"

@@ -90,6 +90,11 @@ def load_model(
     torch.manual_seed(seed)
     try:
         module = timm.create_model(architecture, pretrained=weights == "pretrained", **arguments)
+        if getattr(module, "dynamic_img_size", False) and "dynamic_img_size" not in arguments:
+            # A static plan needs one grid: that of the model's own image size (DINOv3 leaves it open by default).
+            arguments["dynamic_img_size"] = False
+            torch.manual_seed(seed)
+            module = timm.create_model(architecture, pretrained=weights == "pretrained", **arguments)
     except (OSError, RuntimeError) as error:
         if weights != "pretrained":
             raise InputRejected(f"model {name}: timm cannot create it: {_first_line(error)}") from error

@@ -225,3 +225,11 @@ def test_find_refuses_what_does_not_go_together() -> None:
     ):
         with pytest.raises(UsageError, match=fault):
             find(build(), calibration_set("digits", 2), name="tiny", transform=transform, budget=budget, score=score)  # type: ignore[arg-type]
+
+
+def test_a_model_of_any_image_size_is_fixed_at_its_own() -> None:
+    small = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    loaded = load_model("vit_small_patch16_dinov3", weights="random", arguments=small, classes=10)
+    assert loaded.arguments["dynamic_img_size"] is False
+    assert loaded.module.patch_embed.grid_size == (4, 4)
+    check_supported(loaded.module, "dinov3")
