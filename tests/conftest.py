@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest-xdist fills the cores with tests; set before torch is imported
 
 if TYPE_CHECKING:
     from export.pipeline import Outcome

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,15 +33,18 @@ def test_dense(export_work: Path) -> None:
 def test_a_plan_is_used_as_it_is_and_not_searched_again(ort_export: Outcome, export_work: Path, tmp_path: Path) -> None:
     kept = [[0, 1, 5, 9], [0, 5], [0]]
     given = change_plan(ort_export.bundle / "plan.json", tmp_path / "plan.json", kept)
-    with pytest.raises(InputRejected, match="the weights fitted to its cut are missing"):
-        export_bundle(tiny(export_work, "planned", plan=given))
-    given.write_text(json.dumps(read(given) | {"weights": None}), encoding="utf-8")
     before = {path.name for path in export_work.glob("plan-*")}
     outcome = export_bundle(tiny(export_work, "planned", plan=given))
     assert load_plan(outcome.bundle / "plan.json") == load_plan(given)
     assert outcome.plan.kept == kept
     assert {path.name for path in export_work.glob("plan-*")} == before
     assert check_bundle(outcome.bundle).passed
+
+
+def test_a_plan_without_the_weights_that_were_fitted_to_it_is_refused(ort_export: Outcome, export_work: Path) -> None:
+    alone = ort_export.bundle / "plan.json"  # in a bundle the fitted weights are in the ONNX
+    with pytest.raises(InputRejected, match=r"belong beside it, as plan\.safetensors; there are none"):
+        export_bundle(tiny(export_work, "refused", plan=alone))
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOORS = ("export.run", "slimming.run", "graph_passes.run", "validate.run")
-MODULES = sorted(set(re.findall(r"python -m ([a-z_.]+)", README)))
-COMMANDS = re.findall(r"python -m ([a-z_.]+)([^\n`]*)", README)
+MODULES = sorted(set(re.findall(r"python -m ([a-z0-9_.]+)", README)))
+COMMANDS = re.findall(r"python -m ([a-z0-9_.]+)([^\n`]*)", README)
 PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 
@@ -65,10 +65,10 @@ def test_a_command_uses_options_that_exist(module: str, arguments: str) -> None:
 
 @pytest.mark.parametrize(("heading", "text"), list(sections()), ids=[heading for heading, _ in sections()])
 def test_every_option_named_exists(heading: str, text: str) -> None:
-    door = re.fullmatch(r"`python -m ([a-z_.]+)`", heading)
+    door = re.fullmatch(r"`python -m ([a-z0-9_.]+)`", heading)
     doors = [door[1]] if door else DOORS
     known = frozenset().union(*map(options_of, doors))
-    prose = re.sub(r"python -m [a-z_.]+[^\n`]*", "", text)
+    prose = re.sub(r"python -m [a-z0-9_.]+[^\n`]*", "", text)
     assert set(OPTION.findall(prose)) <= known
 
 
