@@ -11,6 +11,7 @@ from export_factory import ARGUMENTS, DEPTH, TOKENS, change_plan, read, tiny
 
 from export import Options, export_bundle
 from slimming.door import BudgetUnreachable, InputRejected
+from slimming.latency_table import load_table
 from slimming.plan import load_plan
 from validate import check_bundle
 
@@ -89,6 +90,25 @@ def test_fp16_in_onnx_runtime(export_work: Path) -> None:
     assert outcome.parity.engine.precision == read(outcome.bundle / "manifest.json")["precision"] == "fp16"
     assert (outcome.bundle / "model.fp16.onnx").stat().st_size < 0.7 * (outcome.bundle / "model.onnx").stat().st_size
     assert check_bundle(outcome.bundle).passed
+
+
+def test_a_latency_budget_is_solved_on_a_table_that_is_measured_once_and_kept(export_work: Path, tmp_path: Path) -> None:
+    outcome = export_bundle(tiny(export_work, "latency", latency_reduction=0.2, batch_size=2))
+    table = load_table(outcome.bundle / "latency_table.json")
+    assert outcome.plan.origin.criterion == "latency-reduction"
+    assert table.of(outcome.plan.counts) <= 0.8 * table.dense()
+    assert sum(path.name.startswith("latency-") for path in export_work.iterdir()) == 1
+    again = export_bundle(tiny(export_work, "latency", latency_budget_ms=0.9 * table.dense(), batch_size=2))
+    assert table.of(again.plan.counts) <= 0.9 * table.dense()
+    assert (again.bundle / "latency_table.json").read_bytes() == (outcome.bundle / "latency_table.json").read_bytes()
+    assert sum(path.name.startswith("latency-") for path in export_work.iterdir()) == 1
+    with pytest.raises(BudgetUnreachable, match="nearest reachable point"):
+        export_bundle(tiny(export_work, "greedy", latency_budget_ms=1e-6, batch_size=2))
+    given = tiny(
+        export_work, "latency", latency_reduction=0.2, latency_table=outcome.bundle / "latency_table.json", mode="stale"
+    )
+    with pytest.raises(InputRejected, match="measured for something else: mode"):
+        export_bundle(given)
 
 
 def test_an_unreachable_budget(export_work: Path) -> None:
