@@ -85,6 +85,8 @@ def load_model(
         arguments.setdefault("img_size", overrides["img_size"])
     if classes is not None and weights != "pretrained":
         arguments.setdefault("num_classes", classes)
+    if weights == "bundled" and name in BUNDLED:  # the classes that they know, where nothing else says
+        arguments.setdefault("num_classes", len(read_weights(BUNDLED[name])[1]["labels"]))
     if not timm.is_model(architecture.split(".")[0]):
         raise InputRejected(f"model {name}: not a preset ({', '.join(PRESETS)}) and not a model of timm {timm.__version__}")
     torch.manual_seed(seed)

@@ -45,3 +45,7 @@ def test_the_training_script_runs_through(tmp_path: Path, monkeypatch: pytest.Mo
     assert loaded.record["stages"] == ["6:2:4", "14:1:2"]
     assert loaded.data_config["crop_pct"] == 1.0
     assert not list(tmp_path.glob("*.checkpoint*"))
+
+
+def test_the_bundled_weights_bring_their_classes() -> None:
+    assert load_model("vit_ti").module.num_classes == 10
