@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from slimming.costs import Cost, check_counts
@@ -62,11 +61,3 @@ def check_summary(mode: Mode, fit: Fit, budget: Budget) -> None:
         raise UsageError("--fit sgd fits each block without what --summary adds to it: use closed-form, or --finetune-epochs")
     if budget.criterion in LATENCY:
         raise UsageError(f"--{budget.criterion} is measured on blocks without --summary: pass --macs-reduction")
-
-
-def uniform_counts(cost: Cost, limit: float, tokens: int, depth: int, least: int, head: int) -> list[int] | None:
-    """The same count in every block but the last, as large as ``limit`` allows; None where even ``least`` costs more."""
-    fitting: Sequence[int] = [
-        count for count in range(least, tokens + 1) if cost.of([count] * (depth - 1) + [min(head, count)]) <= limit
-    ]
-    return [max(fitting)] * (depth - 1) + [min(head, max(fitting))] if fitting else None
