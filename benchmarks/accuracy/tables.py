@@ -70,6 +70,10 @@ class Options:
     """Epochs of fine-tuning of our default, for the first seed; 0 skips it."""
     finetune_images: int = 10_000
     """How many images an epoch has."""
+    finetune_batch_size: int = 64
+    """Images per step of fine-tuning."""
+    finetune_lr: float | None = None
+    """Peak learning rate of fine-tuning; None is slimming.run's default for the batch."""
     finetune_reductions: tuple[float, ...] = (0.462,)
     """Budgets that fine-tuning is measured at, besides --budgets."""
     batch_size: int | None = None
@@ -149,6 +153,7 @@ def cases(options: Options) -> list[Case]:
     rows += [Case(score, budget, fit, mode, seed) for mode, seed, budget, score, fit in ours]
     if options.finetune_epochs:
         recipe = {"epochs": options.finetune_epochs, "images": options.finetune_images, "data": public(options.train_address())}
+        recipe |= {"batch_size": options.finetune_batch_size, "lr": options.finetune_lr}
         for budget in sorted({*options.finetune_reductions, *options.budgets}):
             rows.append(
                 Case(options.default_score, budget, options.default_fit, options.modes[0], options.seeds[0], finetune=recipe)
@@ -392,7 +397,12 @@ class Ours:
                 copy.deepcopy(bench.model),
                 images,
                 data_config=bench.loaded.data_config,
-                recipe=Recipe(epochs=options.finetune_epochs, seed=self.seed),
+                recipe=Recipe(
+                    epochs=options.finetune_epochs,
+                    batch_size=options.finetune_batch_size,
+                    lr=options.finetune_lr,
+                    seed=self.seed,
+                ),
                 checkpoint=folder,
                 progress=progress,
             )
