@@ -20,10 +20,10 @@ from slimming.latency_table import LatencyPoint, LatencyTable
 from slimming.plan import Layout, Mode, Origin, SlimPlan
 
 if TYPE_CHECKING:
-    import onnx
     from numpy.typing import NDArray
 
     from export.config import Engine, Precision
+    from graph_passes.model import OnnxModel
 
 #: Parts of N at which a block is measured unless a grid is given; the prefix tokens alone, and what the head reads, are added.
 FRACTIONS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25, 0.1)
@@ -155,7 +155,7 @@ class _Parts:
         else:
             save_model(self.end(key), path)
 
-    def _slim(self, model: onnx.ModelProto, counts: list[int]) -> onnx.ModelProto:
+    def _slim(self, model: OnnxModel, counts: list[int]) -> OnnxModel:
         from graph_passes import slim
 
         head, prefix = self.plan.head_tokens, self.plan.prefix_tokens
@@ -164,20 +164,20 @@ class _Parts:
         fields = self.plan.model_dump() | {"kept": kept, "mode": self.mode, "origin": origin.model_dump()}
         return slim(model, SlimPlan.model_validate(fields), layout=self.layout, precision=self.precision).model
 
-    def block(self, n: int, k: int) -> onnx.ModelProto:
+    def block(self, n: int, k: int) -> OnnxModel:
         # Only the last block is ever cut to fewer than the prefix tokens; what only the head reads is hardly met elsewhere.
         last = k <= len(self.plan.head_tokens)
         index = self.depth - 1 if last else min(1, self.depth - 1)
         counts = [n] * index + [k] * (self.depth - index)
         return self._between(self._slim(self.shallow, counts), index)
 
-    def end(self, key: str) -> onnx.ModelProto:
+    def end(self, key: str) -> OnnxModel:
         full = [self.plan.tokens] * self.plan.depth
         if key == _WHOLE:
             return self._between(self._slim(self.model, full), None)
         return self._between(self._slim(self.shallow, full[: self.depth]), key)
 
-    def _between(self, model: onnx.ModelProto, part: int | str | None) -> onnx.ModelProto:
+    def _between(self, model: OnnxModel, part: int | str | None) -> OnnxModel:
         """One block of ``model``, or what is before or behind its blocks, or (None) all of it, for ``batch`` images."""
         from graph_passes.proto import export_model, import_graph, with_shapes
         from graph_passes.structure import find_structure
@@ -197,7 +197,7 @@ class _Parts:
         return export_model(graph, like=model)
 
 
-def _first_blocks(model: onnx.ModelProto, depth: int) -> onnx.ModelProto:
+def _first_blocks(model: OnnxModel, depth: int) -> OnnxModel:
     """The model with its head right behind its first ``depth`` blocks."""
     from graph_passes.match import replace_input
     from graph_passes.proto import export_model, import_graph, with_shapes

@@ -1,20 +1,36 @@
-"""Reads and writes ONNX files; what cannot be used is refused with the file's name and the fault."""
+"""Reads and writes ONNX files of any size; what cannot be used is refused with the file's name and the fault.
+
+A file is mapped into memory, and its weights are left there: see ``graph_passes.model``.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import mmap
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped,unused-ignore]
-from onnx import external_data_helper
 
+from graph_passes import wire
+from graph_passes.model import Bytes, OnnxModel, Weight, as_model, assemble, copy_fields, size_of
 from slimming.door import InputRejected, atomic_path
 
+#: A model that is larger gets its weights in a file beside it: protobuf ends at 2 GiB. In bytes.
+PROTOBUF_LIMIT = 2**31 - 2**20
 
-def load_model(path: Path) -> onnx.ModelProto:
-    """Read a Vision Transformer from an ONNX file, with its external data.
+_GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9  # field numbers in ModelProto, GraphProto and TensorProto
+_PAGE, _CACHE_LINE = 4096, 64  # weights in a data file start at multiples of these, the large ones of the first
+_LARGE = 2**20
+
+
+def load_model(path: Path) -> OnnxModel:
+    """Read a Vision Transformer from an ONNX file, with its external data; weights are read when somebody asks for them.
 
     Raises ``InputRejected`` naming the file and the fault: missing, empty, truncated or corrupt, without nodes, external data
     missing or outside the model's folder, not a valid graph, or not a Vision Transformer of a form that the passes understand.
@@ -35,50 +51,212 @@ def load_model(path: Path) -> onnx.ModelProto:
     return model
 
 
-def read_model(path: Path) -> onnx.ModelProto:
+def read_model(path: Path) -> OnnxModel:
     """Read an ONNX file and its external data, whatever it computes; raises ``InputRejected``."""
     try:
-        data = path.read_bytes()
+        data = _map(path)
     except OSError as error:
         raise InputRejected(f"{path}: cannot be read: {error.strerror or error}") from error
-    if not data:
+    if not data.size:
         raise InputRejected(f"{path}: the file is empty")
-    model = onnx.ModelProto()
     try:
-        model.ParseFromString(data)
+        skeleton, initializers = _parse(data)
     except (DecodeError, RuntimeError, ValueError) as error:
         raise InputRejected(f"{path}: not an ONNX file, or a truncated or corrupt one ({error})") from error
-    if not _is_utf8(model):
+    if not all(map(_is_utf8, (skeleton, *(tensor for tensor, _ in initializers)))):
         raise InputRejected(f"{path}: a corrupt file: one of its names is not UTF-8 text")
-    if not model.graph.node:
+    if not skeleton.graph.node:
         raise InputRejected(f"{path}: holds a graph with no nodes; not an ONNX model, or a truncated one")
-    _load_external_data(model, path)
-    return model
+    folder = _Folder(path.parent)
+    try:
+        for tensor in _inner_tensors(skeleton.graph):
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                tensor.raw_data = folder.take(tensor).tobytes()
+        return assemble(
+            skeleton,
+            [
+                (tensor, folder.take(tensor) if tensor.data_location == onnx.TensorProto.EXTERNAL else data)
+                for tensor, data in initializers
+            ],
+        )
+    except InputRejected as error:
+        raise InputRejected(f"{path}: {error}") from error
 
 
-def save_model(model: onnx.ModelProto, path: Path) -> None:
-    """Write ``model`` whole or not at all; equal models give equal bytes. Raises ``OSError``."""
-    with atomic_path(path) as part:
-        part.write_bytes(model.SerializeToString(deterministic=True))
+def save_model(model: OnnxModel | onnx.ModelProto, path: Path, *, external: bool | None = None) -> None:
+    """Write ``model`` whole or not at all; equal models give equal bytes. Raises ``OSError``.
+
+    A model too large for one protobuf becomes two files: weights go to ``NAME-<start of their SHA-256>.data`` beside
+    ``NAME.onnx``, so that the pair which ``path`` held stays whole until the new one is; then its data file is removed.
+    ``external``: whether to write two files, whatever the size.
+    """
+    model = as_model(model)
+    old = _data_file_of(path)
+    if model.nbytes > PROTOBUF_LIMIT if external is None else external:
+        new: Path | None = _save_pair(model, path)
+    else:
+        new = None
+        with atomic_path(path) as part, part.open("wb") as file:
+            for chunk in _embedded(model):
+                file.write(chunk)
+    if old is not None and old != new:
+        old.unlink(missing_ok=True)
 
 
-def _load_external_data(model: onnx.ModelProto, path: Path) -> None:
-    folder = path.parent.resolve()
-    for tensor in _tensors(model.graph):
-        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+def _map(path: Path) -> Bytes:
+    """A file's bytes, mapped, not read; raises ``OSError``."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError("not a file")  # opening a pipe would wait for its other end
+    with path.open("rb") as file:
+        if not path.stat().st_size:
+            return np.empty(0, np.uint8)
+        return np.asarray(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
+
+
+def _parse(data: Bytes) -> tuple[onnx.ModelProto, list[tuple[onnx.TensorProto, Bytes | None]]]:
+    """The model without its initializers, and these with their raw data apart, still in the file.
+
+    Raises ``ValueError`` or ``DecodeError`` for what is no model.
+    """
+    view = data.data
+    rest, graph, initializers = [], [], []
+    for field in wire.fields(view, 0, len(view)):
+        if (field.number, field.kind) != (_GRAPH, wire.BYTES):
+            rest.append(view[field.start : field.end])
             continue
-        location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
-        target = (folder / location).resolve()
-        if not location or not target.is_relative_to(folder):
-            raise InputRejected(f"{path}: the data of '{tensor.name}' is outside the model's folder: '{location}'")
-        if not target.is_file():
-            raise InputRejected(f"{path}: the data of '{tensor.name}' is missing: '{location}'")
+        for inner in wire.fields(view, field.value, field.end):
+            if (inner.number, inner.kind) == (_INITIALIZER, wire.BYTES):
+                initializers.append(_parse_tensor(view, inner))
+            else:
+                graph.append(view[inner.start : inner.end])
+    skeleton = onnx.ModelProto()
+    skeleton.ParseFromString(b"".join(rest))
+    skeleton.graph.ParseFromString(b"".join(graph))
+    return skeleton, initializers
+
+
+def _parse_tensor(view: memoryview, field: wire.Field) -> tuple[onnx.TensorProto, Bytes | None]:
+    """A tensor without its raw data, and the raw data, None where there is none."""
+    rest, raw = [], None
+    for inner in wire.fields(view, field.value, field.end):
+        if (inner.number, inner.kind) == (_RAW_DATA, wire.BYTES):
+            raw = np.asarray(view[inner.value : inner.end])
+        else:
+            rest.append(view[inner.start : inner.end])
+    tensor = onnx.TensorProto()
+    tensor.ParseFromString(b"".join(rest))
+    return tensor, raw
+
+
+class _Folder:
+    """The files beside a model that hold external data; each is mapped once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder.resolve()
+        self._maps: dict[Path, Bytes] = {}
+
+    def take(self, tensor: onnx.TensorProto) -> Bytes:
+        """The bytes of ``tensor``, which then is as if it had never been elsewhere; raises ``InputRejected``."""
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        location = entries.get("location", "")
+        data, size = self._file(tensor.name, location), size_of(tensor)
+        start, count = entries.get("offset", "0"), entries.get("length", str(size))
         try:
-            external_data_helper.load_external_data_for_tensor(tensor, str(folder))
-        except Exception as error:  # onnx raises many kinds here, for what are all faults of the file
-            raise InputRejected(f"{path}: the data of '{tensor.name}' cannot be read from '{location}': {error}") from error
+            offset, length = int(start), int(count)
+        except ValueError:
+            offset = length = -1
+        if offset < 0 or length < 0 or offset + length > data.size or size not in (None, length):
+            wanted = f"{count} bytes from {start} on, of {data.size}, for values of {size} bytes"
+            raise InputRejected(f"the data of '{tensor.name}' cannot be read from '{location}': {wanted}")
         tensor.data_location = onnx.TensorProto.DEFAULT
         del tensor.external_data[:]
+        return data[offset : offset + length]
+
+    def _file(self, name: str, location: str) -> Bytes:
+        inside = location and not Path(location).is_absolute() and ".." not in re.split(r"[/\\]", location)
+        try:
+            target = (self._folder / location).resolve()
+            if not inside or not target.is_relative_to(self._folder):
+                raise InputRejected(f"the data of '{name}' is outside the model's folder: '{location}'")
+            if not target.is_file():
+                raise InputRejected(f"the data of '{name}' is missing: '{location}'")
+            if target not in self._maps:
+                self._maps[target] = _map(target)
+        except (OSError, ValueError) as error:
+            raise InputRejected(f"the data of '{name}' cannot be read from '{location}': {error}") from error
+        return self._maps[target]
+
+
+def _embedded(model: OnnxModel) -> Iterator[bytes | memoryview]:
+    """The bytes of one ONNX file, weights behind everything else in the graph."""
+    rest = onnx.ModelProto()
+    copy_fields(model.skeleton, rest, "graph")
+    graph = model.graph.SerializeToString(deterministic=True)
+    records = [(_tensor_head(weight), weight.data.data) for weight in model.weights.values()]
+    yield rest.SerializeToString(deterministic=True)
+    yield wire.head(_GRAPH, len(graph) + sum(len(head) + data.nbytes for head, data in records))
+    yield graph
+    for head, data in records:
+        yield head
+        yield data
+
+
+def _tensor_head(weight: Weight) -> bytes:
+    """A weight as an initializer of the graph, up to where its values begin."""
+    head = bytes(weight.head().SerializeToString(deterministic=True)) + wire.head(_RAW_DATA, weight.nbytes)
+    return wire.head(_INITIALIZER, len(head) + weight.nbytes) + head
+
+
+def _save_pair(model: OnnxModel, path: Path) -> Path:
+    """Write the model and its data file, and return the latter's path."""
+    digest = hashlib.sha256()
+    for chunk in _data_chunks(model):
+        digest.update(chunk)
+    data_path = path.with_name(f"{path.stem}-{digest.hexdigest()[:8]}.data")
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.skeleton)
+    for weight, offset in _offsets(model):
+        tensor = weight.head()
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in (("location", data_path.name), ("offset", offset), ("length", weight.nbytes)):
+            tensor.external_data.add(key=key, value=str(value))
+        proto.graph.initializer.append(tensor)
+    with atomic_path(path) as part, atomic_path(data_path) as data_part:  # the data file gets its name first
+        with data_part.open("wb") as file:
+            for chunk in _data_chunks(model):
+                file.write(chunk)
+        part.write_bytes(proto.SerializeToString(deterministic=True))
+    return data_path
+
+
+def _offsets(model: OnnxModel) -> Iterator[tuple[Weight, int]]:
+    """Every weight and where it starts in the data file."""
+    end = 0
+    for weight in model.weights.values():
+        start = end + -end % (_PAGE if weight.nbytes > _LARGE else _CACHE_LINE)
+        yield weight, start
+        end = start + weight.nbytes
+
+
+def _data_chunks(model: OnnxModel) -> Iterator[bytes | memoryview]:
+    """The bytes of the data file."""
+    end = 0
+    for weight, start in _offsets(model):
+        yield bytes(start - end)
+        yield weight.data.data
+        end = start + weight.nbytes
+
+
+def _data_file_of(path: Path) -> Path | None:
+    """The data file that ``save_model`` wrote beside the model at ``path``, if that is how this model was written."""
+    with contextlib.suppress(OSError, ValueError, TypeError, DecodeError):  # whatever else is there, it was not written so
+        _, initializers = _parse(_map(path))
+        named = re.compile(rf"{re.escape(path.stem)}-[0-9a-f]{{8}}\.data")
+        for tensor, _ in initializers:
+            for entry in tensor.external_data:
+                if entry.key == "location" and named.fullmatch(entry.value):
+                    return path.with_name(entry.value)
+    return None
 
 
 def _is_utf8(message: Any) -> bool:
@@ -92,15 +270,16 @@ def _is_utf8(message: Any) -> bool:
     return True
 
 
-def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    """Every tensor stored in a graph: initializers and attributes, subgraphs included."""
-    yield from graph.initializer
+def _inner_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor in attributes of nodes, and in their subgraphs."""
     for node in graph.node:
         for attribute in node.attribute:
             yield from attribute.tensors
             if attribute.type == onnx.AttributeProto.TENSOR:
                 yield attribute.t
-            elif attribute.type == onnx.AttributeProto.GRAPH:
-                yield from _tensors(attribute.g)
-            for subgraph in attribute.graphs:
-                yield from _tensors(subgraph)
+            subgraphs = list(attribute.graphs)
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                subgraphs.append(attribute.g)
+            for subgraph in subgraphs:
+                yield from subgraph.initializer
+                yield from _inner_tensors(subgraph)

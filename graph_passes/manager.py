@@ -13,6 +13,7 @@ from onnx import checker, shape_inference
 import graph_passes.passes  # noqa: F401 - registers the passes
 from graph_passes.files import save_model
 from graph_passes.match import MatchFailure
+from graph_passes.model import OnnxModel, as_model
 from graph_passes.proto import export_model, import_graph, with_shapes
 from graph_passes.registry import PASSES, PassResult, Refusal, Settings
 from graph_passes.tokens import ensure_no_summary
@@ -26,7 +27,7 @@ Precision = Literal["fp32", "fp16"]
 class SlimResult:
     """The model after the passes, and what each of them did."""
 
-    model: onnx.ModelProto
+    model: OnnxModel
     results: list[PassResult]
 
     @property
@@ -44,9 +45,12 @@ def default_passes(layout: Layout, precision: Precision) -> list[str]:
 
 
 def run_passes(
-    model: onnx.ModelProto, names: Sequence[str], settings: Settings, save_intermediates: Path | None = None
+    model: OnnxModel | onnx.ModelProto,
+    names: Sequence[str],
+    settings: Settings,
+    save_intermediates: Path | None = None,
 ) -> SlimResult:
-    """Run the named passes; ``model`` itself is not changed.
+    """Run the named passes; ``model`` itself is not changed, and weights that no pass asks for are not read.
 
     A pass that does not understand the graph leaves it as it was and says so in its result's ``refused``. After each change
     the model is checked and, where ``save_intermediates`` is a folder, saved there as ``NN_name.onnx``.
@@ -57,8 +61,7 @@ def run_passes(
         raise UsageError(f"no pass named {', '.join(unknown)}; there are {', '.join(PASSES)}")
     if settings.plan is not None:
         ensure_no_summary(settings.plan)
-    current = onnx.ModelProto()
-    current.CopyFrom(model)
+    current = as_model(model)
     results: list[PassResult] = []
     graph = import_graph(with_shapes(current))
     for number, name in enumerate(names):
@@ -78,7 +81,7 @@ def run_passes(
 
 
 def slim(
-    model: onnx.ModelProto,
+    model: OnnxModel | onnx.ModelProto,
     plan: SlimPlan,
     *,
     layout: Layout = "split",
@@ -109,7 +112,7 @@ def slim(
     return result
 
 
-def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
+def to_fp16(model: OnnxModel | onnx.ModelProto) -> OnnxModel:
     """The model typed as FP16, its inputs and outputs float32 (see the pass ``to_fp16``); raises ``InputRejected``."""
     result = run_passes(model, ["to_fp16"], Settings())
     ensure_none_refused(result)

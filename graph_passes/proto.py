@@ -1,56 +1,138 @@
-"""Between an ONNX file's protobuf and the graph that passes work on: import with shapes, export in a stable order, check."""
+"""Between an ONNX model and the graph that passes work on: import with shapes, export in a stable order, check.
+
+None of it reads a large weight: ONNX's checker and shape inference are shown weights as inputs of their type and shape.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
+from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from onnx import checker, shape_inference
+from numpy.typing import NDArray
+from onnx import checker, helper, shape_inference
+from onnx_graphsurgeon.ir.tensor import LazyValues
 
+from graph_passes.model import OnnxModel, Weight, as_model, is_storable
 from slimming.door import InputRejected
 
 SHAPE_LIMIT = 2**31 - 1
+#: The first IR version in which an initializer need not be an input as well.
+_FREE_INITIALIZERS = 4
 
 
-def with_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of ``model`` whose shapes are inferred anew; recorded shapes of inner tensors are not trusted.
+class LazyWeight(LazyValues):  # type: ignore[misc]
+    """The values of a ``gs.Constant`` that are a ``Weight``: read when somebody asks, else exported as they came."""
 
-    Raises ``InputRejected`` where the shapes contradict each other or the model is larger than protobuf's 2 GiB.
+    def __init__(self, weight: Weight) -> None:
+        super().__init__(weight.head())
+        self.weight = weight
+        self.shape = weight.shape
+
+    def load(self) -> NDArray[Any]:
+        """A view of the weight, not to be written to."""
+        return self.weight.load()
+
+
+def with_shapes(model: OnnxModel | onnx.ModelProto) -> OnnxModel:
+    """``model`` with its shapes inferred anew; recorded shapes of inner tensors are not trusted. Weights are shared.
+
+    Raises ``InputRejected`` where the shapes contradict each other or more than 2 GiB are not weights.
     """
-    bare = onnx.ModelProto()
-    bare.CopyFrom(model)
+    model = as_model(model)
+    bare = _weights_as_inputs(model)
     del bare.graph.value_info[:]
     if bare.ByteSize() > SHAPE_LIMIT:
-        raise InputRejected("the model is larger than 2 GiB, which the passes do not handle")
+        raise InputRejected("the model holds more than 2 GiB outside its initializers, which the passes do not handle")
     try:
         checker.check_model(bare)
-        return shape_inference.infer_shapes(bare, check_type=True, strict_mode=True, data_prop=True)
+        inferred = shape_inference.infer_shapes(bare, check_type=True, strict_mode=True, data_prop=True)
     except (checker.ValidationError, shape_inference.InferenceError) as error:
         raise InputRejected(f"not a valid ONNX graph: {_first_line(error)}") from error
+    del inferred.graph.input[:]
+    inferred.graph.input.extend(model.graph.input)
+    return OnnxModel(inferred, model.weights)
 
 
-def import_graph(model: onnx.ModelProto) -> gs.Graph:
-    """The graph of a model from ``with_shapes``."""
-    return gs.import_onnx(model)
+def import_graph(model: OnnxModel) -> gs.Graph:
+    """The graph of a model from ``with_shapes``; its large constants are read when a pass asks for their values."""
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.skeleton)
+    proto.graph.initializer.extend(weight.head() for weight in model.weights.values())
+    graph = gs.import_onnx(proto)
+    for tensor in _constants(graph):
+        if tensor.name in model.weights:
+            tensor.values = LazyWeight(model.weights[tensor.name])
+    for subgraph in graph.subgraphs(recursive=True):  # graphsurgeon copies what they read into them when it exports
+        for tensor in _constants(subgraph):
+            if tensor.name in model.weights:
+                tensor.values = LazyValues(model.weights[tensor.name].to_tensor())
+    return graph
 
 
-def export_model(graph: gs.Graph, like: onnx.ModelProto) -> onnx.ModelProto:
+def export_model(graph: gs.Graph, like: OnnxModel) -> OnnxModel:
     """The graph as a checked model without inner shapes, with the versions and metadata of ``like``.
 
-    Nodes are in a stable topological order and unused ones are gone, so equal graphs give equal bytes.
+    Nodes are in a stable topological order and unused ones are gone, with their weights, so equal graphs give equal models.
+    Large arrays that passes made become weights as they are.
     """
     graph.cleanup()
     graph.nodes = sorted_nodes(graph)
     _make_names_unique(graph)
-    model = gs.export_onnx(graph)
-    del model.graph.value_info[:]
-    model.ir_version = like.ir_version
-    model.producer_name, model.producer_version = like.producer_name, like.producer_version
-    del model.metadata_props[:]
-    model.metadata_props.extend(like.metadata_props)
-    checker.check_model(model, full_check=True)  # a failure here is a bug in a pass
+    weights = _take_weights(graph)
+    proto = gs.export_onnx(graph)
+    del proto.graph.value_info[:]
+    _keep(proto.graph, weights)
+    header = like.skeleton
+    proto.ir_version = max(header.ir_version, _FREE_INITIALIZERS)
+    proto.producer_name, proto.producer_version = header.producer_name, header.producer_version
+    del proto.metadata_props[:]
+    proto.metadata_props.extend(header.metadata_props)
+    model = OnnxModel(proto, weights)
+    checker.check_model(_weights_as_inputs(model), full_check=True)  # a failure here is a bug in a pass
     return model
+
+
+def _weights_as_inputs(model: OnnxModel) -> onnx.ModelProto:
+    """A copy of the skeleton that is valid without the weights."""
+    bare = onnx.ModelProto()
+    bare.CopyFrom(model.skeleton)
+    given = [value for value in model.graph.input if value.name not in model.weights]  # before IR 4 weights are among them
+    del bare.graph.input[:]
+    bare.graph.input.extend(given)
+    bare.graph.input.extend(
+        helper.make_tensor_value_info(weight.name, weight.data_type, weight.shape) for weight in model.weights.values()
+    )
+    return bare
+
+
+def _constants(graph: gs.Graph) -> Iterator[gs.Constant]:
+    return (tensor for tensor in graph.tensors().values() if isinstance(tensor, gs.Constant))
+
+
+def _take_weights(graph: gs.Graph) -> dict[str, Weight]:
+    """The large constants of the graph as weights, which the exporter then writes without their values."""
+    inner = {id(tensor) for subgraph in graph.subgraphs(recursive=True) for tensor in _constants(subgraph)}
+    weights = {}
+    for tensor in _constants(graph):
+        values = tensor._values  # .values would read them
+        if isinstance(values, LazyWeight):
+            weights[tensor.name] = dataclasses.replace(values.weight, name=tensor.name)
+        elif isinstance(values, np.ndarray) and is_storable(values) and id(tensor) not in inner:
+            weights[tensor.name] = Weight.from_array(tensor.name, values)
+            tensor.values = LazyWeight(weights[tensor.name])
+    return weights
+
+
+def _keep(graph: onnx.GraphProto, weights: dict[str, Weight]) -> None:
+    """Leave only those initializers in the graph that are not weights."""
+    small = [tensor for tensor in graph.initializer if tensor.name not in weights]
+    del graph.initializer[:]
+    graph.initializer.extend(small)
 
 
 def sorted_nodes(graph: gs.Graph) -> list[gs.Node]:

@@ -16,6 +16,7 @@ from timm.layers import QuickGELU, SwiGLU, SwiGLUPacked
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 
+from graph_passes import OnnxModel
 from slimming.plan import Geometry, Origin, SlimPlan
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -141,19 +142,24 @@ def reference(model: VisionTransformer, plan: SlimPlan, images: torch.Tensor) ->
     return model.head(model.fc_norm(x[:, 0])).numpy()
 
 
-def ort_logits(model: onnx.ModelProto, images: torch.Tensor) -> NDArray[np.float32]:
+def as_proto(model: OnnxModel | onnx.ModelProto) -> onnx.ModelProto:
+    """The model in one protobuf."""
+    return model.to_proto() if isinstance(model, OnnxModel) else model
+
+
+def ort_logits(model: OnnxModel | onnx.ModelProto, images: torch.Tensor) -> NDArray[np.float32]:
     """Logits by ONNX Runtime on the CPU, one thread."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(as_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
     return session.run(None, {"images": images.numpy()})[0]
 
 
-def macs_of_graph(model: onnx.ModelProto) -> int:
+def macs_of_graph(model: OnnxModel | onnx.ModelProto) -> int:
     """Multiply-accumulates at batch 1, counted from the shapes of MatMul, Gemm and Conv nodes."""
     copy = onnx.ModelProto()
-    copy.CopyFrom(model)
+    copy.CopyFrom(as_proto(model))
     copy.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
     copy.graph.output[0].type.tensor_type.shape.dim[0].dim_value = 1
     inferred = onnx.shape_inference.infer_shapes(copy, check_type=True, strict_mode=True, data_prop=True)

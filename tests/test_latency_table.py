@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from onnx_models import dense, plan_for
 
 from export.latency_table import level_rounds, measure_table
-from graph_passes import load_model, save_model
+from graph_passes import OnnxModel, load_model, save_model
 from slimming.costs import Cost, MacsCost, snap
 from slimming.door import InputRejected, Unavailable, UsageError
 from slimming.latency_table import LatencyTable, latency_table_schema, load_table
@@ -321,7 +321,7 @@ def test_a_shallow_model_is_measured(depth: int, tmp_path: Path) -> None:
 
     model, exported = dense("plain")
     path = tmp_path / "dense.onnx"
-    save_model(_first_blocks(exported, depth), path)
+    save_model(_first_blocks(OnnxModel.from_proto(exported), depth), path)
     load_model(path)
     plan = plan_for(model, [list(range(17))] * depth)
     found = measure_table(path, plan, layout="split", mode="compact", batch=1, threads=1, grid=[9], rounds=1)
