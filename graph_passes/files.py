@@ -63,14 +63,15 @@ def read_model(path: Path) -> OnnxModel:
         skeleton, initializers = _parse(data)
     except (DecodeError, RuntimeError, ValueError) as error:
         raise InputRejected(f"{path}: not an ONNX file, or a truncated or corrupt one ({error})") from error
-    if not all(map(_is_utf8, (skeleton, *(tensor for tensor, _ in initializers)))):
+    messages = [inner for outer in (skeleton, *(tensor for tensor, _ in initializers)) for inner in _messages(outer)]
+    if not all(map(_is_utf8, messages)):
         raise InputRejected(f"{path}: a corrupt file: one of its names is not UTF-8 text")
     if not skeleton.graph.node:
         raise InputRejected(f"{path}: holds a graph with no nodes; not an ONNX model, or a truncated one")
     folder = _Folder(path.parent)
     try:
-        for tensor in _inner_tensors(skeleton.graph):
-            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        for tensor in _messages(skeleton):
+            if isinstance(tensor, onnx.TensorProto) and tensor.data_location == onnx.TensorProto.EXTERNAL:
                 tensor.raw_data = folder.take(tensor).tobytes()
         return assemble(
             skeleton,
@@ -259,27 +260,20 @@ def _data_file_of(path: Path) -> Path | None:
     return None
 
 
-def _is_utf8(message: Any) -> bool:
-    """Whether every string in a protobuf message is text; protobuf hands out bytes where it is not."""
+def _messages(message: Any) -> Iterator[Any]:
+    """A protobuf message and every message in it."""
+    yield message
     for field, value in message.ListFields():
-        entries = value if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else [value]
-        if field.type == field.TYPE_STRING and not all(isinstance(entry, str) for entry in entries):
-            return False
-        if field.type == field.TYPE_MESSAGE and not all(_is_utf8(entry) for entry in entries):
-            return False
-    return True
+        if field.type == field.TYPE_MESSAGE:
+            for entry in value if isinstance(value, Sequence) else [value]:
+                yield from _messages(entry)
 
 
-def _inner_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    """Every tensor in attributes of nodes, and in their subgraphs."""
-    for node in graph.node:
-        for attribute in node.attribute:
-            yield from attribute.tensors
-            if attribute.type == onnx.AttributeProto.TENSOR:
-                yield attribute.t
-            subgraphs = list(attribute.graphs)
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                subgraphs.append(attribute.g)
-            for subgraph in subgraphs:
-                yield from subgraph.initializer
-                yield from _inner_tensors(subgraph)
+def _is_utf8(message: Any) -> bool:
+    """Whether every string of a protobuf message is text; protobuf hands out bytes where it is not."""
+    return all(
+        isinstance(entry, str)
+        for field, value in message.ListFields()
+        if field.type == field.TYPE_STRING
+        for entry in (value if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else [value])
+    )

@@ -14,7 +14,10 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import timm.layers
 from onnx import TensorProto, helper, numpy_helper
+from onnx_models import export_dense, plan_for
+from timm.models.vision_transformer import VisionTransformer
 
 from graph_passes import OnnxModel, files, save_model
 from graph_passes.files import read_model
@@ -314,10 +317,12 @@ def test_external_data_is_refused_with_its_fault(entries: dict[str, str], fault:
     tensor = TensorProto(name="w0", data_type=TensorProto.FLOAT, dims=[WIDTH, WIDTH], data_location=TensorProto.EXTERNAL)
     for key, value in entries.items():
         tensor.external_data.add(key=key, value=value.replace("HERE", str(folder)))
-    inner = helper.make_node("Constant", [], ["unused"], value=tensor)
-    in_attribute = stack()
-    in_attribute.graph.node.append(inner)
-    for proto in (stack(w0=tensor), in_attribute):
+    constant = helper.make_node("Constant", [], ["unused"], value=tensor)
+    in_attribute, in_function, sparse = stack(), stack(), stack()
+    in_attribute.graph.node.append(constant)
+    in_function.functions.add(name="function").node.append(constant)
+    sparse.graph.sparse_initializer.add().indices.CopyFrom(tensor)
+    for proto in (stack(w0=tensor), in_attribute, in_function, sparse):
         (folder / "model.onnx").write_bytes(proto.SerializeToString())
         with pytest.raises(InputRejected, match=rf"model.onnx: the data of 'w0' .*{fault}"):
             read_model(folder / "model.onnx")
@@ -414,28 +419,32 @@ MEMORY = """
 import resource, sys
 import numpy as np
 from pathlib import Path
-from test_graph_passes_model import stack, write
-from graph_passes import save_model
+from graph_passes import load_model, save_model, slim
 from graph_passes.files import read_model
 from graph_passes.proto import export_model, import_graph, with_shapes
+from slimming.plan import load_plan
 
-def through(source, target, save=True):
+def keep(source):
     model = read_model(source)
-    model = export_model(import_graph(with_shapes(model)), like=model)
-    for external in (False, True) if save else ():
-        save_model(model, target, external=external)
-    return model
+    return export_model(import_graph(with_shapes(model)), like=model)
 
-folder, source, save = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "save"
-through(write(folder / "small.onnx", stack()), folder / "small_out.onnx")  # what is imported late is imported now
+def save(source):
+    for external in (True, False):
+        save_model(keep(source), source.with_name("out.onnx"), external=external)
+
+def cut(source):
+    plan = load_plan(source.with_suffix(".json"))
+    save_model(slim(load_model(source), plan, precision="fp16").model, source.with_name("out.onnx"))
+
+task, small, source, limit = globals()[sys.argv[1]], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
+task(small)  # what is imported late is imported now
 used = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmData"))
-limit = used + int(sys.argv[4])
-resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+resource.setrlimit(resource.RLIMIT_DATA, (used + limit, used + limit))
 try:
-    np.ones(int(sys.argv[4]), np.uint8)
+    np.ones(2 * limit, np.uint8)
 except MemoryError:
     print("limited")
-print(through(source, folder / "out.onnx", save).nbytes)
+task(source)
 """
 
 
@@ -454,21 +463,23 @@ def wide(width: int, depth: int) -> onnx.ModelProto:
     return model
 
 
-def through_limited_memory(folder: Path, source: Path, save: str, limit: int) -> int:
-    """Size of the model at ``source``, read, checked, exported and (``save``) written in ``limit`` bytes of private memory."""
+def run_limited(task: str, small: Path, source: Path, limit: int) -> None:
+    """Do a task of ``MEMORY`` with the model at ``source`` in ``limit`` bytes of private memory; ``small``: one to warm up."""
     done = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(folder), str(source), save, str(limit)],
+        [sys.executable, "-c", MEMORY, task, str(small), str(source), str(limit)],
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[0] == "limited"
-    return int(done.stdout.split()[-1])
+    assert "limited" in done.stdout.split()
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is limited in the way of Linux")
+on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is limited in the way of Linux")
+
+
+@on_linux
 @pytest.mark.parametrize("form", ["embedded", "external"])
 def test_a_model_is_read_and_written_in_a_quarter_of_its_size(form: str, tmp_path: Path) -> None:
     source = tmp_path / "in.onnx"
@@ -480,16 +491,36 @@ def test_a_model_is_read_and_written_in_a_quarter_of_its_size(form: str, tmp_pat
     if form == "embedded":
         onnx.save(onnx.load(source), source)
         (tmp_path / "weights.bin").unlink()
-    size = through_limited_memory(tmp_path, source, "save", 12 * 2**20)
-    assert size > 48 * 2**20
+    run_limited("save", write(tmp_path / "small.onnx", stack()), source, 12 * 2**20)
+    assert (tmp_path / "out.onnx").stat().st_size > 48 * 2**20
     before, after = values(onnx.load(source)), values(onnx.load(tmp_path / "out.onnx"))
     for name, expected in before.items():
         np.testing.assert_array_equal(after[name], expected)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is limited in the way of Linux")
+@on_linux
 def test_a_model_of_three_gigabytes_passes_without_being_read(tmp_path: Path) -> None:
-    onnx.save(wide(16384, 3), tmp_path / "in.onnx")
+    source = tmp_path / "in.onnx"
+    onnx.save(wide(16384, 3), source)
     with (tmp_path / "weights.bin").open("wb") as file:
         file.truncate(6 * 2**30)  # zeros that take no room on the disk
-    assert through_limited_memory(tmp_path, tmp_path / "in.onnx", "keep", 2**26) > 3 * 2**30
+    assert read_model(source).nbytes > 3 * 2**30
+    run_limited("keep", write(tmp_path / "small.onnx", stack()), source, 2**26)
+
+
+@on_linux
+def test_all_passes_take_less_memory_than_the_model_has(tmp_path: Path) -> None:
+    before = timm.layers.use_fused_attn()
+    timm.layers.set_fused_attn(False)
+    try:
+        for name, width in (("small", 24), ("large", 768)):
+            model = VisionTransformer(
+                img_size=32, patch_size=8, embed_dim=width, depth=4, num_heads=3, mlp_ratio=2, num_classes=10
+            )
+            onnx.save(export_dense(model.eval()), tmp_path / f"{name}.onnx")
+            plan_for(model, [list(range(17)), list(range(0, 17, 2)), [0, 4, 8], [0]]).save(tmp_path / f"{name}.json")
+    finally:
+        timm.layers.set_fused_attn(bool(before))
+    size = (tmp_path / "large.onnx").stat().st_size
+    assert size > 2**26
+    run_limited("cut", tmp_path / "small.onnx", tmp_path / "large.onnx", size)
