@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from slimming.door import InputRejected, UsageError
 from slimming.plan import Layout, SlimPlan
 
 Precision = Literal["fp32", "fp16"]
+
+_COLLECTED = 2**26  # models below this many bytes are not worth the time
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ def run_passes(
         if sites:
             current = export_model(graph, like=current)
             graph = import_graph(with_shapes(current))
+            if current.nbytes > _COLLECTED:
+                gc.collect()  # nodes and tensors refer to each other: the graph before would keep the arrays of earlier passes
             if save_intermediates is not None:
                 save_model(current, save_intermediates / f"{number:02d}_{name}.onnx")
     return SlimResult(current, results)
