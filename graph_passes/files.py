@@ -35,19 +35,19 @@ def load_model(path: Path) -> OnnxModel:
     Raises ``InputRejected`` naming the file and the fault: missing, empty, truncated or corrupt, without nodes, external data
     missing or outside the model's folder, not a valid graph, or not a Vision Transformer of a form that the passes understand.
     """
-    from graph_passes.match import MatchFailure
-    from graph_passes.proto import import_graph, with_shapes
-    from graph_passes.structure import find_structure
+    from graph_passes.manager import run_passes
+    from graph_passes.registry import Settings
 
     model = read_model(path)
     try:
-        find_structure(import_graph(with_shapes(model)))
+        results = run_passes(model, ["fold_constants", "find_blocks"], Settings()).results
     except InputRejected as error:
         raise InputRejected(f"{path}: {error}") from error
-    except MatchFailure as failure:
-        raise InputRejected(f"{path}: not a Vision Transformer that the passes understand: {failure}") from failure
     except Exception as error:  # a hostile file can trip the readers anywhere; the cause stays chained
         raise InputRejected(f"{path}: cannot be read as a graph: {type(error).__name__}: {error}") from error
+    for refusal in (refusal for result in results for refusal in result.refused):
+        fault = f"{refusal.site}: {refusal.reason}"
+        raise InputRejected(f"{path}: not a Vision Transformer that the passes understand: {fault}")
     return model
 
 

@@ -44,7 +44,7 @@ def default_passes(layout: Layout, precision: Precision) -> list[str]:
     left_out = {"split_qkv"} if layout == "packed" else set()
     if precision == "fp32":
         left_out.add("to_fp16")
-    return [name for name in PASSES if name not in left_out]
+    return [name for name, entry in PASSES.items() if entry.default and name not in left_out]
 
 
 def run_passes(

@@ -78,37 +78,32 @@ def integers(tensor: gs.Tensor) -> list[int] | None:
     return None if value is None or value.dtype.kind not in "iu" else [int(v) for v in value.reshape(-1)]
 
 
-def read_slice(node: gs.Node) -> tuple[int, int, int] | None:
-    """``(axis, start, end)`` of a Slice with constant bounds on one axis and step 1, else None."""
-    if len(node.inputs) < 4:
-        return None
+def rows_of_slice(node: gs.Node, lengths: Sequence[int]) -> dict[int, range] | None:
+    """What a Slice with constant bounds takes along each of its axes, of which ``lengths`` are known; None for other bounds."""
     values = [integers(tensor) for tensor in node.inputs[1:]]
-    if any(value is None or len(value) != 1 for value in values):
+    if len(values) < 2 or any(value is None for value in values):
         return None
-    start, end, axis = (value[0] for value in values[:3] if value is not None)
-    if len(values) > 3 and values[3] != [1]:
+    starts, ends, *rest = [value for value in values if value is not None]
+    axes = rest[0] if rest else list(range(len(starts)))
+    steps = rest[1] if len(rest) > 1 else [1] * len(starts)
+    if not len(starts) == len(ends) == len(axes) == len(steps) or 0 in steps:
         return None
-    return axis, start, end
+    places = [axis % len(lengths) for axis in axes]
+    bounds = zip(places, starts, ends, steps, strict=True)
+    return {place: range(lengths[place])[slice(start, _stop(end, step), step)] for place, start, end, step in bounds}
 
 
-def rows_taken(node: gs.Node, axis: int, rows: int) -> list[int] | None:
-    """Row positions that a Slice or Gather takes along ``axis`` out of ``rows``; None when it does something else."""
-    if node.op == "Slice":
-        bounds = read_slice(node)
-        return None if bounds is None or bounds[0] != axis else list(range(rows))[bounds[1] : bounds[2]]
-    if node.op == "Gather" and node.attrs.get("axis", 0) == axis:
-        taken = integers(node.inputs[1])
-        if taken is not None and all(-rows <= t < rows for t in taken):
-            return [t % rows for t in taken]
-    return None
+def _stop(end: int, step: int) -> int | None:
+    """A Slice's end for Python: ONNX means "to the front" by a very small one."""
+    return None if step < 0 and end <= -(2**31) + 1 else end
 
 
-def static_dim(tensor: gs.Tensor, axis: int, what: str) -> int:
-    """A dimension of ``tensor`` that shape inference knows; raises ``MatchFailure`` when it is not static."""
-    shape = tensor.shape
-    if shape is None or len(shape) <= axis or not isinstance(shape[axis], int):
-        raise MatchFailure(f"tensor '{tensor.name}'", f"expected a static {what} on axis {axis}; its shape is {shape}")
-    return int(shape[axis])
+def one_hot_rows(matrix: NDArray[np.generic]) -> list[int] | None:
+    """For each row of a matrix ``[k, n]`` the column that is one where all others are zero; None if a row is anything else."""
+    flat = matrix.reshape(-1, matrix.shape[-1])
+    if matrix.size != flat.size or not ((flat == 1).sum(axis=1) == 1).all() or not ((flat != 0).sum(axis=1) == 1).all():
+        return None
+    return [int(row) for row in flat.argmax(axis=1)]
 
 
 def make_constant(name: str, values: NDArray[np.generic] | Sequence[int]) -> gs.Constant:
@@ -122,18 +117,3 @@ def replace_input(node: gs.Node, old: gs.Tensor, new: gs.Tensor) -> None:
     for index, tensor in enumerate(node.inputs):
         if tensor is old:
             node.inputs[index] = new
-
-
-def take_rows(graph: gs.Graph, source: gs.Tensor, positions: Sequence[int], axis: int, name: str) -> gs.Variable:
-    """Append the node that takes ``positions`` of ``source`` along ``axis``: a Slice if they are consecutive, else a Gather."""
-    first, count = positions[0], len(positions)
-    if list(positions) == list(range(first, first + count)):
-        bounds = {"starts": first, "ends": first + count, "axes": axis}
-        inputs = [source] + [make_constant(f"{name}.{key}", [value]) for key, value in bounds.items()]
-        node = gs.Node("Slice", name, inputs=inputs)
-    else:
-        node = gs.Node("Gather", name, attrs={"axis": axis}, inputs=[source, make_constant(f"{name}.indices", list(positions))])
-    out = gs.Variable(f"{name}.out", dtype=source.dtype)
-    node.outputs = [out]
-    graph.nodes.append(node)
-    return out

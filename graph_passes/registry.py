@@ -5,9 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from slimming.plan import Layout, SlimPlan
+
+#: How rows are taken: see ``graph_passes.cutting.take_rows``.
+CutForm = Literal["auto", "slice", "gather", "matmul"]
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,11 @@ class PassResult:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the passes are told: the plan (None for passes that need none) and the layout of cut blocks."""
+    """What the passes are told: the plan (None for passes that need none), the layout of cut blocks, the form of a cut."""
 
     plan: SlimPlan | None = None
     layout: Layout = "split"
+    cut: CutForm = "auto"
 
     def require_plan(self) -> SlimPlan:
         """The plan; raises ``ValueError`` when there is none."""
@@ -53,11 +57,15 @@ Run = Callable[[Any, Settings], int]
 
 @dataclass(frozen=True)
 class GraphPass:
-    """A registered pass: its name, its explanation (the module's docstring) and the function that does it."""
+    """A registered pass: its name, its explanation (the module's docstring) and the function that does it.
+
+    ``default``: whether ``slim`` runs it unless passes are chosen by name.
+    """
 
     name: str
     explanation: str
     run: Run
+    default: bool = True
 
     @property
     def summary(self) -> str:
@@ -68,11 +76,11 @@ class GraphPass:
 PASSES: dict[str, GraphPass] = {}
 
 
-def graph_pass(name: str) -> Callable[[Run], Run]:
+def graph_pass(name: str, *, default: bool = True) -> Callable[[Run], Run]:
     """Register the decorated function as the pass ``name``; its module's docstring explains it."""
 
     def register(run: Run) -> Run:
-        PASSES[name] = GraphPass(name, inspect.getdoc(inspect.getmodule(run)) or name, run)
+        PASSES[name] = GraphPass(name, inspect.getdoc(inspect.getmodule(run)) or name, run, default)
         return run
 
     return register

@@ -1,206 +1,225 @@
-"""Finds the parts of a Vision Transformer in an ONNX graph by pattern: patch embedding, blocks, and what the head reads.
+"""Finds the parts of a Vision Transformer in an ONNX graph: what its blocks read and compute, and what its head reads.
 
-Anchors are the Softmaxes that weigh values and the Adds that close a shortcut; names are never looked at.
+Anchors are the attentions that ``labels`` comes through when it follows the image's tokens; blocks are what is between two
+places where everything passes through one tensor, the residual stream. Names are never looked at.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.attention import POINTWISE, Attention, back_over, ensure_tokenwise, is_attention, match_attention
-from graph_passes.match import (
-    MatchFailure,
-    constant,
-    label,
-    only_consumer,
-    operands,
-    produced_by,
-    producer,
-    rows_taken,
-    static_dim,
-)
-
-
-@dataclass
-class Stem:
-    """Patch embedding up to the first block: ``Conv -> [B, P, d] -> Concat with prefix tokens -> adds and norms``.
-
-    ``positions`` are the Adds after the Concat whose constant has one row per token; ``gather`` is an ordering of the patches
-    that is already there, ``order`` the original token index of every row.
-    """
-
-    concat: gs.Node
-    patches: gs.Tensor
-    gather: gs.Node | None
-    positions: list[gs.Node]
-    prefix_tokens: int
-    grid: tuple[int, int]
-    order: list[int]
+from graph_passes.axes import Grid, Tokens, size_of, token_axis
+from graph_passes.labels import UNARY, Attention, Labels, follow
+from graph_passes.match import MatchFailure, constant, integers, label
+from graph_passes.proto import sorted_nodes
 
 
 @dataclass
 class Block:
-    """One transformer block: ``input [B, n, d]`` to ``updated [B, k, d]``, and to ``output`` where dropped rows are put back.
-
-    ``shortcut_cut`` takes the kept rows of the input for the shortcut; ``write_back`` is the Concat of ``stale`` mode.
-    """
+    """One block: from ``input`` to ``output`` of the residual stream; tokens by their index in a plan, in the graph's order."""
 
     index: int
-    input: gs.Tensor
-    rows: int
-    attention: Attention
-    shortcut_cut: gs.Node | None
-    updated: gs.Variable
-    write_back: gs.Node | None
+    attentions: list[Attention]
+    input: gs.Variable
+    output: gs.Variable
+    reads: list[int]
+    computes: list[int]
 
     @property
     def site(self) -> str:
         """The block as messages show it."""
         return f"block {self.index}"
 
-    @property
-    def output(self) -> gs.Variable:
-        """What the next block reads."""
-        return (self.write_back.outputs[0]) if self.write_back is not None else self.updated
-
 
 @dataclass
 class Structure:
-    """A Vision Transformer that was understood from images to head."""
+    """A Vision Transformer that was understood from images to head.
 
+    ``stream[l]`` is the residual stream behind l blocks. ``head_tokens`` (plan indices) are those that the head reads one by
+    one; ``pools`` says that it also takes a mean or an attention over all that are left. ``names`` gives each plan index its
+    name in ``labels``.
+    """
+
+    labels: Labels
     tokens: int
     width: int
-    stem: Stem
+    grid: tuple[int, int]
+    prefix_tokens: int
+    stream: list[gs.Variable]
     blocks: list[Block]
     head_tokens: list[int]
+    pools: bool
+    names: list[int]
+
+    @property
+    def order(self) -> list[int]:
+        """Plan indices of the tokens as they enter the first block."""
+        return self.indices(self.labels.tokens(self.stream[0]))
+
+    def indices(self, tokens: Tokens | None) -> list[int]:
+        """Plan indices of tokens, in their order."""
+        index = {name: number for number, name in enumerate(self.names)}
+        return [index[name] for name in (tokens.names if tokens is not None else ())]
 
 
 def find_structure(graph: gs.Graph) -> Structure:
     """Read the Vision Transformer in ``graph`` (shapes inferred); raises ``MatchFailure`` with the node it fails at."""
-    anchors = [node for node in graph.nodes if node.op == "Softmax" and is_attention(node)]
-    if not anchors:
+    if not any(_weighs_values(node) for node in graph.nodes):
         raise MatchFailure("graph", "expected a Vision Transformer; found no Softmax that weighs values, so no attention")
-    blocks: list[Block] = []
-    for anchor in anchors:
-        blocks.append(_match_block(len(blocks), match_attention(anchor)))
-    for before, after in pairwise(blocks):
-        if after.input is not before.output:
-            raise MatchFailure(
-                after.site, f"expected its input to be the output of {before.site}, tensor '{before.output.name}'"
-            )
-    first = blocks[0].input
-    tokens, width = static_dim(first, 1, "token count"), static_dim(first, 2, "token width")
-    stem = _match_stem(first, tokens)
-    head_tokens, head = _match_head(blocks[-1].output)
-    _ensure_only_head_is_read(graph, [stem.concat, *anchors], head)
-    return Structure(tokens, width, stem, blocks, head_tokens)
-
-
-def _match_block(index: int, attention: Attention) -> Block:
-    """The block around an attention: its shortcut, its MLP and a write-back of dropped rows."""
-    source = attention.norm.inputs[0]
-    cut = None
-    if attention.shortcut is not source:
-        cut = producer(attention.shortcut, ["Slice", "Gather"], "the block's input, or kept rows of it, on the shortcut")
-        if cut.inputs[0] is not source:
-            raise MatchFailure(label(cut), f"expected kept rows of the block's input, tensor '{source.name}'")
-    middle = attention.residual.outputs[0]
-    closing = [node for node in middle.outputs if node.op == "Add" and operands(node) is None]
-    if len(closing) != 1:
-        raise MatchFailure(label(attention.residual), "expected one shortcut around the MLP after it")
-    add = closing[0]
-    _ensure_mlp(add.inputs[1] if add.inputs[0] is middle else add.inputs[0], middle, add)
-    updated = add.outputs[0]
-    write_back = None
-    if cut is not None and len(updated.outputs) == 1 and updated.outputs[0].op == "Concat":
-        write_back = updated.outputs[0]
-        if write_back.attrs.get("axis") != 1 or len(write_back.inputs) != 2 or write_back.inputs[0] is not updated:
-            raise MatchFailure(label(write_back), "expected the block's rows and then its dropped rows, on axis 1")
-        rest = producer(write_back.inputs[1], ["Slice", "Gather"], "the dropped rows of the block's input")
-        if rest.inputs[0] is not source:
-            raise MatchFailure(label(rest), f"expected dropped rows of the block's input, tensor '{source.name}'")
-    return Block(index, source, static_dim(source, 1, "token count"), attention, cut, updated, write_back)
-
-
-def _ensure_mlp(tensor: gs.Tensor, start: gs.Tensor, add: gs.Node) -> None:
-    """Raise unless everything between ``start`` and ``tensor`` treats tokens one by one."""
-    pending, seen = [tensor], {id(start)}
-    while pending:
-        current = pending.pop()
-        if id(current) in seen or constant(current) is not None:
-            continue
-        seen.add(id(current))
-        if not current.inputs:
-            raise MatchFailure(label(add), f"expected an MLP of the shortcut only; it also reads tensor '{current.name}'")
-        ensure_tokenwise(current.inputs[0], "the MLP")
-        pending.extend(current.inputs[0].inputs)
-
-
-def _match_stem(tensor: gs.Tensor, tokens: int) -> Stem:
-    """The patch embedding that computes the first block's input."""
-    positions = []
-    while (node := produced_by(tensor, "LayerNormalization", *POINTWISE)) is not None:
-        parts = operands(node) if len(node.inputs) == 2 else None
-        if node.op == "Add" and parts is not None and parts[1].ndim == 3 and parts[1].shape[1] == tokens > 1:
-            positions.append(node)
-        else:
-            ensure_tokenwise(node, "the patch embedding")
-        tensor = parts[0] if parts is not None else node.inputs[0]
-    concat = producer(tensor, ["Concat"], "the Concat of prefix tokens and patches")
-    if concat.attrs.get("axis") != 1:
-        raise MatchFailure(label(concat), "expected prefix tokens and patches joined on axis 1")
-    for prefix in concat.inputs[:-1]:
-        if constant(back_over(prefix, "Expand", "Tile", *POINTWISE)) is None:
-            raise MatchFailure(
-                label(concat), f"expected constant prefix tokens before the patches; '{prefix.name}' is computed"
-            )
-    patches = concat.inputs[-1]
-    gather = produced_by(patches, "Gather")
-    if gather is not None:
-        patches = gather.inputs[0]
-    count = static_dim(patches, 1, "patch count")
-    prefix_tokens = tokens - count
-    conv = producer(
-        back_over(patches, "Transpose", "Reshape", "Flatten", "LayerNormalization", "Add"), ["Conv"], "the patch embedding"
-    )
-    grid = static_dim(conv.outputs[0], 2, "patch grid"), static_dim(conv.outputs[0], 3, "patch grid")
-    if grid[0] * grid[1] != count:
-        raise MatchFailure(label(conv), f"expected a grid of {count} patches, found {grid[0]} x {grid[1]}")
-    taken = list(range(count)) if gather is None else rows_taken(gather, 1, count)
-    if taken is None or sorted(taken) != list(range(count)):
-        raise MatchFailure(label(gather) if gather is not None else "patches", "expected an order of all patches on axis 1")
-    order = [*range(prefix_tokens), *(prefix_tokens + t for t in taken)]
-    return Stem(concat, patches, gather, positions, prefix_tokens, grid, order)
-
-
-def _match_head(tensor: gs.Tensor) -> tuple[list[int], list[gs.Node]]:
-    """Positions of the tokens that the head reads, and the nodes that take them, forward from the last block's output."""
-    rows = static_dim(tensor, 1, "token count")
-    while True:
-        readers = list(tensor.outputs)
-        taken = [rows_taken(node, 1, rows) if node.op in ("Gather", "Slice") else None for node in readers]
-        if readers and None not in taken:
-            return sorted({position for positions in taken if positions is not None for position in positions}), readers
-        node = only_consumer(tensor, "the final norm or the head's choice of tokens")
-        if node.op not in POINTWISE and node.op != "LayerNormalization":
-            raise MatchFailure(label(node), "expected the head to take constant tokens (a Gather or Slice on axis 1)")
-        ensure_tokenwise(node, "the final norm")
-        tensor = node.outputs[0]
-
-
-def _ensure_only_head_is_read(graph: gs.Graph, inner: list[gs.Node], head: list[gs.Node]) -> None:
-    """Raise unless every graph output depends on tokens through the ``head`` nodes alone: others would change with a cut."""
-    stop, forbidden = {id(node) for node in head}, {id(node) for node in inner}
+    nodes = sorted_nodes(graph)
+    labels = follow(graph, nodes, _images(graph))
     for output in graph.outputs:
-        pending, seen = list(output.inputs), set(stop)
-        while pending:
-            node = pending.pop()
-            if id(node) in forbidden:
-                expected = f"expected it to read tokens by the head only, not by {label(node)}"
-                raise MatchFailure(f"graph output '{output.name}'", expected)
-            if id(node) not in seen:
-                seen.add(id(node))
-                pending.extend(source for tensor in node.inputs for source in tensor.inputs)
+        if id(output) in labels.faults:
+            raise labels.faults[id(output)]
+        tokens = labels.tokens(output)
+        if tokens is not None and tokens.size > 1:
+            expected = f"expected the head's answer, not {tokens.size} tokens; choose other outputs with --outputs"
+            raise MatchFailure(f"graph output '{output.name}'", expected)
+    levels = _levels(labels)
+    if not levels:
+        raise MatchFailure("graph", "expected a Vision Transformer; found no attention among patches of the image")
+    stream = _stream(graph, nodes, labels, len(levels))
+    first = labels.of(stream[0])
+    assert first is not None
+    place = token_axis(first)
+    width = max(size_of(axis) for index, axis in enumerate(first) if index != place and all(isinstance(f, int) for f in axis))
+    names = _names(labels, stream[0])
+    head, pools = _head(graph, nodes, labels, len(levels))
+    structure = Structure(
+        labels=labels, tokens=len(names), width=width, grid=_grid(labels), stream=stream, blocks=[], head_tokens=[],
+        prefix_tokens=sum(name < 0 for name in names), pools=pools, names=names,
+    )  # fmt: skip
+    unknown = head - set(names)
+    if unknown or structure.grid[0] * structure.grid[1] + structure.prefix_tokens != len(names):
+        expected = f"expected one token per patch of a {structure.grid} grid, and prefix tokens"
+        raise MatchFailure(label(stream[0].inputs[0]), expected)
+    structure.head_tokens = sorted(structure.indices(Tokens(tuple(head))))
+    for index, attentions in enumerate(levels):
+        reads, computes = {a.read.names for a in attentions}, {a.queried.names for a in attentions if a.queried is not None}
+        if len(reads) != 1 or len(computes) != 1:
+            raise MatchFailure(f"block {index}", "expected all its attentions to read and compute the same tokens")
+        read, computed = (structure.indices(Tokens(next(iter(found)))) for found in (reads, computes))
+        structure.blocks.append(Block(index, attentions, stream[index], stream[index + 1], read, computed))
+    return structure
+
+
+def _weighs_values(node: gs.Node) -> bool:
+    """Whether a node is an attention's: a Softmax that goes into a product with something computed, not a classifier's own."""
+    readers = list(node.outputs[0].outputs) if node.op == "Softmax" else []
+    while len(readers) == 1 and readers[0].op in UNARY | {"Where", "Mul"}:
+        readers = list(readers[0].outputs[0].outputs)
+    return node.op == "Attention" or any(reader.op == "MatMul" and constant(reader.inputs[1]) is None for reader in readers)
+
+
+def _images(graph: gs.Graph) -> gs.Variable:
+    inputs = [tensor for tensor in graph.inputs if tensor.outputs]
+    if len(inputs) != 1:
+        names = ", ".join(f"'{tensor.name}'" for tensor in inputs) or "none"
+        raise MatchFailure("graph", f"expected images as the one input that is read; found {names}")
+    return inputs[0]
+
+
+def _levels(labels: Labels) -> list[list[Attention]]:
+    """The attentions among tokens by how many attentions came before them."""
+    among = [attention for attention in labels.attentions if attention.queried is not None]
+    levels = sorted({attention.level for attention in among})
+    if levels != list(range(len(levels))):
+        raise MatchFailure(label(among[0].mix), "expected the attentions one behind the other")
+    return [[attention for attention in among if attention.level == level] for level in levels]
+
+
+def _stream(graph: gs.Graph, nodes: list[gs.Node], labels: Labels, depth: int) -> list[gs.Variable]:
+    """For every number of attentions passed the tensor that all tokens pass through before the next one."""
+    found: dict[int, list[gs.Variable]] = {}
+    live: dict[int, int] = {}
+    ends = {id(tensor) for tensor in graph.outputs}
+    for node in nodes:
+        for tensor in {id(tensor): tensor for tensor in node.inputs}.values():
+            if id(tensor) in live:
+                live[id(tensor)] -= 1
+                if not live[id(tensor)]:
+                    del live[id(tensor)]
+        for tensor in node.outputs:
+            readers = {id(reader) for reader in tensor.outputs if reader.op not in ("Shape", "Size")}
+            if labels.depends(tensor) and (readers or id(tensor) in ends):
+                live[id(tensor)] = len(readers) + (id(tensor) in ends)
+        for tensor in node.outputs:
+            axes = labels.of(tensor)
+            if list(live) == [id(tensor)] and axes is not None and token_axis(axes) is not None:
+                found.setdefault(labels.level(tensor), []).append(tensor)
+    for level in range(depth + 1):
+        if level not in found:
+            raise MatchFailure(f"block {level}", "expected all tokens to pass through one tensor before it")
+    closing = [tensor for tensor in found[depth] if _joins(labels, tensor.inputs[0])]
+    return [*(found[level][-1] for level in range(depth)), (closing or found[depth])[-1]]
+
+
+def _joins(labels: Labels, node: gs.Node) -> bool:
+    """Whether a node closes a shortcut: it adds tokens to tokens."""
+    return bool(node.op == "Add" and all(labels.tokens(tensor) is not None for tensor in node.inputs))
+
+
+def _names(labels: Labels, first: gs.Variable) -> list[int]:
+    """The name of each token in a plan's order: prefix tokens as they were before any reordering, then patches row by row."""
+    source = first
+    while (node := source.inputs[0]).op in ("Gather", "Slice", "MatMul", "Concat"):
+        before = [tensor for tensor in node.inputs if labels.tokens(tensor) is not None]
+        if not before or {labels.tokens(tensor) for tensor in before} == {labels.tokens(source)}:
+            break
+        if node.op == "Concat" and any(labels.of(tensor) is None for tensor in node.inputs):
+            break  # prefix tokens are joined here
+        source = _source_of_runs(before)
+    tokens = labels.tokens(source)
+    assert tokens is not None
+    return [*(name for name in tokens.names if name < 0), *sorted(name for name in tokens.names if name >= 0)]
+
+
+def _source_of_runs(tensors: list[gs.Variable]) -> gs.Variable:
+    """The tensor that a Concat's parts were taken from, or the only tensor there is."""
+    node = tensors[0].inputs[0] if tensors[0].inputs else None
+    return node.inputs[0] if len(tensors) > 1 and node is not None and node.op == "Slice" else tensors[0]
+
+
+def _grid(labels: Labels) -> tuple[int, int]:
+    factors = [factor for axes in labels.axes.values() for axis in axes for factor in axis]
+    sizes = {factor.axis: factor.size for factor in factors if isinstance(factor, Grid)}
+    return sizes.get(0, 1), sizes.get(1, 1)
+
+
+def _head(graph: gs.Graph, nodes: list[gs.Node], labels: Labels, depth: int) -> tuple[set[int], bool]:
+    """Names of the tokens that are read one by one, and whether all that are left are pooled."""
+    single: set[int] = set()
+    pools = False
+    pooling = {id(attention.mix) for attention in labels.attentions if attention.queried is None}
+    for node in nodes:
+        sources = [tensor for tensor in node.inputs if labels.tokens(tensor) is not None]
+        onwards = any(id(tensor) in labels.faults or _holds_tokens(labels, tensor) for tensor in node.outputs)
+        if not sources or onwards or node.op in ("Shape", "Size"):
+            continue
+        for tensor in sources:
+            if labels.level(tensor) != depth:
+                raise MatchFailure(label(node), "expected only what is behind the last block to read single tokens")
+            tokens = labels.tokens(tensor)
+            assert tokens is not None
+            if id(node) in pooling or node.op == "ReduceMean":
+                pools = True
+            elif node.op == "Gather":
+                (row,) = _indices(node)
+                single.add(tokens.names[row])
+            else:
+                single.update(tokens.names)
+    for output in graph.outputs:
+        tokens = labels.tokens(output)
+        single.update(tokens.names if tokens is not None else ())
+    return single, pools
+
+
+def _indices(node: gs.Node) -> list[int]:
+    return integers(node.inputs[1]) or [0]
+
+
+def _holds_tokens(labels: Labels, tensor: gs.Tensor) -> bool:
+    axes = labels.of(tensor)
+    return axes is not None and any(isinstance(factor, Tokens) for axis in axes for factor in axis)

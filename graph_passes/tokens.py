@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from graph_passes.match import MatchFailure, label, rows_taken
-from graph_passes.structure import Block, Structure
+from graph_passes.cutting import Layout
+from graph_passes.match import MatchFailure
+from graph_passes.structure import Structure
 from slimming.door import InputRejected
 from slimming.plan import SlimPlan
 
@@ -15,15 +14,6 @@ NO_SUMMARY = "summary tokens are not cut into ONNX graphs yet"
 
 class PlanMismatch(InputRejected):
     """The plan is for another model than this graph (exit 3)."""
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Rows of one block: ``positions`` of its input rows are queried, the ``rest`` are not."""
-
-    block: Block
-    positions: list[int]
-    rest: list[int]
 
 
 def ensure_no_summary(plan: SlimPlan) -> None:
@@ -37,8 +27,8 @@ def ensure_fit(structure: Structure, plan: SlimPlan) -> None:
     model = {
         "blocks": len(structure.blocks),
         "tokens": structure.tokens,
-        "prefix tokens": structure.stem.prefix_tokens,
-        "patch grid": structure.stem.grid,
+        "prefix tokens": structure.prefix_tokens,
+        "patch grid": structure.grid,
         "token width": structure.width,
     }
     wanted = {
@@ -49,25 +39,30 @@ def ensure_fit(structure: Structure, plan: SlimPlan) -> None:
         "token width": plan.geometry.embed_dim,
     }
     faults = [f"{key}: the graph has {model[key]}, the plan says {wanted[key]}" for key in model if model[key] != wanted[key]]
-    if not set(structure.head_tokens) <= set(plan.head_tokens):
-        faults.append(f"head tokens: the graph's head reads {structure.head_tokens}, the plan says {plan.head_tokens}")
-    if plan.head_tokens != list(range(len(plan.head_tokens))):
-        faults.append(f"head tokens: the passes need them to lead, the plan says {plan.head_tokens}")
+    if not set(structure.head_tokens) <= set(plan.kept[-1]):
+        kept = set(plan.head_tokens) & set(plan.kept[-1])
+        faults.append(f"head tokens: the graph's head reads {structure.head_tokens}, the plan says {sorted(kept)}")
+    elif structure.pools and plan.pooling == "token":
+        faults.append("pooling: the graph's head pools all tokens, the plan is for one that reads single tokens")
     if faults:
         raise PlanMismatch(f"the plan for '{plan.model}' does not fit this graph: " + "; ".join(faults))
 
 
-def cuts_wanted(structure: Structure, plan: SlimPlan) -> list[Cut]:
-    """For every block of an uncut graph the rows to query, given the order its tokens are in."""
-    present, cuts = list(structure.stem.order), []
-    for block, kept in zip(structure.blocks, plan.kept, strict=True):
+def layout_of(structure: Structure, plan: SlimPlan) -> Layout:
+    """What each block reads and computes under the plan, given the order that the graph's tokens are in."""
+    read, computed = [structure.order], []
+    for kept in plan.kept:
         wanted = set(kept)
-        positions = [i for i, token in enumerate(present) if token in wanted]
-        rest = [i for i, token in enumerate(present) if token not in wanted]
-        cuts.append(Cut(block, positions, rest))
-        dropped = [present[i] for i in rest]
-        present = [present[i] for i in positions] + (dropped if plan.mode == "stale" else [])
-    return cuts
+        computed.append([token for token in read[-1] if token in wanted])
+        put_back = plan.mode == "stale" and len(computed) < plan.depth
+        read.append(computed[-1] + [token for token in read[-1] if put_back and token not in wanted])
+    return Layout(structure, read, computed)
+
+
+def same_for_all(structure: Structure, tokens: list[int]) -> Layout:
+    """Every block reads and computes ``tokens``, in this order."""
+    depth = len(structure.blocks)
+    return Layout(structure, [tokens] * (depth + 1), [tokens] * depth)
 
 
 def needs_cut(structure: Structure, plan: SlimPlan) -> bool:
@@ -75,34 +70,14 @@ def needs_cut(structure: Structure, plan: SlimPlan) -> bool:
 
     False where the graph already computes exactly the plan's tokens. Raises ``MatchFailure`` where it was cut by another plan.
     """
-    if all(block.shortcut_cut is None and block.attention.cut is None for block in structure.blocks):
+    if all(len(block.reads) == len(block.computes) == structure.tokens for block in structure.blocks):
         return not plan.is_dense
-    present = list(structure.stem.order)
+    before: list[int] | None = None
     for block, kept in zip(structure.blocks, plan.kept, strict=True):
-        updated, rest = _rows_of(block)
-        if sorted(present[i] for i in updated) != kept:
-            raise MatchFailure(block.site, f"already cut to other tokens ({len(updated)}) than the plan keeps ({len(kept)})")
-        last = block is structure.blocks[-1]
-        if not last and block.shortcut_cut is not None and (block.write_back is not None) != (plan.mode == "stale"):
-            raise MatchFailure(block.site, f"already cut, but not in the plan's mode, {plan.mode}")
-        present = [present[i] for i in (*updated, *rest)]
+        if sorted(block.computes) != kept:
+            found = f"already cut to other tokens ({len(block.computes)}) than the plan keeps ({len(kept)})"
+            raise MatchFailure(block.site, found)
+        if before is not None and len(block.reads) != (structure.tokens if plan.mode == "stale" else len(before)):
+            raise MatchFailure(f"block {block.index - 1}", f"already cut, but not in the plan's mode, {plan.mode}")
+        before = kept
     return False
-
-
-def _rows_of(block: Block) -> tuple[list[int], list[int]]:
-    """Positions of the block's input rows that it updates, and of those it puts back unchanged."""
-    queried, shortcut = block.attention.cut, block.shortcut_cut
-    if (queried is None) != (shortcut is None):
-        raise MatchFailure(block.site, "expected queries and shortcut to be cut alike; only one of them is")
-    if queried is None or shortcut is None:
-        return list(range(block.rows)), []
-    taken = rows_taken(shortcut, 1, block.rows)
-    if taken is None or taken != rows_taken(queried, 2 if block.attention.packed else 1, block.rows):
-        raise MatchFailure(label(queried), f"expected the same constant rows as on the shortcut of {block.site}")
-    if block.write_back is None:
-        return taken, []
-    rest_node = block.write_back.inputs[1].inputs[0]
-    rest = rows_taken(rest_node, 1, block.rows)
-    if rest is None or sorted(taken + rest) != list(range(block.rows)):
-        raise MatchFailure(label(rest_node), f"expected the rows that {block.site} does not update")
-    return taken, rest

@@ -1,68 +1,152 @@
-"""Fold the attention scale into the weights that give the queries.
+"""Fold every constant scale of an attention into the weights that give the queries.
 
-``(x W_q + b_q) s = x (W_q s) + b_q s``, so the Mul on the queries goes and the first product follows the projection directly.
-With a norm on the queries (qk-norm) the scale goes into that norm's weight and bias, since a norm would undo it before.
+``(x W_q + b_q) s = x (W_q s) + b_q s``, so a Mul or Div by one constant on the queries, the keys or the scores goes, and the
+product follows the projection directly, which is the form that engines fuse. With a norm on the queries (qk-norm) the scale
+goes into that norm's weight and bias, since a norm would undo it before. Rotary tables and moves are linear: it passes them.
 
-Before: q -> (norm) -> Mul by one constant -> MatMul. After: q -> (norm) -> MatMul, with fresh constants. Site: an attention.
+Before: scales anywhere between the projections and the Softmax. After: none, with fresh constants. A scale that cannot reach
+the weights stays. Site: an attention.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from graph_passes.attention import Attention, Linear
-from graph_passes.match import MatchFailure, constant, label, make_constant, operands, replace_input
+from graph_passes.labels import NORMS, Attention, Labels
+from graph_passes.linear import MOVES, Columns, Linear, columns_of, set_linear
+from graph_passes.match import constant, make_constant, operands, replace_input
 from graph_passes.registry import Settings, graph_pass
 from graph_passes.structure import find_structure
+
+
+@dataclass
+class _Target:
+    """What a scale goes into: some columns of a linear layer, or norms on the queries."""
+
+    linear: Linear | None
+    columns: NDArray[np.int64]
+    norms: list[gs.Node]
 
 
 @graph_pass("fold_scale")
 def run(graph: gs.Graph, settings: Settings) -> int:
     """Returns the number of attentions whose scale was folded; raises ``MatchFailure``."""
-    blocks = [block for block in find_structure(graph).blocks if block.attention.scale is not None]
-    for block in blocks:
-        _fold(block.attention, block.site.replace(" ", "_"))
-    return len(blocks)
-
-
-def _fold(attention: Attention, name: str) -> None:
-    node = attention.scale
-    assert node is not None
-    parts = operands(node)
-    assert parts is not None  # the matcher saw to it
-    unscaled, value = parts
-    scale = float(value.reshape(-1)[0])
-    if attention.q_norm is not None:
-        for index, kind in enumerate(("", "weight", "bias")):
-            if index and index < len(attention.q_norm.inputs):
-                old = constant(attention.q_norm.inputs[index])
-                if old is None:
-                    raise MatchFailure(label(attention.q_norm), f"expected a constant {kind} of the norm on the queries")
-                attention.q_norm.inputs[index] = make_constant(f"{name}.q_norm.{kind}", _scaled(old, scale, old.size))
-    else:
-        columns = attention.heads * attention.head_dim
-        set_linear(
-            attention.queries,
-            f"{name}.{'qkv' if attention.packed else 'q'}",
-            _scaled(attention.queries.weight, scale, columns),
-            None if attention.queries.bias is None else _scaled(attention.queries.bias, scale, columns),
+    structure = find_structure(graph)
+    return sum(
+        _fold(
+            structure.labels, attention, f"{block.site.replace(' ', '_')}.{number}" if number else block.site.replace(" ", "_")
         )
-    for reader in list(node.outputs[0].outputs):
-        replace_input(reader, node.outputs[0], unscaled)
+        for block in structure.blocks
+        for number, attention in enumerate(block.attentions)
+        if attention.softmax is not None
+    )
 
 
-def _scaled(array: NDArray[np.generic], scale: float, columns: int) -> NDArray[np.generic]:
-    """A copy of ``array [..., out]`` whose first ``columns`` are multiplied by ``scale`` in float64, and rounded once."""
-    result = array.astype(np.float64)
-    result[..., :columns] *= scale
-    return result.astype(array.dtype)
+def _fold(labels: Labels, attention: Attention, name: str) -> bool:
+    scales = [
+        *_scales_before(attention.scores.inputs[0], attention.scores),
+        *_scales_before(attention.scores.inputs[1], attention.scores),
+        *_scales_behind(attention),
+    ]
+    target = _target(labels, attention, {id(node) for node, _ in scales}) if scales else None
+    if target is None:
+        return False
+    factor = float(np.prod([value for _, value in scales]))
+    for node, _ in scales:
+        (source,) = [tensor for tensor in node.inputs if constant(tensor) is None]
+        for reader in list(node.outputs[0].outputs):
+            replace_input(reader, node.outputs[0], source)
+    _scale(target, factor, f"{name}.scaled")
+    return True
 
 
-def set_linear(linear: Linear, name: str, weight: NDArray[np.generic], bias: NDArray[np.generic] | None) -> None:
-    """Give a linear layer fresh constants ``weight [in, out]`` and ``bias [out]``."""
-    linear.matmul.inputs[1] = make_constant(f"{name}.weight", weight)
-    if linear.add is not None and bias is not None:
-        index = next(i for i, tensor in enumerate(linear.add.inputs) if tensor is not linear.matmul.outputs[0])
-        linear.add.inputs[index] = make_constant(f"{name}.bias", bias)
+def _scalar(node: gs.Node) -> float | None:
+    """What a Mul or Div by one constant multiplies by."""
+    parts = operands(node) if node.op in ("Mul", "Div") else None
+    if parts is None or parts[1].size != 1 or (node.op == "Div" and node.inputs[0] is not parts[0]):
+        return None
+    value = float(parts[1].reshape(-1)[0])
+    return value if node.op == "Mul" else 1 / value
+
+
+def _scales_before(tensor: gs.Tensor, reader: gs.Node) -> list[tuple[gs.Node, float]]:
+    """Scales on the way to an operand of the scores that nothing else reads."""
+    found = []
+    while tensor.inputs and len(tensor.outputs) == 1 and tensor.inputs[0].op in {"Mul", "Div", "Neg", *MOVES} - {"Split"}:
+        node = tensor.inputs[0]
+        if (value := _scalar(node)) is not None:
+            found.append((node, value))
+        elif node.op in ("Mul", "Div", "Neg"):
+            break
+        tensor = next(source for source in node.inputs if constant(source) is None)
+    return found
+
+
+def _scales_behind(attention: Attention) -> list[tuple[gs.Node, float]]:
+    """Scales between the scores and the Softmax, before any bias."""
+    found, tensor = [], attention.scores.outputs[0]
+    while len(tensor.outputs) == 1 and (value := _scalar(tensor.outputs[0])) is not None:
+        found.append((tensor.outputs[0], value))
+        tensor = tensor.outputs[0].outputs[0]
+    return found
+
+
+def _target(labels: Labels, attention: Attention, passed: set[int]) -> _Target | None:
+    """What gives the queries, linear from there to the scores and read by them alone; None where something is in between."""
+    inside = passed | {id(attention.scores)}
+    pending, seen, columns, norms = [attention.scores.inputs[0]], {}, [], []
+    while pending:
+        tensor = pending.pop()
+        if id(tensor) in seen or constant(tensor) is not None:
+            continue
+        seen[id(tensor)] = tensor
+        node = tensor.inputs[0] if tensor.inputs else None
+        if (found := columns_of(tensor, labels)) is not None:
+            columns.append(found)
+        elif node is not None and node.op in NORMS:
+            norms.append(node)
+        elif node is not None and (node.op in {"Neg", "Concat", *MOVES} or (node.op in ("Mul", "Div") and operands(node))):
+            inside.add(id(node))
+            pending.extend(source for source in node.inputs if labels.depends(source))
+        elif node is not None and node.op in ("Add", "Sub") and all(labels.depends(source) for source in node.inputs):
+            inside.add(id(node))
+            pending.extend(node.inputs)
+        else:
+            return None
+    target = _Target(columns[0].linear if columns else None, _union(columns), norms)
+    if len({id(found.linear.product) for found in columns}) > 1:
+        return None
+    for tensor in [found.tensor for found in columns]:  # back to where the queries' columns, and no others, are together
+        while tensor.inputs and tensor.inputs[0].op in MOVES:
+            node, source = tensor.inputs[0], columns_of(tensor.inputs[0].inputs[0], labels)
+            if source is None or not set(_union([source])) <= set(target.columns):
+                break
+            inside.add(id(node))
+            tensor = seen.setdefault(id(source.tensor), source.tensor)
+    return target if all(id(reader) in inside for tensor in seen.values() for reader in tensor.outputs) else None
+
+
+def _union(columns: list[Columns]) -> NDArray[np.int64]:
+    return np.unique(np.concatenate([found.values.reshape(-1) for found in columns])) if columns else np.arange(0)
+
+
+def _scale(target: _Target, factor: float, name: str) -> None:
+    if target.linear is not None:
+        bias = None if target.linear.bias is None else _scaled(target.linear.bias, factor, target.columns)
+        set_linear(target.linear, name, _scaled(target.linear.weight, factor, target.columns), bias)
+    for number, norm in enumerate(target.norms):
+        for index, kind in ((1, "weight"), (2, "bias")):
+            if index < len(norm.inputs) and (old := constant(norm.inputs[index])) is not None:
+                values = _scaled(old, factor, np.arange(old.shape[-1]))
+                norm.inputs[index] = make_constant(f"{name}.q_norm_{number}.{kind}", values)
+
+
+def _scaled(array: NDArray[np.generic], factor: float, columns: NDArray[np.int64]) -> NDArray[np.generic]:
+    """A copy of ``array [..., out]`` with ``columns`` multiplied by ``factor`` in float64, and rounded once."""
+    result = array.copy()
+    result[..., columns] = (array[..., columns].astype(np.float64) * factor).astype(array.dtype)
+    return result

@@ -1,16 +1,20 @@
-"""Give each attention whose token count will change Reshape shapes of its own that name no token count.
+"""Give each Reshape in the blocks a shape of its own that names no token count.
 
 Exporters bake the token count into Reshape constants, and share one constant among all blocks; after a cut they would be
-wrong. The new shapes copy the batch (0) and infer the tokens (-1), so they hold for any cut.
+wrong. The new shapes copy the batch (0) and infer the tokens (-1), or the other way round, so they hold for any cut. Where a
+shape cannot say it without a number, as behind a Gemm that reads images and tokens on one axis, ``cut_tokens`` writes the new
+number.
 
-Before: shapes [-1, N, ...] with allowzero, shared. After: [0, -1, ...] without allowzero, one constant per use, in every
-block that the plan cuts or that reads fewer tokens than the graph embeds; other blocks are as they were. Site: a Reshape.
+Before: shapes [-1, N, ...] with allowzero, shared. After: [0, -1, ...] without allowzero, one constant per use. Only where the
+plan cuts something. Site: a Reshape.
 """
 
 from __future__ import annotations
 
 import onnx_graphsurgeon as gs
 
+from graph_passes.axes import Batch, Tokens, has, size_of
+from graph_passes.labels import Labels
 from graph_passes.match import integers, make_constant
 from graph_passes.registry import Settings, graph_pass
 from graph_passes.structure import find_structure
@@ -24,22 +28,24 @@ def run(graph: gs.Graph, settings: Settings) -> int:
     ensure_fit(structure, plan)
     if not needs_cut(structure, plan):
         return 0
-    sites, rows = 0, plan.tokens
-    for block, count in zip(structure.blocks, plan.counts, strict=True):
-        attention = block.attention
-        if min(rows, count) < plan.tokens:
-            sites += _free(attention.kv_reshape, f"{block.site.replace(' ', '_')}.qkv_shape")
-            sites += _free(attention.out_reshape, f"{block.site.replace(' ', '_')}.out_shape")
-        rows = count if plan.mode == "compact" else plan.tokens
-    return sites
+    nodes = structure.labels.nodes
+    first = nodes.index(structure.stream[0].inputs[0])
+    return sum(_free(structure.labels, node) for node in nodes[first + 1 :] if node.op == "Reshape")
 
 
-def _free(reshape: gs.Node, name: str) -> int:
-    """Make a Reshape to ``[B, n, ...]`` independent of n; returns 1, or 0 where it is already so."""
-    shape = integers(reshape.inputs[1]) or []
-    wanted = [0, -1, *shape[2:]]
-    if shape == wanted and not reshape.attrs.get("allowzero", 0):
-        return 0
+def _free(labels: Labels, reshape: gs.Node) -> bool:
+    """Make a Reshape independent of the token count; returns whether it was changed."""
+    shape, before, after = integers(reshape.inputs[1]), labels.of(reshape.inputs[0]), labels.of(reshape.outputs[0])
+    if shape is None or before is None or after is None or not any(has(axis, Tokens) for axis in after):
+        return False
+    wanted = []
+    for index, axis in enumerate(after):
+        if not has(axis, Tokens, Batch):
+            wanted.append(size_of(axis))
+        else:
+            wanted.append(0 if index < len(before) and before[index] == axis else -1)
+    if wanted.count(-1) > 1 or (shape == wanted and not reshape.attrs.get("allowzero", 0)):
+        return False
     reshape.attrs.pop("allowzero", None)
-    reshape.inputs[1] = make_constant(name, wanted)
-    return 1
+    reshape.inputs[1] = make_constant(f"{reshape.outputs[0].name}.shape", wanted)
+    return True

@@ -1,87 +1,132 @@
-"""Split the packed qkv projection of a cut block, so that queries are projected for kept tokens only.
+"""Split the packed qkv projection of a block that will be cut, so that queries are projected for kept tokens only.
 
-The weight is split ahead of time: ``W_qkv [d, 3d]`` into ``W_q [d, d]``, applied to kept rows of the norm's output, and
-``W_kv [d, 2d]``, applied to all. It saves the dropped tokens' query projection, and costs more and smaller kernels: right for
-a CPU, while TensorRT runs the packed form with fewer kernels.
+The weight is split ahead of time: ``W_qkv [d, 3d]`` into ``W_q [d, d]`` and ``W_kv [d, 2d]``. Which columns are whose is
+found by following the numbers of the columns through whatever unpacks them, so every way of packing will do. It saves the
+dropped tokens' query projection, and costs more and smaller kernels: right for a CPU, while TensorRT runs the packed form
+with fewer kernels.
 
-Before: one projection, its queries cut behind it (``cut_tokens``). After: two, the cut before the query projection. A block
-that is not cut stays packed. Runs for the layout ``split`` only. Site: a block.
+Before: one projection. After: two, and ``cut_tokens`` then finds the place before the query projection. A block that the plan
+does not cut stays packed, and separate projections stay as they are. Runs for the layout ``split`` only. Site: a block.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.attention import Attention
-from graph_passes.match import MatchFailure, constant, integers, label, make_constant, replace_input, rows_taken, take_rows
-from graph_passes.passes.fold_scale import set_linear
+from graph_passes.axes import Batch, Tokens, has, token_axis
+from graph_passes.labels import Attention, Labels
+from graph_passes.linear import MOVES, Columns, Linear, columns_of
+from graph_passes.match import make_constant, replace_input
 from graph_passes.registry import Settings, graph_pass
-from graph_passes.structure import Block, find_structure
+from graph_passes.structure import find_structure
+from graph_passes.tokens import ensure_fit, needs_cut
 
 
 @graph_pass("split_qkv")
 def run(graph: gs.Graph, settings: Settings) -> int:
-    """Returns the number of blocks split; raises ``MatchFailure``."""
+    """Returns the number of blocks split; raises ``MatchFailure`` and ``PlanMismatch``."""
     if settings.layout != "split":
         return 0
-    blocks = [block for block in find_structure(graph).blocks if block.attention.cut is not None and block.attention.packed]
-    for block in blocks:
-        _split(graph, block)
-    return len(blocks)
+    plan, structure = settings.require_plan(), find_structure(graph)
+    ensure_fit(structure, plan)
+    if not needs_cut(structure, plan):
+        return 0
+    sites, reads = 0, plan.tokens
+    for block, count in zip(structure.blocks, plan.counts, strict=True):
+        if count < reads:
+            split = [_split(graph, structure.labels, attention, block.site.replace(" ", "_")) for attention in block.attentions]
+            sites += any(split)
+        reads = count if plan.mode == "compact" else plan.tokens
+    return sites
 
 
-def _split(graph: gs.Graph, block: Block) -> None:
-    attention, name = block.attention, block.site.replace(" ", "_")
-    assert attention.cut is not None
-    positions = rows_taken(attention.cut, 2, block.rows)
-    if positions is None:
-        raise MatchFailure(label(attention.cut), "expected constant rows of the queries")
-    width = attention.heads * attention.head_dim
-    packed = attention.keys_values
-    set_linear(packed, f"{name}.kv", packed.weight[:, width:], None if packed.bias is None else packed.bias[width:])
-    shape = integers(attention.kv_reshape.inputs[1]) or []
-    attention.kv_reshape.inputs[1] = make_constant(f"{name}.kv_shape", [*shape[:2], 2, *shape[3:]])
-    _shift_entries(attention)
-    rows = take_rows(graph, attention.norm.outputs[0], positions, 1, f"{name}.queried")
-    queries = _project(graph, attention, rows, f"{name}.q")
-    old = attention.cut.outputs[0]
-    for reader in list(old.outputs):
-        replace_input(reader, old, queries)
+def _split(graph: gs.Graph, labels: Labels, attention: Attention, name: str) -> bool:
+    """Give queries a projection of their own, where they share one with keys or values; returns whether they did."""
+    queries = _exits(labels, attention.queries)
+    others = [exit for operand in (attention.keys, attention.values) for exit in _exits(labels, operand)]
+    if not queries or not others or queries[0].linear.product is not others[0].linear.product:
+        return False
+    linear = queries[0].linear
+    if any(exit.linear.product is not linear.product for exit in (*queries, *others)):
+        return False
+    if {id(exit.tensor) for exit in queries} & {id(exit.tensor) for exit in others}:
+        return False  # rotated, say, together with the keys
+    if any(exit.of_one_token(labels) is None for exit in (*queries, *others)) or _source(labels, linear) is None:
+        return False
+    _project(graph, labels, linear, queries, f"{name}.q")
+    _project(graph, labels, linear, others, f"{name}.kv")
+    return True
 
 
-def _project(graph: gs.Graph, attention: Attention, rows: gs.Variable, name: str) -> gs.Variable:
-    """Append ``rows [B, k, d] -> queries [B, H, k, dh]``."""
-    width, packed = attention.heads * attention.head_dim, attention.keys_values
+def _exits(labels: Labels, operand: tuple[gs.Node, int]) -> list[Columns]:
+    """The tensors, furthest from it, that are columns of one linear layer and feed an operand of the attention."""
+    node, index = operand
+    found: dict[int, Columns] = {}
+    pending, seen = [node.inputs[index]], set()
+    while pending:
+        tensor = pending.pop()
+        if id(tensor) in seen or not labels.depends(tensor) or labels.tokens(tensor) is None:
+            continue
+        seen.add(id(tensor))
+        columns = columns_of(tensor, labels)
+        if columns is not None:
+            found[id(tensor)] = columns
+        elif tensor.inputs and tensor.inputs[0].op != "LayerNormalization":
+            pending.extend(tensor.inputs[0].inputs)
+        elif tensor.inputs:
+            pending.append(tensor.inputs[0].inputs[0])
+    return list(found.values())
 
-    def append(op: str, suffix: str, inputs: list[gs.Tensor], **attrs: object) -> gs.Variable:
-        out = gs.Variable(f"{name}.{suffix}.out", dtype=rows.dtype)
-        graph.nodes.append(gs.Node(op, f"{name}.{suffix}", attrs, inputs, [out]))
-        return out
 
-    tensor = append("MatMul", "matmul", [rows, make_constant(f"{name}.weight", packed.weight[:, :width])])
-    if packed.bias is not None:
-        tensor = append("Add", "add", [tensor, make_constant(f"{name}.bias", packed.bias[:width])])
-    shape = make_constant(f"{name}.shape", [0, -1, attention.heads, attention.head_dim])
-    return append("Transpose", "heads", [append("Reshape", "reshape", [tensor, shape])], perm=[0, 2, 1, 3])
+def _source(labels: Labels, linear: Linear) -> gs.Tensor | None:
+    """What the layer reads, tokens on an axis of their own: a Gemm reads them merged with the images."""
+    source = linear.source
+    while (axes := labels.of(source)) is not None and token_axis(axes) is None:
+        node = source.inputs[0] if source.inputs else None
+        if node is None or node.op not in MOVES:
+            return None
+        source = node.inputs[0]
+    return source if axes is not None and len(axes) == 3 and token_axis(axes) in (0, 1) else None
 
 
-def _shift_entries(attention: Attention) -> None:
-    """Renumber the entries of the unpacked projection, which has no queries any more: keys from 1 to 0, values from 2 to 1."""
-    transpose = attention.kv_reshape.outputs[0].outputs[0]
-    for node in list(transpose.outputs[0].outputs):
-        name = node.outputs[0].name
-        if node.op == "Split":
-            queries = node.outputs.pop(0)
-            for reader in list(queries.outputs):
-                reader.inputs.clear()
-            node.inputs = node.inputs[:1]
-            node.attrs["num_outputs"] = 2
-        elif node.op == "Gather":
-            index = constant(node.inputs[1])
-            if index is not None and index.reshape(-1)[0]:
-                node.inputs[1] = make_constant(f"{name}.entry", index - 1)
-        elif node.op == "Slice":
-            (start,) = integers(node.inputs[1]) or [0]
-            if start:
-                node.inputs[1] = make_constant(f"{name}.start", [start - 1])
-                node.inputs[2] = make_constant(f"{name}.end", [start])
+def _project(graph: gs.Graph, labels: Labels, linear: Linear, exits: Sequence[Columns], name: str) -> None:
+    """Append a projection to the columns of ``exits`` alone, laid out as they were, and let their readers read it."""
+    source = _source(labels, linear)
+    assert source is not None  # the caller saw to it
+
+    def append(op: str, suffix: str, inputs: list[gs.Tensor], count: int = 1, **attrs: object) -> list[gs.Variable]:
+        outs = [gs.Variable(f"{name}.{suffix}.out_{number}", dtype=source.dtype) for number in range(count)]
+        graph.nodes.append(gs.Node(op, f"{name}.{suffix}", attrs, inputs, outs))
+        return outs
+
+    picked = [numbers for exit in exits if (numbers := exit.of_one_token(labels)) is not None]
+    columns = np.concatenate([numbers.reshape(-1) for numbers in picked])
+    (tensor,) = append("MatMul", "matmul", [source, make_constant(f"{name}.weight", linear.weight[:, columns])])
+    if linear.bias is not None:
+        (tensor,) = append("Add", "add", [tensor, make_constant(f"{name}.bias", linear.bias[columns])])
+    parts = [tensor]
+    if len(exits) > 1:
+        sizes = make_constant(f"{name}.sizes", [numbers.size for numbers in picked])
+        parts = append("Split", "split", [tensor, sizes], len(exits), axis=2)
+    for number, (exit, numbers, part) in enumerate(zip(exits, picked, parts, strict=True)):
+        shape = make_constant(f"{name}.shape_{number}", [0, 0, *numbers.shape])
+        (part,) = append("Reshape", f"reshape_{number}", [part, shape])
+        order = _order(labels, source, exit.tensor)
+        if order != sorted(order):
+            (part,) = append("Transpose", f"transpose_{number}", [part], perm=order)
+        for reader in list(exit.tensor.outputs):
+            replace_input(reader, exit.tensor, part)
+
+
+def _order(labels: Labels, source: gs.Tensor, target: gs.Tensor) -> list[int]:
+    """How ``[the source's two leading axes, features...]`` becomes the target."""
+    before, after = labels.of(source), labels.of(target)
+    assert before is not None and after is not None
+    place = token_axis(before)
+    other = 1 - (place or 0)
+    features = iter(range(2, 2 + len(after)))
+    kinds = [(has(axis, Tokens), has(axis, Batch)) for axis in after]
+    return [place or 0 if tokens else other if batch else next(features) for tokens, batch in kinds]

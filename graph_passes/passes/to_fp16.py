@@ -41,8 +41,9 @@ def run(graph: gs.Graph, settings: Settings) -> int:
     for tensor in graph.tensors().values():
         if isinstance(tensor, gs.Variable) and tensor.dtype == np.float32:
             tensor.dtype = np.dtype(np.float16)
-    for block in structure.blocks:
-        _keep_softmax(graph, block.attention.softmax)
+    for attention in structure.labels.attentions:
+        if attention.softmax is not None:
+            _keep_softmax(graph, attention.softmax)
     for tensor in [t for t in graph.inputs if t.dtype == np.float16]:
         _cast_input(graph, tensor)
     for index, tensor in enumerate(graph.outputs):

@@ -1,0 +1,185 @@
+"""What each axis of a tensor holds: images, features, pixels, or tokens, and then which tokens in which order.
+
+An axis is a tuple of factors, outermost first: ``(Batch, 3)`` is an axis where a batch and three heads were merged. Factors
+are what makes the finder independent of the exporter: however a Reshape or Transpose shuffles axes, the tokens keep their
+names. A token's name is the number of its patch, row by row, or a negative number for a prefix token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from graph_passes.match import MatchFailure
+
+#: Stands for a batch size that is not known: a prime, so that it never divides anything else.
+UNKNOWN_BATCH = 1_000_003
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images."""
+
+    size: int = UNKNOWN_BATCH
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Rows (``axis`` 0) or columns (1) of an image."""
+
+    axis: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Rows (``axis`` 0) or columns (1) of what a convolution makes of an image; merged in this order they are tokens."""
+
+    axis: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens by name, in order. ``keys``: as an attention reads them, on the last axis of its scores."""
+
+    names: tuple[int, ...]
+    keys: bool = False
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        return len(self.names)
+
+
+Factor = Batch | Pixels | Grid | Tokens | int
+Axis = tuple[Factor, ...]
+Axes = tuple[Axis, ...]
+
+
+def size_of(axis: Axis) -> int:
+    """The axis's length, ``UNKNOWN_BATCH`` for each unknown batch in it."""
+    return prod(factor if isinstance(factor, int) else factor.size for factor in axis)
+
+
+def has(axis: Axis, *kinds: type) -> bool:
+    """Whether a factor of the axis is of one of the kinds."""
+    return any(isinstance(factor, kinds) for factor in axis)
+
+
+def is_spatial(axis: Axis) -> bool:
+    """Whether any place of the image is told apart on this axis."""
+    return has(axis, Pixels, Grid, Tokens)
+
+
+def tokens_of(axis: Axis) -> Tokens | None:
+    """The tokens of an axis that holds nothing else, else None."""
+    return axis[0] if len(axis) == 1 and isinstance(axis[0], Tokens) else None
+
+
+def token_axis(axes: Axes, *, keys: bool = False) -> int | None:
+    """The axis of tokens (with ``keys``, of those an attention reads); None where none is of tokens alone."""
+    for index, axis in enumerate(axes):
+        tokens = tokens_of(axis)
+        if tokens is not None and tokens.keys == keys:
+            return index
+    return None
+
+
+def tokens_in(axes: Axes) -> Tokens | None:
+    """The tokens that a tensor computes, on whatever axis and merged or not; None where it has none."""
+    found = [factor for axis in axes for factor in axis if isinstance(factor, Tokens) and not factor.keys]
+    return found[0] if found else None
+
+
+def regrouped(axes: Axes, shape: Sequence[int], site: str) -> Axes:
+    """The axes after a Reshape to ``shape`` (-1 where a length is to be inferred); raises ``MatchFailure``.
+
+    Features may be divided anywhere; images and tokens stay whole, and pixels are divided into a grid of patches.
+    """
+    flat = [factor for axis in axes for factor in axis]
+    known = prod(length for length in shape if length >= 0)
+    total = size_of(tuple(flat))
+    if any(length == 0 for length in shape) or not known or total % known or (-1 not in shape and total != known):
+        raise MatchFailure(site, f"expected a Reshape of {total} elements to {list(shape)}")
+    lengths = [total // known if length < 0 else length for length in shape]
+    result: list[Axis] = []
+    for place, length in enumerate(lengths):
+        taken: list[Factor] = []
+        missing = length
+        while missing > 1 or (flat and _is_named_one(flat[0]) and _belongs_here(taken, length, lengths[place + 1 :])):
+            if not flat:
+                raise MatchFailure(site, f"expected a Reshape of {total} elements to {list(shape)}")
+            factor = flat.pop(0)
+            size = size_of((factor,))
+            if missing % size == 0:
+                taken.append(factor)
+                missing //= size
+            elif size % missing == 0 and isinstance(factor, int | Pixels):
+                taken.append(missing if isinstance(factor, int) else Grid(factor.axis, missing))
+                flat.insert(0, size // missing)
+                missing = 1
+            else:
+                raise MatchFailure(site, f"expected a Reshape that keeps {_named(factor)} together; it makes {list(shape)}")
+        result.append(normal(taken))
+    return tuple(result)
+
+
+def _is_named_one(factor: Factor) -> bool:
+    return not isinstance(factor, int) and factor.size == 1
+
+
+def _belongs_here(taken: list[Factor], length: int, later: Sequence[int]) -> bool:
+    """Whether a batch or token axis of length 1 goes into the axis that is being filled: into one of length 1 if there is one."""
+    return (length == 1 and not taken) or (1 not in later)
+
+
+def normal(factors: Sequence[Factor]) -> Axis:
+    """The factors with neighbouring features merged, and a whole grid of patches turned into tokens."""
+    result: list[Factor] = []
+    for factor in factors:
+        last = result[-1] if result else None
+        if factor == 1:
+            continue
+        if isinstance(factor, int) and isinstance(last, int):
+            result[-1] = last * factor
+        elif isinstance(factor, Grid) and isinstance(last, Grid) and (last.axis, factor.axis) == (0, 1):
+            result[-1] = Tokens(tuple(range(last.size * factor.size)))
+        else:
+            result.append(factor)
+    return tuple(result)
+
+
+def broadcast(operands: Sequence[Axes], site: str) -> Axes:
+    """The axes of an elementwise result; raises ``MatchFailure`` where operands hold different things on one axis."""
+    rank = max(len(axes) for axes in operands)
+    result: list[Axis] = []
+    for place in range(rank):
+        merged: Axis = ()
+        for axes in operands:
+            index = place - rank + len(axes)
+            axis = axes[index] if index >= 0 else ()
+            if size_of(axis) == 1 and not has(axis, Tokens):
+                merged = merged or axis
+            elif size_of(merged) == 1 and not has(merged, Tokens):
+                merged = axis
+            elif merged != axis:
+                raise MatchFailure(site, f"expected operands that agree; one has {described(merged)}, one {described(axis)}")
+        result.append(merged)
+    return tuple(result)
+
+
+def described(axis: Axis) -> str:
+    """An axis in words."""
+    return " x ".join(_named(factor) for factor in axis) or "1"
+
+
+def _named(factor: Factor) -> str:
+    if isinstance(factor, int):
+        return f"{factor} features"
+    if isinstance(factor, Batch):
+        return "images"
+    if isinstance(factor, Tokens):
+        return f"{factor.size} tokens"
+    return f"{factor.size} {'rows' if factor.axis == 0 else 'columns'} of the {type(factor).__name__.lower()}"

@@ -1,0 +1,258 @@
+"""Lays a graph's blocks out for other tokens: which each block reads, and which it computes.
+
+One walk from the head to the images asks at every tensor how much of it is needed. An attention asks for keys and values of
+all tokens that its block reads, everything else only for what its own readers ask; where both meet, all are computed and the
+smaller part is cut out. So a cut comes to lie wherever queries and shortcut leave the tokens that keys and values need,
+whatever the exporter made of the block.
+
+A part is named by a rank, the smaller the earlier: ``2 l`` for the tokens of the residual stream behind l blocks, ``2 l - 1``
+for those that block l has computed. The two differ in mode ``stale`` only, where dropped rows are put back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from graph_passes.axes import UNKNOWN_BATCH, Axes, Axis, Tokens, has, size_of, token_axis
+from graph_passes.labels import Table
+from graph_passes.match import MatchFailure, constant, integers, label, make_constant, replace_input
+from graph_passes.registry import CutForm
+from graph_passes.rows import take_rows
+from graph_passes.structure import Structure
+
+STEM = -1  # the rank of what comes before the blocks: as it is
+MOVERS = {"Slice", "Gather", "Split", "Concat"}
+
+
+class Layout:
+    """Tokens by plan index: ``read[l]`` those of the stream behind l blocks, ``computed[l]`` those that block l computes."""
+
+    def __init__(self, structure: Structure, read: Sequence[Sequence[int]], computed: Sequence[Sequence[int]]) -> None:
+        name = structure.names
+        self.ranks = {2 * level: [name[token] for token in tokens] for level, tokens in enumerate(read)}
+        self.ranks |= {2 * level + 1: [name[token] for token in tokens] for level, tokens in enumerate(computed)}
+
+
+def lay(graph: gs.Graph, structure: Structure, layout: Layout, form: CutForm = "auto") -> None:
+    """Change ``graph`` to ``layout``, all cuts in one ``form``; raises ``MatchFailure`` for what cannot be laid so."""
+    _Cutter(graph, structure, layout, form).run()
+
+
+class _Cutter:
+    def __init__(self, graph: gs.Graph, structure: Structure, layout: Layout, form: CutForm) -> None:
+        self.graph, self.structure, self.labels, self.form = graph, structure, structure.labels, form
+        self.names = layout.ranks
+        self.last = 2 * len(structure.blocks)
+        self.stream = {id(tensor): level for level, tensor in enumerate(structure.stream)}
+        self.ranks: dict[int, int] = {}  # of nodes
+        self.taken: dict[tuple[int, tuple[int, ...]], gs.Variable] = {}
+        self.outputs: dict[int, gs.Variable] = {}  # the stream with its dropped rows put back
+        self.tables: dict[int, list[Table]] = {}
+        for table in self.labels.tables:
+            self.tables.setdefault(id(table.node), []).append(table)
+
+    def run(self) -> None:
+        self._rank_nodes()
+        originals = [node for node in self.labels.nodes if self.ranks.get(id(node), STEM) != STEM]
+        for tensor in self.structure.stream:
+            self._put_back(tensor)
+        for node in originals:
+            self._rewire(node)
+
+    # Which part of its tokens a node computes
+
+    def _rank_nodes(self) -> None:
+        asked: dict[int, int] = {id(tensor): self.last for tensor in self.graph.outputs}
+        keys_values = {(id(node), operand) for a in self.labels.attentions for node, operand in (a.keys, a.values)}
+        for node in reversed(self.labels.nodes):
+            if not any(self.labels.depends(tensor) for tensor in node.inputs) or node.op in ("Shape", "Size"):
+                continue
+            level = next((self.stream[id(tensor)] for tensor in node.outputs if id(tensor) in self.stream), None)
+            wanted = [asked[id(tensor)] for tensor in node.outputs if id(tensor) in asked]
+            if not wanted:
+                continue  # nothing reads it
+            rank = min(wanted) if level is None else 2 * level - 1
+            if all(self._axes(tensor) is None for tensor in node.outputs) and level is None:
+                rank = self.last  # the head: its outputs hold no tokens
+            self.ranks[id(node)] = rank
+            for operand, tensor in enumerate(node.inputs):
+                if self.labels.depends(tensor):
+                    part = 2 * self.labels.level(tensor) if (id(node), operand) in keys_values and rank != STEM else rank
+                    asked[id(tensor)] = min(part, asked.get(id(tensor), part))
+
+    def _axes(self, tensor: gs.Tensor) -> Axes | None:
+        """The axes of a tensor that holds tokens, on whatever axis."""
+        axes = self.labels.of(tensor)
+        return axes if axes is not None and any(has(axis, Tokens) for axis in axes) else None
+
+    def _part(self, tokens: Tokens, rank: int, level: int) -> tuple[int, ...]:
+        """Those of ``tokens`` that are left at a rank; of keys those that the block behind ``level`` blocks reads."""
+        names = self.names[2 * level if tokens.keys else rank] if rank != STEM else tokens.names
+        there = set(tokens.names)
+        return tuple(name for name in names if name in there)
+
+    def _available(self, tensor: gs.Tensor) -> tuple[int, ...]:
+        """The tokens that ``tensor`` will hold."""
+        tokens = self.labels.tokens(tensor)
+        assert tokens is not None
+        if id(tensor) in self.stream:
+            return self._part(tokens, 2 * self.stream[id(tensor)], 0)
+        rank = self.ranks.get(id(tensor.inputs[0]), STEM) if tensor.inputs else STEM
+        return self._part(tokens, rank, 0)
+
+    # Changing the graph
+
+    def _put_back(self, tensor: gs.Variable) -> None:
+        """Order the tokens that enter the first block; in mode ``stale``, put a block's dropped rows behind the others."""
+        level = self.stream[id(tensor)]
+        tokens, readers = self.labels.tokens(tensor), list(tensor.outputs)
+        if not readers or tokens is None:
+            return
+        have = tokens.names if level == 0 else self._part(tokens, 2 * level - 1, 0)
+        want = self._part(tokens, 2 * level, 0)
+        if have == want:
+            return
+        if level == 0:
+            out = self._take(tensor, have, want, "token_order")
+        else:
+            before = self.outputs.get(level - 1, self.structure.stream[level - 1])
+            place = self._place(tensor)
+            rest = tuple(name for name in want if name not in set(have))
+            dropped = self._take(before, self._available(self.structure.stream[level - 1]), rest, f"block_{level - 1}.dropped")
+            out = gs.Variable(f"block_{level - 1}.write_back.out", dtype=tensor.dtype)
+            node = gs.Node("Concat", f"block_{level - 1}.write_back", {"axis": place}, [tensor, dropped], [out])
+            self.graph.nodes.append(node)
+        self.outputs[level] = out
+        for reader in readers:
+            replace_input(reader, tensor, out)
+
+    def _rewire(self, node: gs.Node) -> None:
+        """Give a node the part of each operand that it is to read, and constants that fit."""
+        rank = self.ranks[id(node)]
+        level = max(self.labels.level(tensor) for tensor in node.inputs)
+        keys_values = {operand for a in self.labels.attentions for at, operand in (a.keys, a.values) if at is node}
+        sources = {index: self._source(tensor) for index, tensor in enumerate(node.inputs)}
+        for index, source in sources.items():
+            tokens = None if source is None else self.labels.tokens(source)
+            if source is None or tokens is None:
+                continue
+            want = self._part(tokens, 2 * self.labels.level(source) if index in keys_values else rank, 0)
+            have = self._available(source)
+            if want and want != have:
+                node.inputs[index] = self._take(node.inputs[index], have, want, self._cut_name(node, index, source))
+        if node.op in MOVERS:
+            self._move(node, [source for source in sources.values() if source is not None], rank)
+        for table in self.tables.get(id(node), []):
+            self._cut_table(table, rank, level)
+        if node.op in ("Reshape", "Expand"):
+            self._reshape(node, rank, level)
+
+    def _source(self, tensor: gs.Tensor) -> gs.Variable | None:
+        """The tensor that ``labels`` knows of what a node reads; None for constants."""
+        for level, out in self.outputs.items():
+            if tensor is out:
+                return self.structure.stream[level]
+        return tensor if self.labels.of(tensor) is not None else None
+
+    def _cut_name(self, node: gs.Node, index: int, source: gs.Variable) -> str:
+        block = self.labels.level(source)
+        if id(source) in self.stream:
+            return f"block_{block}.shortcut"
+        scores = any(a.scores is node and index == 0 for a in self.labels.attentions)
+        return f"block_{block}.{'queries' if scores else 'kept'}"
+
+    def _take(self, tensor: gs.Tensor, have: Sequence[int], want: tuple[int, ...], name: str) -> gs.Variable:
+        """The tokens ``want`` of a tensor that holds ``have``; taken once for all who ask."""
+        key = (id(tensor), want)
+        if key not in self.taken:
+            source = self._source(tensor) or tensor
+            place = {token: row for row, token in enumerate(have)}
+            rows = [place[token] for token in want]
+            axes = self.labels.of(source)
+            assert axes is not None
+            shape = (len(axes), self._place(source), len(have))
+            self.taken[key] = take_rows(self.graph, tensor, rows, shape, name, self.form)
+        return self.taken[key]
+
+    def _place(self, tensor: gs.Tensor) -> int:
+        axes = self.labels.of(tensor)
+        place = None if axes is None else token_axis(axes)
+        if place is None:
+            raise MatchFailure(f"tensor '{tensor.name}'", "expected its tokens on an axis of their own, to cut them there")
+        return place
+
+    def _move(self, node: gs.Node, sources: list[gs.Variable], rank: int) -> None:
+        """Renumber a Slice, Gather, Split or Concat along the tokens."""
+        axes = self._axes(sources[0]) if sources else None
+        before = self.labels.tokens(sources[0]) if sources else None
+        after = self.labels.tokens(node.outputs[0])
+        place = None if axes is None else token_axis(axes)
+        if before is None or place is None or (node.op != "Concat" and before == after):
+            return
+        have = self._part(before, rank, 0)
+        row = {token: number for number, token in enumerate(have)}
+        if node.op == "Concat":
+            if int(node.attrs["axis"]) % len(axes or ()) == place:
+                self._concat(node, sources, rank)
+        elif after is None:  # a Gather of one token
+            (index,) = integers(node.inputs[1]) or [0]
+            node.inputs[1] = make_constant(f"{node.outputs[0].name}.row", np.asarray(row[before.names[index]], dtype=np.int64))
+        elif node.op == "Split":
+            parts = [self._part(t, rank, 0) for out in node.outputs if (t := self.labels.tokens(out)) is not None]
+            if tuple(name for part in parts for name in part) != have:
+                raise MatchFailure(label(node), "expected the tokens in an order that its parts keep")
+            node.attrs.pop("num_outputs", None)
+            node.inputs[1:] = [make_constant(f"{node.outputs[0].name}.sizes", [len(part) for part in parts])]
+        elif (part := self._part(after, rank, 0)) and part != have:
+            rows = [row[name] for name in part]
+            run = rows == list(range(rows[0], rows[0] + len(rows)))
+            name = node.outputs[0].name
+            node.op, node.attrs = ("Slice", {}) if run else ("Gather", {"axis": place})
+            bounds = {"starts": [rows[0]], "ends": [rows[-1] + 1], "axes": [place]} if run else {"rows": rows}
+            node.inputs[1:] = [make_constant(f"{name}.{key}", values) for key, values in bounds.items()]
+        elif part:
+            node.op, node.attrs = "Identity", {}
+            del node.inputs[1:]
+
+    def _concat(self, node: gs.Node, sources: list[gs.Variable], rank: int) -> None:
+        parts = [self._part(tokens, rank, 0) if (tokens := self.labels.tokens(source)) else () for source in sources]
+        whole = self.labels.tokens(node.outputs[0])
+        if whole is None or len(sources) != len(node.inputs):
+            raise MatchFailure(label(node), "expected constant tokens to be joined before the blocks only")
+        if tuple(name for part in parts for name in part) != self._part(whole, rank, 0):
+            raise MatchFailure(label(node), "expected the tokens in an order that its parts keep")
+        for index in reversed(range(len(parts))):
+            if not parts[index]:
+                del node.inputs[index]
+
+    def _cut_table(self, table: Table, rank: int, level: int) -> None:
+        want = self._part(table.tokens, rank, level)
+        if want == table.tokens.names:
+            return
+        values = constant(table.node.inputs[table.operand])
+        assert values is not None  # the labels saw to it
+        row = {name: number for number, name in enumerate(table.tokens.names)}
+        rows = [row[name] for name in want]
+        name = f"{table.node.outputs[0].name}.operand_{table.operand}"
+        table.node.inputs[table.operand] = make_constant(name, np.take(values, rows, axis=table.axis))
+
+    def _reshape(self, node: gs.Node, rank: int, level: int) -> None:
+        """Give a shape that names a token count the new one, in a constant of its own: exporters share them among blocks."""
+        axes, shape = self._axes(node.outputs[0]), integers(node.inputs[1])
+        if axes is None or shape is None:
+            return
+        wanted = list(shape)
+        for index, axis in enumerate(axes[-len(shape) :]):
+            if has(axis, Tokens) and shape[index] > 0:
+                length = self._length(axis, rank, level)
+                wanted[index] = -1 if length >= UNKNOWN_BATCH else length
+        if wanted.count(-1) > 1:
+            raise MatchFailure(label(node), f"expected a shape {shape} that can say {wanted}")
+        if wanted != shape:
+            node.inputs[1] = make_constant(f"{node.outputs[0].name}.shape", wanted)
+
+    def _length(self, axis: Axis, rank: int, level: int) -> int:
+        return size_of(tuple(len(self._part(f, rank, level)) if isinstance(f, Tokens) else f for f in axis))

@@ -1,0 +1,144 @@
+"""Linear layers, and which of their columns end up where: what packs and unpacks queries, keys and values moves them only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from graph_passes.axes import Batch, Tokens, has, token_axis
+from graph_passes.labels import Labels
+from graph_passes.match import constant, integers, make_constant, operands, rows_of_slice
+
+MOVES = {"Reshape", "Transpose", "Split", "Slice", "Gather", "Squeeze", "Unsqueeze", "Flatten", "Identity"}
+
+
+@dataclass
+class Linear:
+    """``source [..., in] @ weight [in, out] + bias [out]``: a Gemm, or a MatMul and, where there is a bias, an Add."""
+
+    source: gs.Tensor
+    product: gs.Node
+    add: gs.Node | None
+    weight: NDArray[np.generic]
+    bias: NDArray[np.generic] | None
+
+    @property
+    def output(self) -> gs.Variable:
+        """The tensor ``[..., out]``."""
+        return (self.add or self.product).outputs[0]
+
+
+def linear_at(tensor: gs.Tensor) -> Linear | None:
+    """The linear layer whose output ``tensor`` is, if it is one."""
+    node = tensor.inputs[0] if tensor.inputs else None
+    add, bias = None, None
+    if (
+        node is not None
+        and node.op == "Add"
+        and (parts := operands(node)) is not None
+        and parts[1].size == parts[1].shape[-1:][0]
+    ):
+        add, (source, bias) = node, parts
+        node = source.inputs[0] if source.inputs and len(source.outputs) == 1 else None
+    if node is None or node.op not in ("MatMul", "Gemm") or (add is not None and node.op == "Gemm"):
+        return None
+    weight = constant(node.inputs[1])
+    if weight is None or weight.ndim != 2 or constant(node.inputs[0]) is not None:
+        return None
+    if node.op == "Gemm":
+        if node.attrs.get("transA", 0) or node.attrs.get("alpha", 1.0) != 1.0 or node.attrs.get("beta", 1.0) != 1.0:
+            return None
+        weight = weight.T if node.attrs.get("transB", 0) else weight
+        bias = constant(node.inputs[2]) if len(node.inputs) > 2 else None
+        if len(node.inputs) > 2 and (bias is None or bias.size != weight.shape[1]):
+            return None
+    return Linear(node.inputs[0], node, add, weight, None if bias is None else bias.reshape(-1))
+
+
+@dataclass
+class Columns:
+    """Where the columns of a linear layer went: ``values``, shaped like the tensor for one image, holds column numbers."""
+
+    linear: Linear
+    tensor: gs.Tensor
+    values: NDArray[np.int64]
+
+    def of_one_token(self, labels: Labels) -> NDArray[np.int64] | None:
+        """The column numbers of one token, its axes and the batch's gone; None where tokens differ or an axis is merged."""
+        axes = labels.of(self.tensor)
+        place = None if axes is None else token_axis(axes)
+        if axes is None or place is None or any(len(axis) > 1 and has(axis, Tokens, Batch) for axis in axes):
+            return None
+        one = self.values.take([0], axis=place)
+        if not (self.values == one).all():
+            return None
+        gone = tuple(index for index, axis in enumerate(axes) if has(axis, Tokens, Batch))
+        return one.squeeze(axis=gone)
+
+
+def columns_of(tensor: gs.Tensor, labels: Labels) -> Columns | None:
+    """Follow ``tensor`` back over moves alone to a linear layer; None where there is anything else on the way."""
+    path: list[tuple[gs.Node, gs.Tensor]] = []
+    current = tensor
+    while (linear := linear_at(current)) is None:
+        node = current.inputs[0] if current.inputs else None
+        if node is None or node.op not in MOVES or labels.of(current) is None:
+            return None
+        path.append((node, current))
+        current = node.inputs[0]
+    shape = _shape(labels, current)
+    if shape is None or labels.tokens(current) is None:
+        return None
+    values = np.broadcast_to(np.arange(shape[-1]), shape)
+    for node, output in reversed(path):
+        moved = _moved(node, output, values, labels)
+        if moved is None:
+            return None
+        values = moved
+    return Columns(linear, tensor, values)
+
+
+def _shape(labels: Labels, tensor: gs.Tensor) -> tuple[int, ...] | None:
+    """A tensor's shape for one image."""
+    axes = labels.of(tensor)
+    if axes is None:
+        return None
+    sizes = [[1 if isinstance(f, Batch) else f if isinstance(f, int) else f.size for f in axis] for axis in axes]
+    return tuple(int(np.prod(size)) for size in sizes)
+
+
+def _moved(node: gs.Node, output: gs.Tensor, values: NDArray[np.int64], labels: Labels) -> NDArray[np.int64] | None:
+    """What a move makes of column numbers."""
+    if node.op == "Transpose":
+        return values.transpose(node.attrs.get("perm"))
+    if node.op == "Gather":
+        index = constant(node.inputs[1])
+        return None if index is None else values.take(index.astype(np.int64), axis=node.attrs.get("axis", 0))
+    if node.op == "Slice":
+        bounds = rows_of_slice(node, values.shape) or {}
+        for axis, rows in bounds.items():
+            values = values.take(list(rows), axis=axis)
+        return values if bounds else None
+    if node.op == "Split":
+        axis, count = int(node.attrs.get("axis", 0)), len(node.outputs)
+        sizes = integers(node.inputs[1]) if len(node.inputs) > 1 else [-(-values.shape[axis] // count)] * count
+        parts = np.split(values, np.cumsum(sizes or [])[:-1], axis=axis)
+        return parts[next(number for number, tensor in enumerate(node.outputs) if tensor is output)]
+    shape = _shape(labels, output)
+    return None if shape is None else values.reshape(shape)
+
+
+def set_linear(linear: Linear, name: str, weight: NDArray[np.generic], bias: NDArray[np.generic] | None) -> None:
+    """Give a linear layer fresh constants ``weight [in, out]`` and ``bias [out]``."""
+    transposed = linear.product.op == "Gemm" and linear.product.attrs.get("transB", 0)
+    linear.product.inputs[1] = make_constant(f"{name}.weight", weight.T if transposed else weight)
+    if bias is None:
+        return
+    if linear.add is None:
+        linear.product.inputs[2] = make_constant(f"{name}.bias", bias)
+    else:
+        index = next(i for i, tensor in enumerate(linear.add.inputs) if tensor is not linear.product.outputs[0])
+        linear.add.inputs[index] = make_constant(f"{name}.bias", bias)

@@ -1,0 +1,29 @@
+"""Cut the last block to the tokens that the head reads: exact, and free of any plan.
+
+Where the head reads the class token alone, nobody reads what the last block makes of the others: 6.9 % of DeiT-Ti's
+multiply-accumulates. A head that pools reads them all, and is left alone. A plan does the same; this pass is for a model that
+has none.
+
+Before: the last block computes all tokens. After: those that the head takes one by one. Site: the block.
+"""
+
+from __future__ import annotations
+
+import onnx_graphsurgeon as gs
+
+from graph_passes.cutting import Layout, lay
+from graph_passes.registry import Settings, graph_pass
+from graph_passes.structure import find_structure
+
+
+@graph_pass("cut_last_block", default=False)
+def run(graph: gs.Graph, settings: Settings) -> int:
+    """Returns 1 if the last block was cut, else 0; raises ``MatchFailure``."""
+    structure = find_structure(graph)
+    last = structure.blocks[-1]
+    kept = [token for token in last.computes if structure.pools or token in structure.head_tokens]
+    if kept == last.computes:
+        return 0
+    computed = [block.computes for block in structure.blocks[:-1]] + [kept]
+    lay(graph, structure, Layout(structure, [*(block.reads for block in structure.blocks), kept], computed), settings.cut)
+    return 1

@@ -1,0 +1,87 @@
+"""Write each ``Attention`` node (opset 23) as scale, product, Softmax and product.
+
+Engines fuse the plain form, and not all of them know the operator: TensorRT fails to build it in FP32. Heads that are packed
+into the width are unpacked first.
+
+Before: Attention(q, k, v). After: (q * scale) k^T, (+ mask), Softmax, times v. Site: a node. One with a cache, a causal mask, a
+cap on its scores or fewer key heads than query heads is left as it is.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from graph_passes.match import MatchFailure, constant, label, make_constant
+from graph_passes.registry import Settings, graph_pass
+
+
+@graph_pass("expand_attention")
+def run(graph: gs.Graph, settings: Settings) -> int:
+    """Returns the number of nodes expanded."""
+    nodes = [
+        node for node in graph.nodes if node.op == "Attention" and node.domain in (None, "", "ai.onnx") and _is_plain(node)
+    ]
+    for node in nodes:
+        _expand(graph, node)
+    return len(nodes)
+
+
+def _is_plain(node: gs.Node) -> bool:
+    attrs = node.attrs
+    cache = any(tensor.name for tensor in node.inputs[4:]) or any(tensor.outputs for tensor in node.outputs[1:])
+    capped = attrs.get("softcap", 0.0) or attrs.get("is_causal", 0)
+    mask = node.inputs[3] if len(node.inputs) > 3 and node.inputs[3].name else None
+    return not (cache or capped or (mask is not None and constant(mask) is None)) and _heads(node) is not None
+
+
+def _heads(node: gs.Node) -> int | None:
+    """The number of heads, where queries, keys and values have the same."""
+    if len(node.inputs[0].shape or []) == 4:
+        heads = [tensor.shape[1] if tensor.shape and len(tensor.shape) == 4 else None for tensor in node.inputs[:3]]
+    else:
+        heads = [node.attrs.get("q_num_heads"), node.attrs.get("kv_num_heads"), node.attrs.get("kv_num_heads")]
+    return int(heads[0]) if isinstance(heads[0], int) and heads[0] == heads[1] == heads[2] else None
+
+
+def _expand(graph: gs.Graph, node: gs.Node) -> None:
+    name, dtype = node.name or node.outputs[0].name, node.inputs[0].dtype
+
+    def append(op: str, suffix: str, inputs: list[gs.Tensor], **attrs: object) -> gs.Variable:
+        out = gs.Variable(f"{name}.{suffix}.out", dtype=dtype)
+        graph.nodes.append(gs.Node(op, f"{name}.{suffix}", attrs, inputs, [out]))
+        return out
+
+    packed, heads = len(node.inputs[0].shape or []) == 3, _heads(node)
+    parts = list(node.inputs[:3])
+    if packed:
+        for index, part in enumerate("qkv"):
+            width = parts[index].shape[2]
+            if not isinstance(width, int) or heads is None:
+                raise MatchFailure(label(node), f"expected a fixed width; its shape is {parts[index].shape}")
+            shape = make_constant(f"{name}.{part}_shape", [0, 0, heads, width // heads])
+            unpacked = append("Reshape", f"{part}_reshape", [parts[index], shape])
+            parts[index] = append("Transpose", f"{part}_heads", [unpacked], perm=[0, 2, 1, 3])
+    query, key, value = parts
+    width = node.inputs[0].shape[-1] // (heads or 1) if packed else node.inputs[0].shape[-1]
+    scale = node.attrs.get("scale") or 1 / math.sqrt(width)
+    scaled = append("Mul", "scale", [query, make_constant(f"{name}.factor", np.asarray(scale, dtype=dtype))])
+    scores = append("MatMul", "scores", [scaled, append("Transpose", "keys", [key], perm=[0, 1, 3, 2])])
+    mask = constant(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3].name else None
+    if mask is not None:
+        if mask.dtype == np.bool_:
+            mask = np.where(mask, 0, np.finfo(dtype).min).astype(dtype)
+        scores = append("Add", "masked", [scores, make_constant(f"{name}.mask", mask)])
+    mixed = append("MatMul", "mix", [append("Softmax", "weights", [scores], axis=-1), value])
+    if packed:
+        joined = append("Transpose", "joined", [mixed], perm=[0, 2, 1, 3])
+        mixed = append("Reshape", "merged", [joined, make_constant(f"{name}.shape", [0, 0, -1])])
+    (old, *_) = node.outputs
+    for reader in list(old.outputs):
+        reader.inputs[next(index for index, tensor in enumerate(reader.inputs) if tensor is old)] = mixed
+    for index, output in enumerate(graph.outputs):
+        if output is old:
+            graph.outputs[index] = mixed
+    node.outputs.clear()
