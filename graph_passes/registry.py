@@ -11,6 +11,8 @@ from slimming.plan import Layout, SlimPlan
 
 #: How rows are taken: see ``graph_passes.cutting.take_rows``.
 CutForm = Literal["auto", "slice", "gather", "matmul"]
+#: What images come as: float32 and normalised outside, or bytes in one of two orders.
+ImageForm = Literal["float", "uint8-nchw", "uint8-nhwc"]
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,17 @@ class PassResult:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the passes are told: the plan (None for passes that need none), the layout of cut blocks, the form of a cut."""
+    """What the passes are told: the plan (None for passes that need none), the layout of cut blocks, the form of a cut.
+
+    ``image``, ``mean`` and ``std`` are for ``image_input``: what the graph is to take, and how pixels in [0, 1] are normalised.
+    """
 
     plan: SlimPlan | None = None
     layout: Layout = "split"
     cut: CutForm = "auto"
+    image: ImageForm = "float"
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
     def require_plan(self) -> SlimPlan:
         """The plan; raises ``ValueError`` when there is none."""
