@@ -15,7 +15,7 @@ import torch
 from onnx_models import dense, ort_logits, plan_for, reference, tiny_cnn
 
 from graph_passes.run import main
-from slimming.plan import SlimPlan
+from slimming.plan import SlimPlan, load_plan
 
 PLAN = [list(range(0, 17, 2)), [0, 4, 8, 12], [0, 4, 8, 12], [0]]
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
@@ -58,11 +58,13 @@ def test_it_writes_the_slim_model_a_report_and_the_intermediates(
     assert summary == json.loads(report.read_text())
     assert summary["plan_macs"] == plan.macs("packed")
     assert {entry["name"]: entry["sites"] for entry in summary["passes"]} == {
-        "repair_reshapes": 8, "fold_scale": 4, "order_tokens": 1, "cut_tokens": 3,
+        "fold_constants": 0, "expand_attention": 0, "find_blocks": 0, "repair_reshapes": 8, "fold_scale": 4, "order_tokens": 1,
+        "cut_tokens": 3, "elide_identities": 0,
     }  # fmt: skip
     slimmed = onnx.load(output)
     np.testing.assert_allclose(ort_logits(slimmed, IMAGES), reference(dense("plain")[0], plan, IMAGES), atol=1e-4)
-    names = [f"{i:02d}_{name}.onnx" for i, name in enumerate(["repair_reshapes", "fold_scale", "order_tokens", "cut_tokens"])]
+    changing = enumerate(["repair_reshapes", "fold_scale", "order_tokens", "cut_tokens"], start=3)
+    names = [f"{i:02d}_{name}.onnx" for i, name in changing]
     assert sorted(path.name for path in steps.iterdir()) == names
     assert (steps / names[-1]).read_bytes() == output.read_bytes()
 
@@ -217,7 +219,8 @@ def test_wrong_options_exit_with_2(
 def test_list_and_explain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert door(monkeypatch, "--list") == 0
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [
-        "repair_reshapes", "fold_scale", "order_tokens", "cut_tokens", "split_qkv", "to_fp16",
+        "fold_constants", "expand_attention", "find_blocks", "repair_reshapes", "fold_scale", "order_tokens", "split_qkv",
+        "cut_tokens", "cut_last_block", "elide_identities", "to_fp16",
     ]  # fmt: skip
     assert door(monkeypatch, "--explain", "cut_tokens") == 0
     assert "rectangular attention" in capsys.readouterr().out
@@ -249,13 +252,11 @@ def test_it_runs_without_torch(files: tuple[Path, Path, Path]) -> None:
     assert output.exists()
 
 
-def test_passes_that_need_an_earlier_one_are_wrong_options(
-    files: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_one_pass_alone_makes_a_whole_model(files: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     model, plan_file, output = files
-    assert door(monkeypatch, model, "--plan", plan_file, "-o", output, "--passes", "cut_tokens") == 2
-    assert "each needs those before it: repair_reshapes" in capsys.readouterr().err
-    assert not output.exists()
+    assert door(monkeypatch, model, "--plan", plan_file, "-o", output, "--passes", "cut_tokens") == 0
+    wanted = reference(dense("plain")[0], load_plan(plan_file), IMAGES)
+    np.testing.assert_allclose(ort_logits(onnx.load(output), IMAGES), wanted, atol=1e-4)
 
 
 def test_a_place_for_intermediates_that_is_a_file(
