@@ -1,0 +1,1 @@
+REWRITES: dict = {}
