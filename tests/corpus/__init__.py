@@ -1,7 +1,8 @@
 """A corpus of foreign Vision Transformer graphs: what libraries and exporters make of tiny random models.
 
-``CASES`` are graphs that a token plan can be applied to (or that are refused by a named feature, such as relative position bias),
-``REFUSED`` are graphs that are no plain Vision Transformer. ``built(case)`` makes the ONNX model, ``reference`` says what a plan means.
+``CASES`` are graphs that a token plan can be applied to, or that are refused by a named feature (relative position bias);
+``REFUSED`` are graphs that are no plain Vision Transformer. ``built(case)`` makes the ONNX model, ``reference`` says what a
+plan means.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import onnx
 import torch
 from numpy.typing import NDArray
 
-from corpus import exporters, models, reference as masking
+from corpus import exporters, models
 from corpus.models import DEPTH, FAMILIES, GRID, SIZE, WIDTH, Family, Head
+from corpus.reference import masked_logits
 from corpus.rewrites import REWRITES
 
 
@@ -84,7 +86,7 @@ def _case(family: str, exporter: str, opset: int, *how: str) -> Case:
     )
 
 
-# Every family meets dynamo at opset 20 and TorchScript at opset 17, as far as they can; the other dimensions are spread over them.
+# Every family meets dynamo at opset 20 and TorchScript at opset 17, as far as they can; the rest is spread over them.
 _DYNAMO_20: dict[str, tuple[str, ...]] = {
     "timm_class": ("unfused",),
     "timm_distilled": ("unfused", "static"),
@@ -159,7 +161,7 @@ CASES: list[Case] = [
     _case("hf_vit", "optimum", 18),
     _case("hf_dinov2", "optimum", 18, "unfused"),
     _case("hf_deit_teacher", "optimum", 18),
-    *(_case("timm_class", f"rewritten:{name}", 20, "unfused") for name in REWRITES),
+    *(Case(f"timm_class-rewritten:{name}", "timm_class", f"rewritten:{name}", 20, fused=False) for name in REWRITES),
 ]
 
 REFUSED: list[Case] = [
@@ -232,10 +234,10 @@ def plain(case: Case, images: NDArray[np.float32 | np.float16]) -> NDArray[np.fl
 def reference(case: Case, kept: Sequence[Sequence[int]], images: NDArray[np.float32 | np.float16]) -> NDArray[np.float32]:
     """Output of the case's PyTorch model in float32 under a nested plan in compact form.
 
-    ``kept[l]`` are the sorted original indices of the tokens that block l computes from keys and values of ``kept[l - 1]`` (of all tokens
-    in the first block). It may leave out prefix tokens in the last block where the head does not read them.
+    ``kept[l]`` are the sorted original indices of the tokens that block l computes from keys and values of
+    ``kept[l - 1]`` (of all tokens in the first block). It may leave out prefix tokens in the last block where the head does not read them.
     """
-    return masking.masked_logits(_float32(case), FAMILIES[case.family], kept, torch.from_numpy(images.astype(np.float32)))
+    return masked_logits(_float32(case), FAMILIES[case.family], kept, torch.from_numpy(images.astype(np.float32)))
 
 
 @cache

@@ -1,7 +1,7 @@
 """Tiny Vision Transformers of many libraries, with what a token plan has to know about each.
 
-Every model has 32 x 32 images, patches of 8 (16 patches), width 48, 3 blocks and 3 heads, and seeded random parameters, so that no
-norm, scale, bias or position is an identity.
+Every model has 32 x 32 images, patches of 8 (16 patches), width 48, 3 blocks and 3 heads, and seeded random parameters, so that
+no norm, scale, bias or position is an identity.
 """
 
 from __future__ import annotations
@@ -164,9 +164,7 @@ _HUGGING_FACE = [
     ),
     Family(
         "hf_dinov2_registers",
-        partial(
-            _hugging_face, "Dinov2WithRegistersForImageClassification", mlp_ratio=2, use_swiglu_ffn=True
-        ),
+        partial(_hugging_face, "Dinov2WithRegistersForImageClassification", mlp_ratio=2, use_swiglu_ffn=True),
         5,
         "token+avg",
         (0,),

@@ -55,7 +55,7 @@ def _hidden_keys(shown: Sequence[Sequence[int]], tokens: int) -> Iterator[None]:
 
 
 def _mean_over(kept: Sequence[int], pooled: Sequence[int]) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-    """A hook that replaces the rows of dropped tokens by the mean of the kept ones, so that a mean over all is the kept ones'."""
+    """A hook that replaces dropped rows by the mean of the kept ones, so that a mean over all is that of the kept ones."""
     dropped = sorted(set(pooled) - set(kept))
     present = sorted(set(pooled) & set(kept))
     assert present, "a head that averages needs at least one token"
@@ -72,8 +72,8 @@ def _mean_over(kept: Sequence[int], pooled: Sequence[int]) -> Callable[[nn.Modul
 def masked_logits(model: nn.Module, family: Family, kept: Sequence[Sequence[int]], images: Tensor) -> NDArray[np.float32]:
     """Output (b, classes) of ``model`` (built with fused attention) under a nested plan.
 
-    ``kept[l]`` are the sorted original indices of the tokens that block l computes; it reads keys and values of ``kept[l - 1]``, the
-    first block of all tokens. A head that averages or attends over tokens sees ``kept[-1]`` alone.
+    ``kept[l]`` are the sorted original indices of the tokens that block l computes; it reads keys and values of
+    ``kept[l - 1]``, the first block of all tokens. A head that averages or attends over tokens sees ``kept[-1]`` alone.
     """
     assert len(kept) == DEPTH
     everything = list(range(family.tokens))
