@@ -32,6 +32,8 @@ PAGE_IMAGES = 4
 class Options(ModelOptions):
     """Find a slim plan for a Vision Transformer: which tokens each block keeps, from the last block down."""
 
+    onnx: Path | None = None
+    """Instead of --model and --weights: an ONNX file, whoever exported it. Needs --mean and --std; fits nothing."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("plan.json")
     """Where to write the plan; its page, and its weights where they were fitted, go beside it."""
     layout: Layout = "split"
@@ -70,6 +72,10 @@ class Options(ModelOptions):
     def check(self) -> None:
         """Raise ``UsageError`` for values that no run could use."""
         super().check()
+        if self.onnx is not None:
+            from slimming.onnx.run import check_options
+
+            check_options(self, self.onnx)
         assert self.reductions is not None
         if self.eval_images is not None and self.eval_images < 0:
             raise UsageError(f"--eval-images {self.eval_images}: must be at least 0")
@@ -83,6 +89,8 @@ def run(options: Options) -> int:
     """Find and save the plan; returns the exit code. Raises ``DoorError``."""
     options.check()
     options.check_output()
+    if options.onnx is not None:
+        options = dataclasses.replace(options, fit="none")
     from slimming.world import join, leave
 
     world = join(options.device)
@@ -95,17 +103,23 @@ def run(options: Options) -> int:
 def _run(options: Options, world: World) -> int:
     from slimming.data import evaluation_set
     from slimming.fitted import save_fitted
+    from slimming.onnx.run import calibrate_graph
     from slimming.progress import Reporter
     from slimming.session import calibrate, open_session, search
 
     reporter = Reporter(quiet=not world.leads)
     images = evaluation_set(options.data, options.measured) if options.measured else None
-    session = open_session(options, images, world)
+    session = open_session(options, images, world) if options.onnx is None else _open_graph(options, images, reporter)
     cost = _latency(options, session)
-    reporter.say(f"{options.model}: searching on {len(session.calibration)} images of {session.calibration.address}")
+    reporter.say(
+        f"{options.onnx or options.model}: searching on {len(session.calibration)} images of {session.calibration.address}"
+    )
     checkpoint = options.output.with_suffix(".checkpoint")
     with reporter.stages() as progress:
-        calibrated = calibrate(options, session, progress, world)
+        if options.onnx is None:
+            calibrated = calibrate(options, session, progress, world)
+        else:
+            calibrated = calibrate_graph(options, session, progress, world)
         try:
             found = search(options, session, options.layout, progress, cost=cost, calibrated=calibrated, checkpoint=checkpoint)
             sweep, dense = _sweep(options, session, calibrated, found, images, world, progress)
@@ -134,6 +148,15 @@ def _run(options: Options, world: World) -> int:
     return EXIT_DONE
 
 
+def _open_graph(options: Options, images: Any, reporter: Any) -> Session:
+    from slimming.onnx.run import described, open_graph
+
+    assert options.onnx is not None
+    session = open_graph(options, options.onnx, images)
+    reporter.say(f"{options.onnx}: {described(session.loaded.data_config)}")
+    return session
+
+
 def _latency(options: Options, session: Session) -> Any:
     """The latency table that a latency budget is solved on, checked against the model; None for the other budgets."""
     from slimming.api import dense_plan
@@ -154,6 +177,7 @@ def _sweep(
     from slimming.budget import Budget
     from slimming.door import BudgetUnreachable
     from slimming.evaluate import evaluate
+    from slimming.onnx.run import slimmed
     from slimming.page import SweepPoint
     from slimming.slim_vit import SlimViT
 
@@ -169,7 +193,11 @@ def _sweep(
     if images is None:
         return [], None
     original = session.loaded.module
-    models = [original, *(SlimViT(each.model, each.plan).to(next(original.parameters()).device).eval() for each in every)]
+    if options.onnx is None:
+        slim = [SlimViT(each.model, each.plan).to(next(original.parameters()).device).eval() for each in every]
+    else:
+        slim = [slimmed(session, each.plan, options.layout) for each in every]
+    models = [original, *slim]
     dense, *each_accuracy = evaluate(models, images, session.transform, world=world, progress=progress)
     labelled = bool(images.labels)
     points = [

@@ -41,15 +41,13 @@ def open_session(options: ModelOptions, evaluated: Any = None, world: World | No
     from timm.data import create_transform
     from timm.layers import set_fused_attn
 
-    from slimming.data import calibration_set
     from slimming.families import check_supported
     from slimming.models import load_model, parse_arguments
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise Unavailable("--device cuda: PyTorch sees no CUDA device here; pass --device cpu")
     set_fused_attn(True)
-    address = options.calibration_data or options.data
-    calibration = calibration_set(address, options.calibration_images, options.seed, apart=_apart(address, options.data))
+    calibration = calibration_images(options)
     classified = calibration if evaluated is None else evaluated
     labels = classified.labels
     if len(labels) == 1:
@@ -74,6 +72,14 @@ def open_session(options: ModelOptions, evaluated: Any = None, world: World | No
         device = f"cuda:{torch.cuda.current_device()}"
     loaded.module.to(device)
     return Session(loaded, create_transform(**loaded.data_config), calibration)
+
+
+def calibration_images(options: ModelOptions) -> Any:
+    """The images that the plan is made from: an ``ImageSet``, none of it ever evaluated on."""
+    from slimming.data import calibration_set
+
+    address = options.calibration_data or options.data
+    return calibration_set(address, options.calibration_images, options.seed, apart=_apart(address, options.data))
 
 
 def _apart(address: str, evaluated: str) -> bool:

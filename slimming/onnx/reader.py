@@ -1,0 +1,233 @@
+"""An ONNX graph read as ``slimming.families`` reads a timm model: embedding, blocks and head, on PyTorch tensors.
+
+So ``DenseFeatures`` and ``TopDownSearch`` work on it as they are. Tokens are in a plan's order, prefix tokens first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from graph_passes.labels import Attention
+from slimming.families import View
+from slimming.onnx.graph import Array, Graph, Part, Session
+from slimming.plan import Geometry
+
+Pooling = Literal["token", "avg", "map"]
+
+
+@dataclass(frozen=True)
+class TokenView(View):
+    """What a block is given: ``read`` (b, N, d) has every token in its place; those not ``present`` are not to be seen."""
+
+    present: Sequence[int] = ()
+    wanted: Sequence[int] = ()
+
+
+class RuntimeModel(nn.Module):
+    """A session from images (b, 3, h, w) to answers (b, classes), called as a PyTorch model is."""
+
+    def __init__(self, session: Session, images: str, answers: str, *, channels_last: bool = False) -> None:
+        super().__init__()
+        self.session, self.images, self.answers, self.channels_last = session, images, answers, channels_last
+        self.place = nn.Parameter(torch.empty(0), requires_grad=False)  # says that the images belong on the CPU
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Answers (b, classes)."""
+        value = images.permute(0, 2, 3, 1) if self.channels_last else images
+        return torch.from_numpy(self.session.run([self.answers], {self.images: value.numpy()})[0]).flatten(1)
+
+
+class BlockPart:
+    """A block: dense, with a mask over the keys that are not present."""
+
+    def __init__(self, reader: GraphReader, index: int) -> None:
+        graph, block = reader.graph, reader.graph.structure.blocks[index]
+        self.reader, self.output = reader, block.output
+        self.attentions = block.attentions
+        softmaxes = [attention.softmax for attention in self.attentions if attention.softmax is not None]
+        self.weights: list[gs.Variable] = [node.outputs[0] for node in softmaxes]
+        self.values: list[gs.Variable] = [node.inputs[operand] for node, operand in (a.values for a in self.attentions)]
+        self.whole = Part(graph, block.input, [block.output, *self.weights])
+        self.looks = Part(graph, block.input, self.weights)
+        self.looks_with_values = Part(graph, block.input, [*self.weights, *self.values])
+
+    def run(self, view: View) -> Tensor:
+        """The block's output at the wanted tokens (b, k, d); its maps go into the view's sink, if it has one."""
+        outputs = [self.output, *(self.weights if view.sink is not None else [])]
+        result, *weights = self._run(self.whole, view, outputs)
+        if view.sink is not None:
+            view.sink.extend(self._maps(each, view) for each in weights)
+        return torch.from_numpy(result)[:, self.reader.places(view.wanted if isinstance(view, TokenView) else None)]
+
+    def maps(self, view: View) -> Tensor:
+        """Softmax matrices P (b, heads, k, n) of the wanted tokens over those present; attentions side by side."""
+        return torch.cat([self._maps(each, view) for each in self._run(self.looks, view)], dim=1)
+
+    def value_norms(self, view: View) -> Tensor:
+        """Norms of the values of the tokens present (b, heads, n); attentions side by side."""
+        _, columns = self._rows(view)
+        found = self._run(self.looks_with_values, view)
+        maps, values = found[: len(self.weights)], found[len(self.weights) :]
+        each = []
+        for weights, value in zip(maps, values, strict=True):
+            images = len(view.read)
+            norms = torch.from_numpy(value).reshape(images, -1, *value.shape[-2:]).norm(dim=-1)
+            heads = weights.reshape(images, -1, *weights.shape[-2:]).shape[1]
+            each.append(norms.repeat_interleave(heads // norms.shape[1], dim=1)[..., columns])
+        return torch.cat(each, dim=1)
+
+    def _run(self, part: Part, view: View, outputs: list[gs.Variable] | None = None) -> list[Array]:
+        graph, present = self.reader.graph, view.present if isinstance(view, TokenView) else range(self.reader.tokens)
+        masks = {graph.key_masks[id(a.mix)].name: self.reader.key_mask(a, present) for a in self.attentions}
+        return part.run(view.read[:, self.reader.order].numpy(), masks, outputs)
+
+    def _maps(self, weights: Array, view: View) -> Tensor:
+        rows, columns = self._rows(view)
+        heads = torch.from_numpy(weights).reshape(len(view.read), -1, *weights.shape[-2:])
+        return heads if rows == columns == list(range(self.reader.tokens)) else heads[:, :, rows][..., columns]
+
+    def _rows(self, view: View) -> tuple[list[int], list[int]]:
+        """Places of the wanted and of the present tokens in the graph's order."""
+        if not isinstance(view, TokenView):
+            return self.reader.places(None), self.reader.places(None)
+        return self.reader.places(view.wanted), self.reader.places(view.present)
+
+
+class HeadPart:
+    """What is behind the last block: as ``slimming.families.HeadReader``.
+
+    ``beside`` are the prefix tokens where the head reads single ones beside its pool; those need all of them.
+    """
+
+    def __init__(self, reader: GraphReader) -> None:
+        self.reader, graph = reader, reader.graph
+        structure = graph.structure
+        pool = graph.pools[0].mix if graph.pools else graph.means[0] if graph.means else None
+        self.pooling: Pooling = "token" if pool is None else "map" if graph.pools else "avg"
+        self.single = list(structure.head_tokens)
+        self.pool_tokens = [] if pool is None else graph.pool_tokens(pool)
+        self.beside = [*range(structure.prefix_tokens)] if self.single and pool is not None else []
+        self.tokens = sorted({*self.beside, *self.single, *self.pool_tokens})
+        self.answers = Part(graph, structure.stream[-1], [graph.graph.outputs[0]])
+        self.pool = None if pool is None else Part(graph, structure.stream[-1], [pool.outputs[0], *self._weights(graph)])
+
+    @staticmethod
+    def _weights(graph: Graph) -> list[gs.Variable]:
+        return [pool.softmax.outputs[0] for pool in graph.pools if pool.softmax is not None]
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the head needs every token that it reads."""
+        return self.pooling == "token"
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Answers (b, classes) of the tokens that the head is given, (b, k, d), original order."""
+        return torch.from_numpy(self._run(self.answers, tokens)[0]).flatten(1)
+
+    def pooled(self, tokens: Tensor) -> Tensor:
+        """The mean, or what the attention pool mixes of its values, of the given tokens (b, k, d): (b, width)."""
+        assert self.pool is not None  # a head that does not pool is never cut
+        return torch.from_numpy(self._run(self.pool, tokens)[0]).flatten(1)
+
+    def weights(self, tokens: Tensor) -> Tensor:
+        """How the head hangs on each given token (b, k, r): its weight in the pool, and one column per single token."""
+        slots = self._slots(tokens)
+        single = torch.zeros(len(slots), len(self.single))
+        for column, token in enumerate(self.single):
+            single[slots.index(token), column] = 1
+        columns = [single.expand(len(tokens), -1, -1)] if self.single else []
+        if self.pooling == "avg":
+            pooled = torch.tensor([float(token in self.pool_tokens) for token in slots])
+            columns.append((pooled / pooled.sum())[None, :, None].expand(len(tokens), -1, -1))
+        elif self.pooling == "map":
+            assert self.pool is not None
+            maps = torch.from_numpy(self._run(self.pool, tokens)[1]).reshape(len(tokens), -1, len(self.pool_tokens)).mean(dim=1)
+            every = torch.zeros(len(tokens), self.reader.tokens)
+            every[:, self.pool_tokens] = maps
+            columns.append(every[:, slots, None])
+        return torch.cat(columns, dim=2)
+
+    def _slots(self, tokens: Tensor) -> list[int]:
+        """Where the given tokens are laid: to a pool it is all the same, and single tokens come first."""
+        return self.tokens[: tokens.shape[1]]
+
+    def _run(self, part: Part, tokens: Tensor) -> list[Array]:
+        graph, slots = self.reader.graph, self._slots(tokens)
+        stream = self.reader.laid(tokens, slots)[:, self.reader.order]
+        masks = {graph.key_masks[id(pool.mix)].name: self.reader.key_mask(pool, slots) for pool in graph.pools}
+        for mean in graph.means:
+            read = graph.pool_tokens(mean)
+            there = np.isin(read, slots)
+            mask = graph.mean_masks[id(mean)]
+            masks[mask.name] = (there * (len(read) / there.sum())).reshape(mask.shape)
+        return part.run(stream.numpy(), masks)
+
+
+class GraphReader:
+    """A graph as embedding, blocks and head: as ``slimming.families.ModelReader``. Raises ``InputRejected``."""
+
+    def __init__(self, path: Path, side: int | None = None) -> None:
+        self.graph = Graph(path, side)
+        structure = self.graph.structure
+        self.prefix, self.tokens, self.grid = structure.prefix_tokens, structure.tokens, structure.grid
+        self.order = structure.order
+        self._place = {token: place for place, token in enumerate(self.order)}
+        self.stem = Part(self.graph, self.graph.images, [structure.stream[0]])
+        self.blocks = [BlockPart(self, index) for index in range(len(structure.blocks))]
+        self.head = HeadPart(self)
+        self.model = self.runtime(Session(path, str(path), self.graph.batch))
+
+    def runtime(self, session: Session) -> RuntimeModel:
+        """A session with this graph's inputs and outputs, as a model."""
+        graph = self.graph
+        return RuntimeModel(session, graph.images.name, graph.graph.outputs[0].name, channels_last=graph.channels_last)
+
+    @property
+    def classes(self) -> int | None:
+        """How many answers the graph gives, where that is known."""
+        shape = self.graph.graph.outputs[0].shape or []
+        return int(shape[-1]) if len(shape) == 2 and isinstance(shape[-1], int) else None
+
+    def geometry(self) -> Geometry:
+        """The sizes that MACs are counted with."""
+        return self.graph.geometry
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (b, 3, h, w) -> the first block's input (b, N, d), prefix tokens first."""
+        value = images.permute(0, 2, 3, 1) if self.graph.channels_last else images
+        return torch.from_numpy(self.stem.run(value.numpy(), {})[0])[:, self.places(None)]
+
+    def ropes(self) -> list[Tensor | None]:
+        """None for each block: rotary tables are in the graph."""
+        return [None] * len(self.blocks)
+
+    def view(self, read: Tensor, present: Sequence[int], wanted: Sequence[int] | None, rope: Tensor | None) -> TokenView:
+        """What a block is given: ``read`` (b, n, d) holds the tokens ``present``, and it computes ``wanted`` (None: all)."""
+        laid = self.laid(read, present)
+        return TokenView(laid, laid, present=list(present), wanted=list(present if wanted is None else wanted))
+
+    def laid(self, tokens: Tensor, present: Sequence[int]) -> Tensor:
+        """The tokens (b, n, d) in their places among all (b, N, d); the others repeat the first, since norms take no zeros."""
+        if len(present) == self.tokens:
+            return tokens
+        every = tokens[:, :1].expand(-1, self.tokens, -1).clone()
+        every[:, list(present)] = tokens
+        return every
+
+    def places(self, tokens: Sequence[int] | None) -> list[int]:
+        """Where tokens (None: all) are in the graph's order."""
+        return [self._place[token] for token in (range(self.tokens) if tokens is None else tokens)]
+
+    def key_mask(self, attention: Attention, present: Sequence[int]) -> NDArray[np.float32]:
+        """What is added to an attention's scores so that only the tokens ``present`` are read."""
+        read = self.graph.structure.indices(attention.read)
+        return np.where(np.isin(read, list(present)), 0, -np.inf).astype(np.float32)

@@ -1,0 +1,181 @@
+"""Plans for ONNX graphs: ``slimming.api`` for a graph instead of a PyTorch model."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from graph_passes.files import save_model
+from graph_passes.manager import slim
+from slimming.api import Found, _batches, _counts, _within
+from slimming.budget import LATENCY, Budget
+from slimming.costs import Cost, MacsCost
+from slimming.data import ImageSet
+from slimming.door import InputRejected, UsageError
+from slimming.features import DenseFeatures, Progress
+from slimming.onnx.graph import Session
+from slimming.onnx.reader import GraphReader, RuntimeModel
+from slimming.plan import Calibration, Fit, Layout, Mode, Origin, ScoreName, SlimPlan
+from slimming.scores import Score, score_named
+from slimming.search import Choose, Selection, TopDownSearch
+from slimming.search import Fit as BlockFit
+from slimming.store import DEFAULT_BOUND, TensorStore
+from slimming.world import ALONE, World
+
+
+class GraphSearch(TopDownSearch):
+    """The search on a graph. Where its head reads single tokens beside a pool, the last block keeps the prefix tokens as well.
+
+    Counts of the last block are then without them, as for other heads that pool.
+    """
+
+    def __init__(self, features: DenseFeatures, score: Score) -> None:
+        super().__init__(features, score)
+        self.beside: list[int] = getattr(self.head, "beside", [])
+
+    @property
+    def readable(self) -> int:
+        """How many tokens of the last block the head can read, or pool."""
+        return len(self.head.tokens) - len(self.beside)
+
+    def _chooser(self, counts: Sequence[int], error: BlockFit) -> Choose:
+        return super()._chooser([*counts[:-1], counts[-1] + len(self.beside)], error)
+
+    def _top(self, choose: Choose, batches: list[int]) -> tuple[list[int], float]:
+        if not self.beside:
+            return super()._top(choose, batches)
+
+        def choose_pooled(block: int, base: list[int], above: list[int], ranking: list[int]) -> tuple[list[int], float]:
+            pooled = [token for token in ranking if token not in set(self.beside)]
+            return choose(block, sorted([*self.beside, pooled[0]]), above, pooled)
+
+        return super()._top(choose_pooled, batches)
+
+
+@dataclasses.dataclass(frozen=True)
+class _WithPrefix:
+    """What counts cost once ``beside`` prefix tokens are added to the last one."""
+
+    cost: Cost
+    beside: int
+
+    @property
+    def unit(self) -> str:
+        return self.cost.unit
+
+    def of(self, counts: Sequence[int]) -> float:
+        before = counts[-2] if len(counts) > 1 else counts[-1] + self.beside
+        return self.cost.of([*counts[:-1], min(counts[-1] + self.beside, before)])
+
+    def dense(self) -> float:
+        return self.cost.dense()
+
+
+class CalibratedGraph:
+    """A graph with its dense features on calibration images: as ``slimming.api.Calibrated``."""
+
+    def __init__(
+        self,
+        reader: GraphReader,
+        images: ImageSet,
+        *,
+        name: str,
+        transform: Any,
+        mode: Mode = "compact",
+        seed: int = 0,
+        bound: int = DEFAULT_BOUND,
+        world: World = ALONE,
+        progress: Progress | None = None,
+        magnitudes: bool = True,
+    ) -> None:
+        self.reader, self.name, self.mode, self.seed = reader, name, mode, seed
+        digests: list[bytes] = []
+        batches = _batches(images, transform, world, digests)
+        options: Any = {"mode": mode, "magnitudes": magnitudes, "store": TensorStore(bound), "world": world}
+        model: Any = reader  # to the features, what a graph reader offers is a model reader
+        self.features = DenseFeatures(model, batches, len(images), progress=progress, **options)
+        self.calibration = Calibration(
+            data=f"{images.address} ({images.split}, {images.share})",
+            images=len(images),
+            fingerprint=world.same(digests, len(self.features.places)),
+        )
+
+    def find(
+        self,
+        budget: Budget | None = None,
+        *,
+        cost: Cost | None = None,
+        score: ScoreName = "paper",
+        fit: Fit = "none",
+        layout: Layout = "split",
+        summary: bool = False,
+    ) -> Found:
+        """The plan that meets ``budget``, and the graph's own dense model. Raises ``BudgetUnreachable`` and ``UsageError``."""
+        budget = budget or Budget()
+        budget.check()
+        if fit != "none" or summary or cost is not None or budget.criterion in LATENCY:
+            raise UsageError("a plan for an ONNX graph has no fit, no summary and no latency budget")
+        search = GraphSearch(self.features, score_named(score, self.seed))
+        if budget.criterion == "tolerance":
+            selection = _within(search, budget, score)
+        else:
+            selection = search.by_counts(self._counts(search, budget, score, layout))
+        origin = Origin(
+            score=score,
+            criterion=budget.criterion,
+            value=0.0 if budget.criterion == "tokens" else float(budget.value),
+            tolerance=selection.tolerance,
+            seed=self.seed,
+            calibration=self.calibration,
+            snap=budget.snap,
+            errors=[float(error) for error in selection.errors],
+        )
+        return Found(self._plan(selection, origin), self.reader.model, "none")
+
+    def _counts(self, search: GraphSearch, budget: Budget, score: ScoreName, layout: Layout) -> list[int]:
+        reader, beside = self.reader, len(search.beside)
+        cost: Cost = MacsCost(reader.tokens, len(reader.blocks), reader.geometry(), self.mode, layout)
+        if beside and budget.criterion == "tokens":
+            budget.counts(search.tokens, search.depth, search.prefix)
+            *rest, last = budget.tokens
+            if last <= beside:
+                raise UsageError(
+                    f"--tokens: the last block keeps the {beside} prefix tokens and a patch, so at least {beside + 1}"
+                )
+            budget = dataclasses.replace(budget, tokens=(*rest, last - beside))
+        return _counts(search, budget, _WithPrefix(cost, beside) if beside else cost, score)
+
+    def _plan(self, selection: Selection, origin: Origin) -> SlimPlan:
+        reader = self.reader
+        return SlimPlan(
+            model=self.name,
+            tokens=reader.tokens,
+            grid=reader.grid,
+            prefix_tokens=reader.prefix,
+            pooling=reader.head.pooling,
+            head_tokens=reader.head.tokens if reader.head.fixed else [],
+            mode=self.mode,
+            kept=selection.kept,
+            geometry=reader.geometry(),
+            origin=origin,
+        )
+
+    def close(self) -> None:
+        """Let go of the features."""
+        self.features.close()
+
+
+def slim_model(reader: GraphReader, plan: SlimPlan, layout: Layout = "split") -> RuntimeModel:
+    """The graph with the plan's tokens cut out, in ONNX Runtime. Raises ``InputRejected`` where that cannot be done."""
+    graph = reader.graph
+    try:
+        result = slim(graph.original, plan, layout=layout)
+    except InputRejected as error:
+        raise InputRejected(f"{graph.path}: {error}") from error
+    with tempfile.TemporaryDirectory(prefix="patchslim-") as folder:
+        path = Path(folder) / "slim.onnx"
+        save_model(result.model, path)
+        return reader.runtime(Session(path, f"{graph.path}, cut", graph.batch))
