@@ -234,8 +234,8 @@ def plain(case: Case, images: NDArray[np.float32 | np.float16]) -> NDArray[np.fl
 def reference(case: Case, kept: Sequence[Sequence[int]], images: NDArray[np.float32 | np.float16]) -> NDArray[np.float32]:
     """Output of the case's PyTorch model in float32 under a nested plan in compact form.
 
-    ``kept[l]`` are the sorted original indices of the tokens that block l computes from keys and values of
-    ``kept[l - 1]`` (of all tokens in the first block). It may leave out prefix tokens in the last block where the head does not read them.
+    ``kept[l]`` are the sorted original indices of the tokens that block l computes from keys and values of ``kept[l - 1]`` (of
+    all tokens in the first block). It may leave out prefix tokens in the last block where the head does not read them.
     """
     return masked_logits(_float32(case), FAMILIES[case.family], kept, torch.from_numpy(images.astype(np.float32)))
 
