@@ -15,6 +15,8 @@ from graph_passes.match import MatchFailure
 
 #: Stands for a batch size that is not known: a prime, so that it never divides anything else.
 UNKNOWN_BATCH = 1_000_003
+#: No plan has more.
+MOST_TOKENS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def _belongs_here(taken: list[Factor], length: int, later: Sequence[int]) -> boo
 
 
 def normal(factors: Sequence[Factor]) -> Axis:
-    """The factors with neighbouring features merged, and a whole grid of patches turned into tokens."""
+    """The factors with neighbouring features merged, and a whole grid of patches made tokens; raises ``MatchFailure``."""
     result: list[Factor] = []
     for factor in factors:
         last = result[-1] if result else None
@@ -145,6 +147,8 @@ def normal(factors: Sequence[Factor]) -> Axis:
         if isinstance(factor, int) and isinstance(last, int):
             result[-1] = last * factor
         elif isinstance(factor, Grid) and isinstance(last, Grid) and (last.axis, factor.axis) == (0, 1):
+            if last.size * factor.size > MOST_TOKENS:
+                raise MatchFailure("patch grid", f"expected at most {MOST_TOKENS} patches; found {last.size} x {factor.size}")
             result[-1] = Tokens(tuple(range(last.size * factor.size)))
         else:
             result.append(factor)

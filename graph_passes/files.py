@@ -27,6 +27,7 @@ PROTOBUF_LIMIT = 2**31 - 2**20
 _GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9  # field numbers in ModelProto, GraphProto and TensorProto
 _PAGE, _CACHE_LINE = 4096, 64  # weights in a data file start at multiples of these, the large ones of the first
 _LARGE = 2**20
+_LONGEST_MESSAGE = 1000
 
 
 def load_model(path: Path) -> OnnxModel:
@@ -42,9 +43,9 @@ def load_model(path: Path) -> OnnxModel:
     try:
         results = run_passes(model, ["fold_constants", "find_blocks"], Settings()).results
     except InputRejected as error:
-        raise InputRejected(f"{path}: {error}") from error
+        raise InputRejected(f"{path}: {_clipped(error)}") from error
     except Exception as error:  # a hostile file can trip the readers anywhere; the cause stays chained
-        raise InputRejected(f"{path}: cannot be read as a graph: {type(error).__name__}: {error}") from error
+        raise InputRejected(f"{path}: cannot be read as a graph: {type(error).__name__}: {_clipped(error)}") from error
     for refusal in (refusal for result in results for refusal in result.refused):
         fault = f"{refusal.site}: {refusal.reason}"
         raise InputRejected(f"{path}: not a Vision Transformer that the passes understand: {fault}")
@@ -81,7 +82,7 @@ def read_model(path: Path) -> OnnxModel:
             ],
         )
     except InputRejected as error:
-        raise InputRejected(f"{path}: {error}") from error
+        raise InputRejected(f"{path}: {_clipped(error)}") from error
 
 
 def save_model(model: OnnxModel | onnx.ModelProto, path: Path, *, external: bool | None = None) -> None:
@@ -102,6 +103,12 @@ def save_model(model: OnnxModel | onnx.ModelProto, path: Path, *, external: bool
                 file.write(chunk)
     if old is not None and old != new:
         old.unlink(missing_ok=True)
+
+
+def _clipped(error: Exception) -> str:
+    """A message that a hostile file cannot make endless."""
+    text = str(error)
+    return text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]} ..."
 
 
 def _map(path: Path) -> Bytes:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import onnx_graphsurgeon as gs
 
 from graph_passes.axes import (
+    MOST_TOKENS,
     Axes,
     Axis,
     Batch,
@@ -118,10 +119,13 @@ def follow(graph: gs.Graph, nodes: list[gs.Node], images: gs.Variable) -> Labels
     labels = Labels(nodes)
     labels.axes[id(images)] = _of_images(labels, images)
     for node in nodes:
-        if node.op in ("Shape", "Size") or not any(labels.depends(tensor) for tensor in node.inputs):
+        captured = [tensor for tensor in _captured(node) if labels.depends(tensor)]
+        if node.op in ("Shape", "Size") or not any(labels.depends(tensor) for tensor in [*node.inputs, *captured]):
             continue
-        level = max(labels.level(tensor) for tensor in node.inputs)
+        level = max(labels.level(tensor) for tensor in [*node.inputs, *captured])
         fault = next((labels.faults[id(tensor)] for tensor in node.inputs if id(tensor) in labels.faults), None)
+        if captured:
+            fault = MatchFailure(label(node), "expected no subgraph that reads what is computed of the images")
         try:
             outputs = _explained(labels, node) if fault is None else []
         except MatchFailure as failure:
@@ -134,6 +138,12 @@ def follow(graph: gs.Graph, nodes: list[gs.Node], images: gs.Variable) -> Labels
                 labels.faults[id(tensor)] = fault or MatchFailure(label(node), "expected its first output to be read only")
         _close_attention(labels, node, level)
     return labels
+
+
+def _captured(node: gs.Node) -> list[gs.Tensor]:
+    """The tensors that the node's subgraphs read, those of the graph around them among them."""
+    graphs = [value for value in node.attrs.values() if isinstance(value, gs.Graph)]
+    return [tensor for graph in graphs for inner in graph.nodes for tensor in [*inner.inputs, *_captured(inner)]]
 
 
 def _of_images(labels: Labels, images: gs.Variable) -> Axes:
@@ -346,7 +356,7 @@ def _concat(labels: Labels, node: gs.Node) -> Axes:
     names: list[int] = []
     for axis, axes in zip(along, found, strict=True):
         tokens = tokens_of(axis)
-        if tokens is None and axes is None and not has(axis, Batch):
+        if tokens is None and axes is None and not has(axis, Batch) and size_of(axis) < MOST_TOKENS:
             fresh = [-1 - len(labels.prefix) - number for number in range(size_of(axis))]
             labels.prefix.extend(fresh)
             names.extend(fresh)
@@ -411,7 +421,12 @@ def _parts(node: gs.Node, axes: Axes) -> list[Axes]:
         index = constant(node.inputs[1])
         if index is None or index.ndim > 1:
             raise MatchFailure(site, "expected a constant index, or a constant list of them")
-        rows = [int(row) % size_of(axes[place]) for row in index.reshape(-1)]
+        length = size_of(axes[place])
+        if index.size and not -length <= index.min() <= index.max() < length:
+            raise MatchFailure(
+                site, f"expected indices within an axis of {length}; they go from {index.min()} to {index.max()}"
+            )
+        rows = [int(row) % length for row in index.reshape(-1)]
         chosen = _taken(axes, place, rows, site)
         return [chosen if index.ndim else (*chosen[:place], *chosen[place + 1 :])]
     bounds = rows_of_slice(node, [size_of(axis) for axis in axes])
@@ -439,6 +454,8 @@ def _spatial(labels: Labels, node: gs.Node, axes: Axes) -> Axes:
     shape = node.outputs[0].shape or []
     if len(axes) != 4 or has(axes[1], Tokens) or not all(has(axis, Pixels, Grid) for axis in axes[2:]):
         raise MatchFailure(label(node), "expected a convolution of images; this one is of tokens")
+    if node.attrs.get("group", 1) < 1:
+        raise MatchFailure(label(node), "expected at least one group of channels")
     if len(shape) != 4 or not all(isinstance(length, int) for length in shape[1:]):
         raise MatchFailure(label(node), f"expected a fixed patch grid; its shape is {shape}")
     return axes[0], normal([shape[1]]), (Grid(0, shape[2]),), (Grid(1, shape[3]),)

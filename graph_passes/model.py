@@ -207,6 +207,8 @@ def _without_data(tensor: onnx.TensorProto) -> tuple[onnx.TensorProto, Bytes | N
 def _ensure_sound(tensor: onnx.TensorProto, data: Bytes | None) -> None:
     """Raise ``InputRejected`` unless an initializer's values are there once and as many as its shape says."""
     site, size = f"initializer '{tensor.name}'", size_of(tensor)
+    if tensor.data_type not in TensorProto.DataType.values():
+        raise InputRejected(f"{site}: its data type {tensor.data_type} is not one of ONNX")
     if data is None:
         return
     if any(getattr(tensor, field) for field in _VALUE_FIELDS):
@@ -219,13 +221,13 @@ def _ensure_sound(tensor: onnx.TensorProto, data: Bytes | None) -> None:
 def _as_weight(tensor: onnx.TensorProto, data: Bytes | None) -> Weight | None:
     """The initializer as a weight, or None for one that stays in the skeleton."""
     size = size_of(tensor)
-    if size is None or not is_large(tensor.data_type, size):
+    if size is None:
         return None
+    large = is_large(tensor.data_type, size)
     if data is not None:
-        return Weight(tensor.name, tensor.data_type, tuple(tensor.dims), data)
-    if tensor.data_type not in _NUMPY_NAMES:
-        return None
+        return Weight(tensor.name, tensor.data_type, tuple(tensor.dims), data) if large else None
     try:
-        return Weight.from_array(tensor.name, numpy_helper.to_array(tensor))
+        array = numpy_helper.to_array(tensor)
     except (ValueError, TypeError) as error:
         raise InputRejected(f"initializer '{tensor.name}': {error}") from error
+    return Weight.from_array(tensor.name, array) if large and tensor.data_type in _NUMPY_NAMES else None

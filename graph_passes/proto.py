@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
-from onnx import checker, helper, shape_inference
+from onnx import checker, defs, helper, shape_inference
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from graph_passes.model import OnnxModel, Weight, as_model, is_storable
@@ -41,9 +41,11 @@ class LazyWeight(LazyValues):  # type: ignore[misc]
 def with_shapes(model: OnnxModel | onnx.ModelProto) -> OnnxModel:
     """``model`` with its shapes inferred anew; recorded shapes of inner tensors are not trusted. Weights are shared.
 
-    Raises ``InputRejected`` where the shapes contradict each other or more than 2 GiB are not weights.
+    Raises ``InputRejected`` where the shapes contradict each other, more than 2 GiB are not weights, nothing goes in or comes
+    out, or the opset is newer than the installed onnx.
     """
     model = as_model(model)
+    _ensure_usable(model)
     bare = _weights_as_inputs(model)
     del bare.graph.value_info[:]
     if bare.ByteSize() > SHAPE_LIMIT:
@@ -80,9 +82,9 @@ def export_model(graph: gs.Graph, like: OnnxModel) -> OnnxModel:
     Nodes are in a stable topological order and unused ones are gone, with their weights, so equal graphs give equal models.
     Large arrays that passes made become weights as they are.
     """
+    _make_names_unique(graph)  # first: graphsurgeon's cleanup goes by names
     graph.cleanup()
     graph.nodes = sorted_nodes(graph)
-    _make_names_unique(graph)
     weights = _take_weights(graph)
     proto = gs.export_onnx(graph)
     del proto.graph.value_info[:]
@@ -108,6 +110,22 @@ def _weights_as_inputs(model: OnnxModel) -> onnx.ModelProto:
         helper.make_tensor_value_info(weight.name, weight.data_type, weight.shape) for weight in model.weights.values()
     )
     return bare
+
+
+def _ensure_usable(model: OnnxModel) -> None:
+    """Raise ``InputRejected`` for what ONNX's checker lets pass, and what no pass can work on."""
+    given = {tensor.name for tensor in model.graph.initializer} | model.weights.keys()
+    if all(value.name in given for value in model.graph.input):
+        found = "all inputs have initializers of their names" if model.graph.input else "there is none"
+        raise InputRejected(f"expected images as an input; {found}")
+    if not model.graph.output:
+        raise InputRejected("expected an output; the graph has none")
+    newest = defs.onnx_opset_version()
+    for entry in model.skeleton.opset_import:
+        if entry.domain in ("", "ai.onnx") and entry.version > newest:
+            raise InputRejected(
+                f"opset {entry.version}: onnx {onnx.__version__} knows opsets up to {newest}; install a newer one"
+            )
 
 
 def _constants(graph: gs.Graph) -> Iterator[gs.Constant]:
@@ -161,7 +179,12 @@ def sorted_nodes(graph: gs.Graph) -> list[gs.Node]:
 def _make_names_unique(graph: gs.Graph) -> None:
     """Rename what a pass made where the model already uses the name: graphsurgeon would merge the two without a word."""
     owner = {tensor.name: tensor for tensor in (*graph.inputs, *graph.outputs)}
+    nodes: dict[str, gs.Node] = {}
     for node in graph.nodes:
+        base, number = node.name, 0
+        while base and nodes.setdefault(node.name, node) is not node:
+            number += 1
+            node.name = f"{base}_{number}"
         for tensor in (*node.inputs, *node.outputs):
             if tensor.name == "":
                 continue
