@@ -12,6 +12,7 @@ for those that block l has computed. The two differ in mode ``stale`` only, wher
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -144,7 +145,7 @@ class _Cutter:
             if want and want != have:
                 node.inputs[index] = self._take(node.inputs[index], have, want, self._cut_name(node, index, source))
         if node.op in MOVERS:
-            self._move(node, [source for source in sources.values() if source is not None], rank)
+            self._move(node, list(sources.values()), rank)
         for table in self.tables.get(id(node), []):
             self._cut_table(table, rank, level)
         if node.op in ("Reshape", "Expand"):
@@ -184,10 +185,11 @@ class _Cutter:
             raise MatchFailure(f"tensor '{tensor.name}'", "expected its tokens on an axis of their own, to cut them there")
         return place
 
-    def _move(self, node: gs.Node, sources: list[gs.Variable], rank: int) -> None:
+    def _move(self, node: gs.Node, sources: list[gs.Variable | None], rank: int) -> None:
         """Renumber a Slice, Gather, Split or Concat along the tokens."""
-        axes = self._axes(sources[0]) if sources else None
-        before = self.labels.tokens(sources[0]) if sources else None
+        first = next((source for source in sources if source is not None), None)
+        axes = None if first is None else self._axes(first)
+        before = None if first is None else self.labels.tokens(first)
         after = self.labels.tokens(node.outputs[0])
         place = None if axes is None else token_axis(axes)
         if before is None or place is None or (node.op != "Concat" and before == after):
@@ -205,23 +207,30 @@ class _Cutter:
             if tuple(name for part in parts for name in part) != have:
                 raise MatchFailure(label(node), "expected the tokens in an order that its parts keep")
             node.attrs.pop("num_outputs", None)
-            node.inputs[1:] = [make_constant(f"{node.outputs[0].name}.sizes", [len(part) for part in parts])]
+            sizes = make_constant(f"{node.outputs[0].name}.sizes", [len(part) for part in parts])
+            node.inputs = [node.inputs[0], sizes]
         elif (part := self._part(after, rank, 0)) and part != have:
             rows = [row[name] for name in part]
             run = rows == list(range(rows[0], rows[0] + len(rows)))
             name = node.outputs[0].name
             node.op, node.attrs = ("Slice", {}) if run else ("Gather", {"axis": place})
             bounds = {"starts": [rows[0]], "ends": [rows[-1] + 1], "axes": [place]} if run else {"rows": rows}
-            node.inputs[1:] = [make_constant(f"{name}.{key}", values) for key, values in bounds.items()]
+            node.inputs = [node.inputs[0], *(make_constant(f"{name}.{key}", values) for key, values in bounds.items())]
         elif part:
             node.op, node.attrs = "Identity", {}
-            del node.inputs[1:]
+            node.inputs = [node.inputs[0]]
 
-    def _concat(self, node: gs.Node, sources: list[gs.Variable], rank: int) -> None:
-        parts = [self._part(tokens, rank, 0) if (tokens := self.labels.tokens(source)) else () for source in sources]
-        whole = self.labels.tokens(node.outputs[0])
-        if whole is None or len(sources) != len(node.inputs):
-            raise MatchFailure(label(node), "expected constant tokens to be joined before the blocks only")
+    def _concat(self, node: gs.Node, sources: list[gs.Variable | None], rank: int) -> None:
+        whole, place = self.labels.tokens(node.outputs[0]), int(node.attrs["axis"])
+        assert whole is not None
+        parts: list[tuple[int, ...]] = []
+        left = iter(whole.names)
+        for source, tensor in zip(sources, node.inputs, strict=True):
+            tokens = None if source is None else self.labels.tokens(source)
+            names = tuple(islice(left, tensor.shape[place] if tokens is None else tokens.size))
+            parts.append(self._part(Tokens(names), rank, 0))
+            if tokens is None and parts[-1] != names:
+                raise MatchFailure(label(node), f"expected the constant tokens of '{tensor.name}' to be kept as they are")
         if tuple(name for part in parts for name in part) != self._part(whole, rank, 0):
             raise MatchFailure(label(node), "expected the tokens in an order that its parts keep")
         for index in reversed(range(len(parts))):

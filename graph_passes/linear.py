@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,6 +100,28 @@ def columns_of(tensor: gs.Tensor, labels: Labels) -> Columns | None:
             return None
         values = moved
     return Columns(linear, tensor, values)
+
+
+def union(columns: Sequence[Columns]) -> NDArray[np.int64]:
+    """All column numbers, sorted."""
+    return np.unique(np.concatenate([found.values.reshape(-1) for found in columns])) if columns else np.arange(0)
+
+
+def back_to_roots(columns: Sequence[Columns], labels: Labels) -> tuple[list[Columns], list[gs.Node]]:
+    """Where all these columns, and no others, are together: the tensors, and the moves passed on the way back to them."""
+    whole = set(union(columns).tolist())
+    roots: dict[int, Columns] = {}
+    passed: list[gs.Node] = []
+    for found in columns:
+        root = found
+        while root.tensor.inputs and root.tensor.inputs[0].op in MOVES:
+            before = columns_of(root.tensor.inputs[0].inputs[0], labels)
+            if before is None or not set(union([before]).tolist()) <= whole:
+                break
+            passed.append(root.tensor.inputs[0])
+            root = before
+        roots[id(root.tensor)] = root
+    return list(roots.values()), passed
 
 
 def _shape(labels: Labels, tensor: gs.Tensor) -> tuple[int, ...] | None:

@@ -16,13 +16,15 @@ from graph_passes.files import save_model
 from graph_passes.match import MatchFailure
 from graph_passes.model import OnnxModel, as_model
 from graph_passes.proto import export_model, import_graph, with_shapes
-from graph_passes.registry import PASSES, PassResult, Refusal, Settings
+from graph_passes.registry import PASSES, CutForm, ImageForm, PassResult, Refusal, Settings
 from graph_passes.tokens import ensure_no_summary
 from slimming.door import InputRejected, UsageError
 from slimming.plan import Layout, SlimPlan
 
 Precision = Literal["fp32", "fp16"]
 
+#: How often a pass that repeats is run at most.
+_ROUNDS = 5
 _COLLECTED = 2**26  # models below this many bytes are not worth the time
 
 
@@ -39,12 +41,23 @@ class SlimResult:
         return any(result.modified for result in self.results)
 
 
-def default_passes(layout: Layout, precision: Precision) -> list[str]:
-    """The passes that ``slim`` runs, in order."""
+class PassesRefused(InputRejected):
+    """Passes that did not understand the graph: half a plan would be a wrong model. ``result`` says what each of them did."""
+
+    def __init__(self, result: SlimResult) -> None:
+        first = next(entry for entry in result.results if entry.refused)
+        super().__init__(f"pass {first.name} refused at {first.refused[0].site}: {first.refused[0].reason}")
+        self.result = result
+
+
+def default_passes(layout: Layout, precision: Precision, image: ImageForm = "float", also: Sequence[str] = ()) -> list[str]:
+    """The passes that ``slim`` runs, in order, and ``also`` those named; raises ``UsageError`` for an unknown one."""
+    ensure_known(also)
     left_out = {"split_qkv"} if layout == "packed" else set()
     if precision == "fp32":
         left_out.add("to_fp16")
-    return [name for name, entry in PASSES.items() if entry.default and name not in left_out]
+    added = {*also, "image_input"} if image != "float" else {*also}
+    return [name for name, entry in PASSES.items() if name in added or (entry.default and name not in left_out)]
 
 
 def run_passes(
@@ -57,54 +70,83 @@ def run_passes(
 
     A pass that does not understand the graph leaves it as it was and says so in its result's ``refused``. After each change
     the model is checked and, where ``save_intermediates`` is a folder, saved there as ``NN_name.onnx``.
-    Raises ``UsageError`` for an unknown pass, ``InputRejected`` for an invalid model, a plan that is for another one, or one
-    that keeps a summary.
+    Raises ``UsageError`` for an unknown pass or one that lacks its plan, ``InputRejected`` for an invalid model, a plan that is
+    for another one, or one that keeps a summary.
     """
-    if unknown := [name for name in names if name not in PASSES]:
-        raise UsageError(f"no pass named {', '.join(unknown)}; there are {', '.join(PASSES)}")
+    ensure_known(names)
+    ensure_plan(names, settings.plan)
     if settings.plan is not None:
         ensure_no_summary(settings.plan)
     current = as_model(model)
     results: list[PassResult] = []
     graph = import_graph(with_shapes(current))
     for number, name in enumerate(names):
-        try:
-            sites = PASSES[name].run(graph, settings)
-        except MatchFailure as failure:
-            results.append(PassResult(name, False, 0, [Refusal(failure.site, failure.expected)]))
-            graph = import_graph(with_shapes(current))
-            continue
-        results.append(PassResult(name, sites > 0, sites))
-        if sites:
+        total, refused = 0, []
+        for _ in range(_ROUNDS if PASSES[name].repeat else 1):
+            try:
+                sites = PASSES[name].run(graph, settings)
+            except MatchFailure as failure:
+                refused.append(Refusal(failure.site, failure.expected))
+                graph = import_graph(with_shapes(current))
+                break
+            if not sites:
+                break
+            total += sites
             current = export_model(graph, like=current)
             graph = import_graph(with_shapes(current))
             if current.nbytes > _COLLECTED:
                 gc.collect()  # nodes and tensors refer to each other: the graph before would keep the arrays of earlier passes
-            if save_intermediates is not None:
-                save_model(current, save_intermediates / f"{number:02d}_{name}.onnx")
+        results.append(PassResult(name, total > 0, total, refused))
+        if total and save_intermediates is not None:
+            save_model(current, save_intermediates / f"{number:02d}_{name}.onnx")
     return SlimResult(current, results)
+
+
+def ensure_known(names: Sequence[str]) -> None:
+    """Raise ``UsageError`` for a name that no pass has."""
+    if unknown := [name for name in names if name not in PASSES]:
+        raise UsageError(f"no pass named {', '.join(unknown)}; there are {', '.join(PASSES)}")
+
+
+def ensure_plan(names: Sequence[str], plan: SlimPlan | None) -> None:
+    """Raise ``UsageError`` where a pass needs a plan and there is none."""
+    needing = [name for name in names if PASSES[name].needs_plan]
+    if plan is None and needing:
+        raise UsageError(
+            f"no plan (--plan), and {', '.join(needing)} cannot do without; `python -m slimming.run --onnx MODEL` finds one, "
+            "and --passes fold_constants,cut_last_block needs none"
+        )
 
 
 def slim(
     model: OnnxModel | onnx.ModelProto,
-    plan: SlimPlan,
+    plan: SlimPlan | None,
     *,
     layout: Layout = "split",
     precision: Precision = "fp32",
+    cut: CutForm = "auto",
+    image: ImageForm = "float",
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
     passes: Sequence[str] | None = None,
+    also: Sequence[str] = (),
     save_intermediates: Path | None = None,
 ) -> SlimResult:
     """Cut the plan's tokens out of a dense Vision Transformer (``images [B, 3, H, W]`` to ``logits [B, classes]``).
 
     ``layout``: in cut blocks ``split`` query and key/value projections, or one ``packed`` projection. ``precision``: ``fp16``
-    types the result. ``passes``: names to run instead of the default ones. Deterministic; a second call on the result changes
-    nothing.
-    Raises ``InputRejected`` (with node and expectation) where the graph is not understood or the plan does not fit it,
-    ``UsageError`` where the chosen ``passes`` do not make a valid graph.
+    types the result. ``cut``: the operators that take rows. ``image``, ``mean``, ``std``: let the graph take bytes, and
+    normalise them. ``passes``: names to run instead of the default ones, which may need no plan; ``also``: names to run
+    beside the default ones. Deterministic; a second call on the result changes nothing.
+    Raises ``PassesRefused`` or another ``InputRejected`` (with node and expectation) where the graph is not understood or the
+    plan does not fit it, ``UsageError`` where the chosen ``passes`` do not make a valid graph.
     """
-    names = default_passes(layout, precision) if passes is None else passes
+    if passes is not None and also:
+        raise UsageError("passes chosen by name (--passes) are all that run; name these there too (--also): " + ", ".join(also))
+    names = default_passes(layout, precision, image, also) if passes is None else passes
+    settings = Settings(plan, layout, cut, image, tuple(mean), tuple(std))
     try:
-        result = run_passes(model, names, Settings(plan, layout), save_intermediates)
+        result = run_passes(model, names, settings, save_intermediates)
     except (checker.ValidationError, shape_inference.InferenceError) as error:
         if passes is None:
             raise  # a bug in a pass
@@ -125,7 +167,6 @@ def to_fp16(model: OnnxModel | onnx.ModelProto) -> OnnxModel:
 
 
 def ensure_none_refused(result: SlimResult) -> None:
-    """Raise ``InputRejected`` for the first refusal: half a plan would be a wrong model."""
-    for entry in result.results:
-        for refusal in entry.refused:
-            raise InputRejected(f"pass {entry.name} refused at {refusal.site}: {refusal.reason}")
+    """Raise ``PassesRefused`` where there is a refusal."""
+    if any(entry.refused for entry in result.results):
+        raise PassesRefused(result)

@@ -117,3 +117,8 @@ def replace_input(node: gs.Node, old: gs.Tensor, new: gs.Tensor) -> None:
     for index, tensor in enumerate(node.inputs):
         if tensor is old:
             node.inputs[index] = new
+
+
+def is_unpadded(conv: gs.Node) -> bool:
+    """Whether a convolution reads its input's own elements only."""
+    return not any(conv.attrs.get("pads", [])) and conv.attrs.get("auto_pad", "NOTSET") in ("NOTSET", "VALID")

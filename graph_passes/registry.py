@@ -67,13 +67,16 @@ Run = Callable[[Any, Settings], int]
 class GraphPass:
     """A registered pass: its name, its explanation (the module's docstring) and the function that does it.
 
-    ``default``: whether ``slim`` runs it unless passes are chosen by name.
+    ``default``: whether ``slim`` runs it unless passes are chosen by name. ``needs_plan``: whether it asks the settings for a
+    plan. ``repeat``: whether it is run again on what it changed, with shapes inferred anew, until it changes nothing.
     """
 
     name: str
     explanation: str
     run: Run
     default: bool = True
+    needs_plan: bool = False
+    repeat: bool = False
 
     @property
     def summary(self) -> str:
@@ -84,11 +87,12 @@ class GraphPass:
 PASSES: dict[str, GraphPass] = {}
 
 
-def graph_pass(name: str, *, default: bool = True) -> Callable[[Run], Run]:
+def graph_pass(name: str, *, default: bool = True, needs_plan: bool = False, repeat: bool = False) -> Callable[[Run], Run]:
     """Register the decorated function as the pass ``name``; its module's docstring explains it."""
 
     def register(run: Run) -> Run:
-        PASSES[name] = GraphPass(name, inspect.getdoc(inspect.getmodule(run)) or name, run, default)
+        explanation = inspect.getdoc(inspect.getmodule(run)) or name
+        PASSES[name] = GraphPass(name, explanation, run, default, needs_plan, repeat)
         return run
 
     return register

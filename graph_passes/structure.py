@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import onnx_graphsurgeon as gs
 
 from graph_passes.axes import Grid, Tokens, size_of, token_axis
-from graph_passes.labels import UNARY, Attention, Labels, follow
+from graph_passes.labels import ELEMENTWISE, UNARY, Attention, Labels, follow
 from graph_passes.match import MatchFailure, constant, integers, label
 from graph_passes.proto import sorted_nodes
 
@@ -85,15 +85,16 @@ def find_structure(graph: gs.Graph) -> Structure:
     assert first is not None
     place = token_axis(first)
     width = max(size_of(axis) for index, axis in enumerate(first) if index != place and all(isinstance(f, int) for f in axis))
-    names = _names(labels, stream[0])
+    grid = _grid(labels)
+    names = _names(labels, stream[0], grid)
     head, pools = _head(graph, nodes, labels, len(levels))
     structure = Structure(
-        labels=labels, tokens=len(names), width=width, grid=_grid(labels), stream=stream, blocks=[], head_tokens=[],
+        labels=labels, tokens=len(names), width=width, grid=grid, stream=stream, blocks=[], head_tokens=[],
         prefix_tokens=sum(name < 0 for name in names), pools=pools, names=names,
     )  # fmt: skip
-    unknown = head - set(names)
-    if unknown or structure.grid[0] * structure.grid[1] + structure.prefix_tokens != len(names):
-        expected = f"expected one token per patch of a {structure.grid} grid, and prefix tokens"
+    entering = labels.tokens(stream[0])
+    if entering is None or not head | set(entering.names) <= set(names):
+        expected = f"expected one token per patch of a {grid} grid, and prefix tokens"
         raise MatchFailure(label(stream[0].inputs[0]), expected)
     structure.head_tokens = sorted(structure.indices(Tokens(tuple(head))))
     for index, attentions in enumerate(levels):
@@ -107,10 +108,18 @@ def find_structure(graph: gs.Graph) -> Structure:
 
 def _weighs_values(node: gs.Node) -> bool:
     """Whether a node is an attention's: a Softmax that goes into a product with something computed, not a classifier's own."""
-    readers = list(node.outputs[0].outputs) if node.op == "Softmax" else []
-    while len(readers) == 1 and readers[0].op in UNARY | {"Where", "Mul"}:
-        readers = list(readers[0].outputs[0].outputs)
-    return node.op == "Attention" or any(reader.op == "MatMul" and constant(reader.inputs[1]) is None for reader in readers)
+    if node.op != "Softmax":
+        return bool(node.op == "Attention")
+    pending, seen = [node.outputs[0]], set()
+    while pending:
+        tensor = pending.pop()
+        for reader in tensor.outputs:
+            if reader.op == "MatMul" and constant(reader.inputs[1]) is None:
+                return True
+            if reader.op in UNARY | ELEMENTWISE and id(reader) not in seen:
+                seen.add(id(reader))
+                pending.extend(reader.outputs)
+    return False
 
 
 def _images(graph: gs.Graph) -> gs.Variable:
@@ -161,8 +170,11 @@ def _joins(labels: Labels, node: gs.Node) -> bool:
     return bool(node.op == "Add" and all(labels.tokens(tensor) is not None for tensor in node.inputs))
 
 
-def _names(labels: Labels, first: gs.Variable) -> list[int]:
-    """The name of each token in a plan's order: prefix tokens as they were before any reordering, then patches row by row."""
+def _names(labels: Labels, first: gs.Variable, grid: tuple[int, int]) -> list[int]:
+    """The name of each token in a plan's order: prefix tokens as they were before any reordering, then patches row by row.
+
+    Patches that ``drop_patches`` left out have names as well, so that a plan's numbers hold.
+    """
     source = first
     while (node := source.inputs[0]).op in ("Gather", "Slice", "MatMul", "Concat"):
         before = [tensor for tensor in node.inputs if labels.tokens(tensor) is not None]
@@ -173,7 +185,7 @@ def _names(labels: Labels, first: gs.Variable) -> list[int]:
         source = _source_of_runs(before)
     tokens = labels.tokens(source)
     assert tokens is not None
-    return [*(name for name in tokens.names if name < 0), *sorted(name for name in tokens.names if name >= 0)]
+    return [*(name for name in tokens.names if name < 0), *range(grid[0] * grid[1])]
 
 
 def _source_of_runs(tensors: list[gs.Variable]) -> gs.Variable:

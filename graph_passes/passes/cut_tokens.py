@@ -19,7 +19,7 @@ from graph_passes.structure import find_structure
 from graph_passes.tokens import ensure_fit, layout_of, needs_cut
 
 
-@graph_pass("cut_tokens")
+@graph_pass("cut_tokens", needs_plan=True)
 def run(graph: gs.Graph, settings: Settings) -> int:
     """Returns the number of blocks cut; raises ``MatchFailure`` and ``PlanMismatch``."""
     plan, structure = settings.require_plan(), find_structure(graph)
@@ -27,5 +27,6 @@ def run(graph: gs.Graph, settings: Settings) -> int:
     if not needs_cut(structure, plan):
         return 0
     lay(graph, structure, layout_of(structure, plan), settings.cut)
-    reads = [plan.tokens, *(plan.counts if plan.mode == "compact" else [plan.tokens] * plan.depth)]
+    embedded = len(structure.order)
+    reads = [embedded, *(plan.counts if plan.mode == "compact" else [embedded] * plan.depth)]
     return sum(count < read for count, read in zip(plan.counts, reads, strict=False))

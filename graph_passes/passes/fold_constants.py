@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from graph_passes.match import MatchFailure, constant, label, make_constant, rows_of_slice
+from graph_passes.labels import ELEMENTWISE, UNARY
+from graph_passes.match import MatchFailure, constant, label, make_constant, replace_input, rows_of_slice
 from graph_passes.proto import sorted_nodes
 from graph_passes.registry import Settings, graph_pass
 
@@ -34,9 +35,8 @@ KEPT = {
     "RandomUniformLike",
     "Bernoulli",
 }
-SHAPED = {"Reshape", "Expand"}
 MOST = 2**24  # elements that a folded tensor may have
-Value = NDArray[Any]  # of objects, None where an entry is not known, or of numbers
+Value = NDArray[Any]  # of numbers, or of objects: a number, the name of a symbolic length, or None
 _PARTIAL: dict[str, Callable[[Any, Any], Any]] = {
     "Add": lambda a, b: a + b,
     "Sub": lambda a, b: a - b,
@@ -44,44 +44,119 @@ _PARTIAL: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-@graph_pass("fold_constants")
+@graph_pass("fold_constants", repeat=True)
 def run(graph: gs.Graph, settings: Settings) -> int:
     """Returns the number of nodes folded and shapes written down; raises ``MatchFailure`` for a node that cannot be computed."""
     known: dict[int, Value] = {}
     outputs = {id(tensor) for tensor in graph.outputs}
     sites = 0
     for node in sorted_nodes(graph):
-        if node.op in SHAPED and (shape := _written_down(node, known)) is not None:
+        sites += node.op == "If" and _inlined(graph, node)
+        if node.op == "Reshape" and (shape := _written_down(node, known)) is not None:
             node.inputs[1] = make_constant(f"{node.outputs[0].name}.shape", shape)
             sites += 1
+        sites += node.op in ("Expand", "Tile") and _expands_images(graph, node, known)
         values = _values_of(graph, node, known)
         for tensor, value in zip(node.outputs, values, strict=False):
             if id(tensor) in outputs:
                 continue
-            if value.dtype == object and None in value.reshape(-1).tolist():
+            if not _is_whole(value):
                 known[id(tensor)] = value
                 continue
             sites += bool(tensor.outputs)
-            result = make_constant(tensor.name, value.astype(np.int64) if value.dtype == object else value)
+            result = make_constant(tensor.name, value.astype(tensor.dtype or np.int64) if value.dtype == object else value)
             for reader in list(tensor.outputs):
-                reader.inputs = [result if operand is tensor else operand for operand in reader.inputs]
+                replace_input(reader, tensor, result)
+        if values and not any(tensor.outputs or id(tensor) in outputs for tensor in node.outputs):
+            node.outputs.clear()  # else the constant and the node's output would share a name
     return sites
 
 
+def _inlined(graph: gs.Graph, node: gs.Node) -> bool:
+    """Put the branch that a constant condition takes in the place of an If; returns whether it could be done."""
+    condition = constant(node.inputs[0])
+    if condition is None:
+        return False
+    branch = node.attrs["then_branch" if condition.reshape(-1)[0] else "else_branch"]
+    for result, inner in zip(list(node.outputs), branch.outputs, strict=True):
+        for reader in list(result.outputs):
+            replace_input(reader, result, inner)
+        graph.outputs[:] = [inner if tensor is result else tensor for tensor in graph.outputs]
+    graph.nodes.extend(branch.nodes)
+    node.outputs.clear()
+    return True
+
+
+def _is_whole(value: Value) -> bool:
+    """Whether every entry is a number."""
+    return value.dtype != object or all(isinstance(entry, int) for entry in value.reshape(-1).tolist())
+
+
 def _written_down(node: gs.Node, known: dict[int, Value]) -> list[int] | None:
-    """A computed shape as a constant, -1 for the one length that is not known."""
-    value = known.get(id(node.inputs[1]))
-    if value is None:
+    """A computed shape as a constant: 0 for a length that is the input's own, -1 for one that is not known."""
+    value, before = known.get(id(node.inputs[1])), list(node.inputs[0].shape or [])
+    if value is None or node.attrs.get("allowzero", 0):
         return None
     lengths = value.reshape(-1).tolist()
-    if lengths.count(None) != 1 or -1 in lengths or node.op == "Expand":
-        return None
-    return [-1 if length is None else int(length) for length in lengths]
+    for index, length in enumerate(lengths):
+        if not isinstance(length, int):
+            copied = isinstance(length, str) and index < len(before) and before[index] == length
+            lengths[index] = 0 if copied else -1
+    return lengths if lengths.count(-1) < 2 else None
+
+
+def _expands_images(graph: gs.Graph, node: gs.Node, known: dict[int, Value]) -> bool:
+    """Simplify a constant that is repeated for every image; returns whether it was changed.
+
+    Where only elementwise nodes read it, they repeat it by themselves. Elsewhere the shape is written as the images' first
+    length before constants, a form that shape inference can follow.
+    """
+    value, source, images = known.get(id(node.inputs[1])), constant(node.inputs[0]), graph.inputs[0]
+    first = (images.shape or [None])[0]
+    if value is None or source is None or _is_whole(value) or not isinstance(first, str) or len(graph.inputs) != 1:
+        return False
+    lengths = value.reshape(-1).tolist()
+    if lengths[0] != first or not all(isinstance(length, int) for length in lengths[1:]) or source.ndim > len(lengths):
+        return False
+    if node.op == "Tile":
+        if source.ndim != len(lengths) or source.shape[0] != 1 or lengths[1:] != [1] * (len(lengths) - 1):
+            return False
+        node.op = "Expand"
+    if _is_repeated_by_readers(node.outputs[0]):
+        repeated = np.broadcast_to(source, np.broadcast_shapes(source.shape, [1, *lengths[1:]]))
+        result = make_constant(node.outputs[0].name, repeated)
+        for reader in list(node.outputs[0].outputs):
+            replace_input(reader, node.outputs[0], result)
+        node.outputs.clear()
+        return True
+    shape = node.inputs[1].inputs[0]
+    if shape.op == "Concat" and shape.inputs[0].inputs and shape.inputs[0].inputs[0].op == "Shape" and len(shape.inputs) == 2:
+        return False
+    name = f"{node.outputs[0].name}.shape"
+    batch, whole = gs.Variable(f"{name}.batch", dtype=np.int64), gs.Variable(name, dtype=np.int64)
+    graph.nodes.append(gs.Node("Shape", f"{name}.images", {"start": 0, "end": 1}, [images], [batch]))
+    rest = make_constant(f"{name}.rest", [int(length) for length in lengths[1:]])
+    graph.nodes.append(gs.Node("Concat", f"{name}.concat", {"axis": 0}, [batch, rest], [whole]))
+    node.inputs[1] = whole
+    return True
+
+
+def _is_repeated_by_readers(tensor: gs.Tensor) -> bool:
+    """Whether all that read a constant put it beside something that is computed, element by element."""
+    for reader in tensor.outputs:
+        others = [operand for operand in reader.inputs if operand is not tensor]
+        if reader.op == "Attention" and reader.inputs[3:4] == [tensor]:
+            continue
+        if reader.op not in UNARY | ELEMENTWISE:
+            return False
+        if all(constant(operand) is not None for operand in others) and not all(map(_is_repeated_by_readers, reader.outputs)):
+            return False
+    return bool(tensor.outputs)
 
 
 def _values_of(graph: gs.Graph, node: gs.Node, known: dict[int, Value]) -> list[Value]:
     """What is known of a node's outputs; nothing where the list is empty."""
-    if node.op == "Constant" or node.op in KEPT or node.domain not in (None, "", "ai.onnx"):
+    if node.op in ("Constant", "If") or node.op in KEPT or node.domain not in (None, "", "ai.onnx"):
         return []
     if node.op == "Shape":
         return _shape(node)
@@ -109,7 +184,7 @@ def _shape(node: gs.Node) -> list[Value]:
         return []
     lengths = list(shape)[slice(node.attrs.get("start", 0), node.attrs.get("end", None))]
     value = np.empty(len(lengths), dtype=object)
-    value[:] = [length if isinstance(length, int) else None for length in lengths]
+    value[:] = lengths
     return [value]
 
 
@@ -117,14 +192,18 @@ def _partly(node: gs.Node, inputs: list[Value | None]) -> list[Value]:
     """What is known of a node one of whose inputs is known in part."""
     first, rest = inputs[0], inputs[1:]
     assert first is not None
+    if node.op in ("Equal", "Where"):
+        return _chosen(node, inputs)
     if any(value is not None and value.dtype == object for value in rest) and node.op not in {"Concat", *_PARTIAL}:
         return []
     if node.op == "Gather":
         return [np.asarray(first.take(np.asarray(rest[0]), axis=node.attrs.get("axis", 0)), dtype=object)]
     if node.op == "Concat":
         return [np.concatenate([np.asarray(value, dtype=object).reshape(-1) for value in inputs])]
-    if node.op in ("Unsqueeze", "Squeeze", "Reshape") and first.size == 1:
-        return [first.reshape([1] if node.op != "Squeeze" else [])]
+    if node.op == "Reshape" and np.asarray(rest[0]).size == 1:
+        return [first.reshape(-1)]
+    if node.op in ("Unsqueeze", "Squeeze") and first.size == 1:
+        return [first.reshape([1] if node.op == "Unsqueeze" else [])]
     if node.op in ("Identity", "Cast"):
         return (
             [first] if node.attrs.get("to", onnx.TensorProto.INT64) in (onnx.TensorProto.INT64, onnx.TensorProto.INT32) else []
@@ -134,9 +213,27 @@ def _partly(node: gs.Node, inputs: list[Value | None]) -> list[Value]:
     if node.op in _PARTIAL and rest[0] is not None:
         pairs = np.broadcast(np.asarray(first, dtype=object), np.asarray(rest[0], dtype=object))
         value = np.empty(pairs.shape, dtype=object)
-        value.reshape(-1)[:] = [None if None in pair else _PARTIAL[node.op](*pair) for pair in pairs]
+        value.reshape(-1)[:] = [
+            _PARTIAL[node.op](*pair) if all(isinstance(entry, int | np.integer) for entry in pair) else None for pair in pairs
+        ]
         return [value]
     return []
+
+
+def _chosen(node: gs.Node, inputs: list[Value | None]) -> list[Value]:
+    """``Equal`` and ``Where`` on shapes known in part: a symbolic length is no negative number."""
+    broadcast = np.broadcast(*(np.asarray(value, dtype=object) for value in inputs))
+    result = np.empty(broadcast.shape, dtype=object)
+    flat = result.reshape(-1)
+    for index, entries in enumerate(broadcast):
+        if node.op == "Where":
+            flat[index] = None if entries[0] is None else entries[1] if entries[0] else entries[2]
+        elif all(isinstance(entry, int | np.integer) for entry in entries):
+            flat[index] = bool(entries[0] == entries[1])
+        else:
+            negative = any(isinstance(entry, int | np.integer) and entry < 0 for entry in entries)
+            flat[index] = False if negative and not any(entry is None for entry in entries) else None
+    return [result]
 
 
 def _computed(graph: gs.Graph, node: gs.Node, inputs: list[Value | None]) -> list[Value]:

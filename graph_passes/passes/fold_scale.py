@@ -17,7 +17,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from graph_passes.labels import NORMS, Attention, Labels
-from graph_passes.linear import MOVES, Columns, Linear, columns_of, set_linear
+from graph_passes.linear import MOVES, Linear, back_to_roots, columns_of, set_linear, union
 from graph_passes.match import constant, make_constant, operands, replace_input
 from graph_passes.registry import Settings, graph_pass
 from graph_passes.structure import find_structure
@@ -117,21 +117,14 @@ def _target(labels: Labels, attention: Attention, passed: set[int]) -> _Target |
             pending.extend(node.inputs)
         else:
             return None
-    target = _Target(columns[0].linear if columns else None, _union(columns), norms)
     if len({id(found.linear.product) for found in columns}) > 1:
         return None
-    for tensor in [found.tensor for found in columns]:  # back to where the queries' columns, and no others, are together
-        while tensor.inputs and tensor.inputs[0].op in MOVES:
-            node, source = tensor.inputs[0], columns_of(tensor.inputs[0].inputs[0], labels)
-            if source is None or not set(_union([source])) <= set(target.columns):
-                break
-            inside.add(id(node))
-            tensor = seen.setdefault(id(source.tensor), source.tensor)
-    return target if all(id(reader) in inside for tensor in seen.values() for reader in tensor.outputs) else None
-
-
-def _union(columns: list[Columns]) -> NDArray[np.int64]:
-    return np.unique(np.concatenate([found.values.reshape(-1) for found in columns])) if columns else np.arange(0)
+    roots, passed = back_to_roots(columns, labels)
+    inside |= {id(node) for node in passed}
+    read = [*seen.values(), *(root.tensor for root in roots), *(node.inputs[0] for node in passed)]
+    if any(id(reader) not in inside for tensor in read for reader in tensor.outputs):
+        return None
+    return _Target(columns[0].linear if columns else None, union(columns), norms)
 
 
 def _scale(target: _Target, factor: float, name: str) -> None:

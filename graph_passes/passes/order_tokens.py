@@ -19,12 +19,12 @@ from graph_passes.structure import find_structure
 from graph_passes.tokens import ensure_fit, needs_cut, same_for_all
 
 
-@graph_pass("order_tokens")
+@graph_pass("order_tokens", needs_plan=True)
 def run(graph: gs.Graph, settings: Settings) -> int:
     """Returns 1 if the tokens were put in order, else 0; raises ``MatchFailure`` and ``PlanMismatch``."""
     plan, structure = settings.require_plan(), find_structure(graph)
     ensure_fit(structure, plan)
-    order = plan.order()
+    order = [token for token in plan.order() if token in structure.order]  # without those that were never embedded
     if not needs_cut(structure, plan) or structure.order == order:
         return 0
     if structure.order != sorted(order):

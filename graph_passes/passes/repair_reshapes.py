@@ -21,7 +21,7 @@ from graph_passes.structure import find_structure
 from graph_passes.tokens import ensure_fit, needs_cut
 
 
-@graph_pass("repair_reshapes")
+@graph_pass("repair_reshapes", needs_plan=True)
 def run(graph: gs.Graph, settings: Settings) -> int:
     """Returns the number of Reshapes changed; raises ``MatchFailure`` and ``PlanMismatch``."""
     plan, structure = settings.require_plan(), find_structure(graph)

@@ -18,14 +18,14 @@ import onnx_graphsurgeon as gs
 
 from graph_passes.axes import Batch, Tokens, has, token_axis
 from graph_passes.labels import Attention, Labels
-from graph_passes.linear import MOVES, Columns, Linear, columns_of
+from graph_passes.linear import MOVES, Columns, Linear, back_to_roots, columns_of
 from graph_passes.match import make_constant, replace_input
 from graph_passes.registry import Settings, graph_pass
 from graph_passes.structure import find_structure
 from graph_passes.tokens import ensure_fit, needs_cut
 
 
-@graph_pass("split_qkv")
+@graph_pass("split_qkv", needs_plan=True)
 def run(graph: gs.Graph, settings: Settings) -> int:
     """Returns the number of blocks split; raises ``MatchFailure`` and ``PlanMismatch``."""
     if settings.layout != "split":
@@ -34,12 +34,12 @@ def run(graph: gs.Graph, settings: Settings) -> int:
     ensure_fit(structure, plan)
     if not needs_cut(structure, plan):
         return 0
-    sites, reads = 0, plan.tokens
+    sites, reads = 0, len(structure.order)
     for block, count in zip(structure.blocks, plan.counts, strict=True):
         if count < reads:
             split = [_split(graph, structure.labels, attention, block.site.replace(" ", "_")) for attention in block.attentions]
             sites += any(split)
-        reads = count if plan.mode == "compact" else plan.tokens
+        reads = count if plan.mode == "compact" else len(structure.order)
     return sites
 
 
@@ -62,7 +62,7 @@ def _split(graph: gs.Graph, labels: Labels, attention: Attention, name: str) -> 
 
 
 def _exits(labels: Labels, operand: tuple[gs.Node, int]) -> list[Columns]:
-    """The tensors, furthest from it, that are columns of one linear layer and feed an operand of the attention."""
+    """The tensors, furthest from the attention, that hold nothing but columns of a linear layer that feed its operand."""
     node, index = operand
     found: dict[int, Columns] = {}
     pending, seen = [node.inputs[index]], set()
@@ -78,7 +78,7 @@ def _exits(labels: Labels, operand: tuple[gs.Node, int]) -> list[Columns]:
             pending.extend(tensor.inputs[0].inputs)
         elif tensor.inputs:
             pending.append(tensor.inputs[0].inputs[0])
-    return list(found.values())
+    return back_to_roots(list(found.values()), labels)[0]
 
 
 def _source(labels: Labels, linear: Linear) -> gs.Tensor | None:
