@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from graph_passes.report import report_schema
 from slimming.latency_table import latency_table_schema
 from slimming.plan import plan_schema
 from validate.schema import manifest_schema, parity_schema
@@ -15,6 +16,7 @@ SCHEMAS = {
     "manifest": manifest_schema,
     "parity": parity_schema,
     "latency_table": latency_table_schema,
+    "passes_report": report_schema,
 }
 
 

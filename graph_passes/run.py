@@ -4,37 +4,57 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from slimming.door import EXIT_DONE, InputRejected, UsageError, atomic_path, open_door
+from slimming.door import EXIT_DONE, DoorError, InputRejected, UsageError, atomic_path, open_door
 
 if TYPE_CHECKING:
     from graph_passes.manager import SlimResult
+    from graph_passes.model import OnnxModel
+    from graph_passes.registry import PassResult
+    from graph_passes.report import Picture, RefusedSite
+    from slimming.plan import SlimPlan
 
 PROG = "graph_passes.run"
 
 
 @dataclass(frozen=True)
 class Options:
-    """Cut the tokens that a plan drops out of an exported Vision Transformer."""
+    """Cut the tokens that a plan drops out of an exported Vision Transformer, whoever exported it."""
 
     model: tyro.conf.Positional[Path | None] = None
-    """The dense model: an ONNX file exported from timm, images to logits."""
+    """The dense model: an ONNX file, images to logits, features or an embedding."""
     plan: Path | None = None
-    """The plan (plan.json) that says which tokens each block keeps."""
+    """The plan (plan.json) that says which tokens each block keeps; not needed where no chosen pass asks for it."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
-    """Where to write the slim model; written whole or not at all."""
+    """Where to write the slim model; written whole or not at all. Without it nothing is written, only reported."""
     layout: Literal["split", "packed"] = "split"
     """Cut blocks with split query and key/value projections (fewest MACs) or one packed projection (fewest kernels)."""
     precision: Literal["fp32", "fp16"] = "fp32"
     """Type of the result's weights and activations; inputs and outputs stay float32."""
+    cut: Literal["auto", "slice", "gather", "matmul"] = "auto"
+    """Operators that take rows: auto is a Slice where rows lead and else a Gather; some compilers know only one of them."""
+    outputs: tuple[str, ...] = ()
+    """Keep these graph outputs only, as where a model also gives every token's features."""
+    image_size: str | None = None
+    """Fix a model that takes any image size: 224, or HEIGHTxWIDTH."""
+    image: Literal["float", "uint8-nchw", "uint8-nhwc"] = "float"
+    """What the result takes: normalised floats as before, or bytes in this order, normalised inside by --mean and --std."""
+    mean: tuple[float, ...] = ()
+    """Mean of each channel, for pixels from 0 to 1."""
+    std: tuple[float, ...] = ()
+    """Standard deviation of each channel, for pixels from 0 to 1."""
     passes: tuple[str, ...] = ()
-    """Run these passes only, in this order."""
+    """Run these passes only, in this order; by spaces or commas."""
+    also: tuple[str, ...] = ()
+    """Run these optional passes too, each at its place in the list."""
     list: bool = False
     """List the passes in the order in which they run, and stop."""
     explain: str | None = None
@@ -42,95 +62,184 @@ class Options:
     save_intermediates: Path | None = None
     """A folder for the model after every pass that changed it."""
     report: Path | None = None
-    """Also write what each pass did to this file, as JSON."""
+    """Also write this file, as JSON: what each pass did and refused, nodes, tokens and MACs before and after."""
     json: bool = False
-    """Print one JSON object instead of a table."""
+    """Print the report as one JSON object instead of tables."""
 
 
 def run(options: Options) -> int:
     """Do what the options ask; returns the exit code. Raises ``DoorError``."""
     if options.list or options.explain is not None:
         return _describe(options)
-    missing = [
-        name
-        for name, value in (("MODEL", options.model), ("--plan", options.plan), ("--output", options.output))
-        if value is None
-    ]
-    if options.model is None or options.plan is None or options.output is None:
-        raise UsageError(f"{', '.join(missing)} missing; see --help")
+    if options.model is None:
+        raise UsageError("MODEL missing; see --help")
+    size = _image_size(options.image_size)
     from slimming.plan import load_plan
 
-    plan = load_plan(options.plan)
-    from graph_passes.files import load_model, save_model
-    from graph_passes.manager import slim
+    plan = None if options.plan is None else load_plan(options.plan)
+    _ensure_chosen(options, plan)
+    from graph_passes.files import save_model
 
     with contextlib.redirect_stdout(sys.stderr):  # onnx-graphsurgeon logs to stdout, which is kept for the result
-        model = load_model(options.model)
-        try:
-            result = slim(
-                model,
-                plan,
-                layout=options.layout,
-                precision=options.precision,
-                passes=options.passes or None,
-                save_intermediates=options.save_intermediates,
-            )
-        except InputRejected as error:
-            raise InputRejected(f"{options.model} with plan {options.plan}: {error}") from error
-        except OSError as error:
-            raise UsageError(f"--save-intermediates {error.filename}: cannot be written: {error.strerror or error}") from error
+        outcome = _cut(options, _load(options, options.model, size), plan)
     try:
-        save_model(result.model, options.output)
-        _report(options, result, plan.macs(options.layout), plan.dense_macs())
-    except OSError as error:
-        raise UsageError(f"{error.filename or options.output}: cannot be written: {error.strerror or error}") from error
+        if outcome.result is not None and options.output is not None:
+            save_model(outcome.result.model, options.output)
+        _publish(options, plan, outcome)
+    except OSError as fault:
+        raise UsageError(f"{fault.filename or options.output}: cannot be written: {fault.strerror or fault}") from fault
+    if outcome.error is not None:
+        raise outcome.error
     return EXIT_DONE
 
 
-def _report(options: Options, result: SlimResult, macs: int, dense_macs: int) -> None:
-    """Print and, where asked for, write what each pass did."""
-    summary = {
-        "model": str(options.model),
-        "plan": str(options.plan),
-        "output": str(options.output),
-        "layout": options.layout,
-        "precision": options.precision,
-        "modified": result.modified,
-        "nodes": len(result.model.graph.node),
-        "plan_macs": macs,
-        "dense_macs": dense_macs,
-        "passes": [entry.as_dict() for entry in result.results],
-    }
+@dataclass(frozen=True)
+class _Outcome:
+    """Pictures of the graph before and after; the result, or the refusal and why."""
+
+    before: Picture
+    after: Picture | None = None
+    result: SlimResult | None = None
+    error: InputRejected | None = None
+    passes: Sequence[PassResult] = ()
+    refused: Sequence[RefusedSite] = ()
+
+
+def _cut(options: Options, model: OnnxModel, plan: SlimPlan | None) -> _Outcome:
+    """Run the passes. A refusal is returned, so that it can be reported before it ends the run."""
+    from graph_passes.manager import PassesRefused, slim
+    from graph_passes.report import RefusedSite, distinct, look
+
+    try:
+        before, fault = look(model)
+    except InputRejected as error:
+        raise InputRejected(f"{options.model}: {error}") from error
+    if fault is not None:
+        error = f"{options.model}: not a Vision Transformer that the passes understand: {fault.site}: {fault.reason}"
+        return _Outcome(before, error=InputRejected(error), refused=[fault])
+    try:
+        result = slim(
+            model,
+            plan,
+            layout=options.layout,
+            precision=options.precision,
+            cut=options.cut,
+            image=options.image,
+            mean=options.mean,
+            std=options.std,
+            passes=_names(options.passes) or None,
+            also=_names(options.also),
+            save_intermediates=options.save_intermediates,
+        )
+    except InputRejected as cause:
+        subject = str(options.model) if options.plan is None else f"{options.model} with plan {options.plan}"
+        if isinstance(cause, PassesRefused):
+            passes, refused = cause.result.results, distinct(cause.result.results)
+        else:
+            passes, refused = [], [RefusedSite(site="plan", reason=str(cause))]
+        return _Outcome(before, error=InputRejected(f"{subject}: {cause}"), passes=passes, refused=refused)
+    except OSError as error:
+        raise UsageError(f"--save-intermediates {error.filename}: cannot be written: {error.strerror or error}") from error
+    after = look(result.model)[0] if result.modified else before
+    return _Outcome(before, after, result, passes=result.results)
+
+
+def _load(options: Options, path: Path, size: tuple[int, int] | None) -> OnnxModel:
+    """The model with the outputs and the image size that were asked for."""
+    from graph_passes.files import read_model
+
+    model = read_model(path)
+    try:
+        if options.outputs:
+            from graph_passes.inputs import with_outputs
+
+            model = with_outputs(model, options.outputs)
+        if size is not None:
+            from graph_passes.inputs import with_image_size
+
+            model = with_image_size(model, *size)
+    except DoorError as error:
+        raise type(error)(f"{path}: {error}") from error
+    return model
+
+
+def _image_size(text: str | None) -> tuple[int, int] | None:
+    """``224`` or ``224x256`` as height and width."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", text)
+    if found is None:
+        raise UsageError(f"--image-size {text}: neither a number of pixels, as 224, nor HEIGHTxWIDTH, as 224x256")
+    return int(found[1]), int(found[2] or found[1])
+
+
+def _names(values: Sequence[str]) -> Sequence[str]:
+    """Names that were separated by spaces or by commas."""
+    return [name for value in values for name in value.split(",") if name]
+
+
+def _ensure_chosen(options: Options, plan: SlimPlan | None) -> None:
+    """Raise ``UsageError`` before anything is read where the passes and the options for them do not go together."""
+    from graph_passes.manager import default_passes, ensure_known, ensure_plan
+
+    names = _names(options.passes) or default_passes(options.layout, options.precision, options.image, _names(options.also))
+    ensure_known(names)
+    ensure_plan(names, plan)
+    if "image_input" not in names and (options.image != "float" or options.mean or options.std):
+        raise UsageError("--image, --mean and --std are for the pass image_input; name it with --passes or --also")
+    if "to_fp16" not in names and options.precision == "fp16":
+        raise UsageError("--precision fp16 is the work of the pass to_fp16; name it with --passes")
+
+
+def _publish(options: Options, plan: SlimPlan | None, outcome: _Outcome) -> None:
+    """Print the report and, where asked for, write it; raises ``OSError``."""
+    from graph_passes.report import Report, print_report, records, reduction
+
+    report = Report(
+        model=str(options.model),
+        plan=None if options.plan is None else str(options.plan),
+        output=None if options.output is None or outcome.result is None else str(options.output),
+        layout=options.layout,
+        precision=options.precision,
+        cut=options.cut,
+        image=options.image,
+        modified=outcome.result is not None and outcome.result.modified,
+        nodes=None if outcome.after is None else outcome.after.nodes,
+        plan_macs=None if plan is None else plan.macs(options.layout),
+        dense_macs=None if plan is None else plan.dense_macs(),
+        macs_reduction=reduction(outcome.before, outcome.after),
+        passes=records(outcome.passes),
+        refused=[*outcome.refused],
+        error=None if outcome.error is None else str(outcome.error),
+        before=outcome.before,
+        after=outcome.after,
+    )
+    text = report.model_dump_json(indent=1)
     if options.report is not None:
         with atomic_path(options.report) as part:
-            part.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+            part.write_text(text + "\n", encoding="utf-8")
     if options.json:
-        print(json.dumps(summary))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("pass", "changed", "sites")
-    for entry in result.results:
-        table.add_row(entry.name, "yes" if entry.modified else "no", str(entry.sites))
-    Console().print(table)
-    print(f"{options.output}: the plan needs {macs / 1e9:.3f} GMACs, the dense model {dense_macs / 1e9:.3f}")
+        print(text)
+    else:
+        print_report(report)
 
 
 def _describe(options: Options) -> int:
     """Print the passes, or one pass's explanation."""
     from graph_passes import PASSES
+    from graph_passes.manager import ensure_known
 
     chosen = [*PASSES] if options.explain is None else [options.explain]
-    if unknown := [name for name in chosen if name not in PASSES]:
-        raise UsageError(f"no pass named '{unknown[0]}'; there are {', '.join(PASSES)}")
+    ensure_known(chosen)
     if options.json:
         print(json.dumps({name: PASSES[name].explanation for name in chosen}))
     elif options.explain is not None:
         print(PASSES[options.explain].explanation)
     else:
         for name in chosen:
-            print(f"{name}: {PASSES[name].summary}")
+            entry = PASSES[name]
+            place, plan = "default" if entry.default else "optional", "plan" if entry.needs_plan else ""
+            print(f"{name + ':':<18}{place:<10}{plan:<6}{entry.summary}")
     return EXIT_DONE
 
 
