@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from graph_passes.cutting import Layout
-from graph_passes.match import MatchFailure
+from graph_passes.match import MatchFailure, label
 from graph_passes.structure import Structure
 from slimming.door import InputRejected
 from slimming.plan import SlimPlan
@@ -48,6 +48,11 @@ def ensure_fit(structure: Structure, plan: SlimPlan) -> None:
         raise PlanMismatch(f"the plan for '{plan.model}' does not fit this graph: " + "; ".join(faults))
 
 
+def embedded_by(plan: SlimPlan) -> list[int]:
+    """The tokens that are left where the patches that the first block drops are never embedded (see ``drop_patches``)."""
+    return sorted({*range(plan.prefix_tokens), *plan.kept[0]})
+
+
 def layout_of(structure: Structure, plan: SlimPlan) -> Layout:
     """What each block reads and computes under the plan, given the order that the graph's tokens are in."""
     read, computed = [structure.order], []
@@ -68,16 +73,20 @@ def same_for_all(structure: Structure, tokens: list[int]) -> Layout:
 def needs_cut(structure: Structure, plan: SlimPlan) -> bool:
     """Whether the plan's cuts still have to be made.
 
-    False where the graph already computes exactly the plan's tokens. Raises ``MatchFailure`` where it was cut by another plan.
+    False where the graph already computes exactly the plan's tokens; patches that ``drop_patches`` left out are not among them.
+    Raises ``MatchFailure`` where it was cut by another plan.
     """
-    if all(len(block.reads) == len(block.computes) == structure.tokens for block in structure.blocks):
-        return not plan.is_dense
+    embedded = structure.order
+    if len(embedded) < plan.tokens and set(embedded) != set(embedded_by(plan)):
+        raise MatchFailure(label(structure.stream[0].inputs[0]), "the patches of another plan were dropped already")
+    if all(len(block.reads) == len(block.computes) == len(embedded) for block in structure.blocks):
+        return any(count < len(embedded) for count in plan.counts)
     before: list[int] | None = None
     for block, kept in zip(structure.blocks, plan.kept, strict=True):
         if sorted(block.computes) != kept:
             found = f"already cut to other tokens ({len(block.computes)}) than the plan keeps ({len(kept)})"
             raise MatchFailure(block.site, found)
-        if before is not None and len(block.reads) != (structure.tokens if plan.mode == "stale" else len(before)):
+        if before is not None and len(block.reads) != (len(embedded) if plan.mode == "stale" else len(before)):
             raise MatchFailure(f"block {block.index - 1}", f"already cut, but not in the plan's mode, {plan.mode}")
         before = kept
     return False

@@ -5,6 +5,8 @@ from graph_passes.passes import expand_attention as expand_attention  # isort: s
 from graph_passes.passes import find_blocks as find_blocks  # isort: skip
 from graph_passes.passes import repair_reshapes as repair_reshapes  # isort: skip
 from graph_passes.passes import fold_scale as fold_scale  # isort: skip
+from graph_passes.passes import image_input as image_input  # isort: skip
+from graph_passes.passes import drop_patches as drop_patches  # isort: skip
 from graph_passes.passes import order_tokens as order_tokens  # isort: skip
 from graph_passes.passes import split_qkv as split_qkv  # isort: skip
 from graph_passes.passes import cut_tokens as cut_tokens  # isort: skip

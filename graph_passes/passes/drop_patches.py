@@ -1,0 +1,151 @@
+"""Embed only those patches that the first block keeps.
+
+``cut_tokens`` leaves the first block the keys and values of all tokens, so every patch is embedded. This pass is for a plan
+whose first block drops many: they leave the graph, and with them their part of the patch embedding and of the first keys and
+values. It changes the answer, and is therefore run only where it is named: what comes out is the plan's answer with those
+patches masked in the first block too (in mode ``stale``, in every block).
+
+Before: a convolution whose patches do not overlap, tokens neither ordered nor cut: this goes before ``order_tokens`` and
+``cut_tokens``, and behind ``image_input`` where both are used. After: images -> [B, patches, pixels] by Reshape, Transpose and
+Reshape; the kept ones in the plan's order by one cut (``--cut``), which spares ``order_tokens`` its own; times the weights of
+the convolution, plus its bias. Tables with one row per token are cut. Site: the convolution.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from graph_passes.axes import Axes, Batch, Pixels, Tokens
+from graph_passes.cutting import lay
+from graph_passes.labels import SPATIAL, Labels
+from graph_passes.match import MatchFailure, constant, integers, is_unpadded, label, make_constant, replace_input
+from graph_passes.registry import Settings, graph_pass
+from graph_passes.structure import find_structure
+from graph_passes.tokens import embedded_by, ensure_fit, same_for_all
+
+MOVES = {"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity"}
+
+
+@graph_pass("drop_patches", default=False, needs_plan=True)
+def run(graph: gs.Graph, settings: Settings) -> int:
+    """Returns 1 if patches were dropped, else 0; raises ``MatchFailure`` and ``PlanMismatch``."""
+    plan, structure = settings.require_plan(), find_structure(graph)
+    ensure_fit(structure, plan)
+    embedded = set(embedded_by(plan))
+    if set(structure.order) == embedded:
+        return 0
+    if len(structure.order) < plan.tokens:
+        raise MatchFailure("block 0", "the patches of another plan were dropped already")
+    if all(token < plan.prefix_tokens for token in embedded):
+        raise MatchFailure("block 0", "the plan keeps no patch in the first block, and a graph must read its images")
+    if any(len(block.computes) != plan.tokens for block in structure.blocks):
+        raise MatchFailure("block 0", "blocks are cut already; drop_patches goes before cut_tokens")
+    if structure.order != sorted(structure.order):
+        raise MatchFailure(
+            label(structure.stream[0].inputs[0]), "tokens are ordered already; drop_patches goes before order_tokens"
+        )
+    patches = _by_product(graph, structure.labels)
+    structure = find_structure(graph)
+    order, prefix = plan.order(), list(range(plan.prefix_tokens))
+    if sorted(order[: len(prefix)]) != prefix:  # a head that pools may drop prefix tokens, but they are joined as a whole
+        order = sorted(order)
+    kept = same_for_all(structure, [token for token in order if token in embedded])
+    lay(graph, replace(structure, stream=[patches, *structure.stream[1:]]), kept, settings.cut)
+    return 1
+
+
+def _by_product(graph: gs.Graph, labels: Labels) -> gs.Variable:
+    """Embed patches by a MatMul in place of the convolution; returns ``[B, patches, pixels]``. Raises ``MatchFailure``."""
+    conv = _convolution(labels)
+    weights, bias = _constants(conv)
+    rows, columns = _grid(labels, conv, weights)
+    embedded = _embedded(labels, conv)
+    (features, channels, height, width), source = weights.shape, conv.inputs[0]
+    name = conv.outputs[0].name
+
+    def append(op: str, suffix: str, inputs: list[gs.Tensor], **attrs: object) -> gs.Variable:
+        out = gs.Variable(f"{name}.{suffix}.out", dtype=source.dtype)
+        graph.nodes.append(gs.Node(op, f"{name}.{suffix}", attrs, inputs, [out]))
+        return out
+
+    divided = make_constant(f"{name}.divided", [0, channels, rows, height, columns, width])
+    joined = make_constant(f"{name}.joined", [0, rows * columns, channels * height * width])
+    by_place = append("Transpose", "by_place", [append("Reshape", "divide", [source, divided])], perm=[0, 2, 4, 1, 3, 5])
+    patches = append("Reshape", "patches", [by_place, joined])
+    tensor = append("MatMul", "matmul", [patches, make_constant(f"{name}.weight", weights.reshape(features, -1).T)])
+    if bias is not None:
+        tensor = append("Add", "add", [tensor, make_constant(f"{name}.bias", bias)])
+    for reader in list(embedded.outputs):
+        replace_input(reader, embedded, tensor)
+    graph.cleanup()
+    return patches
+
+
+def _convolution(labels: Labels) -> gs.Node:
+    """The one node that makes patches of the images' pixels."""
+    spatial = [node for node in labels.nodes if node.op in SPATIAL and labels.depends(node.inputs[0])]
+    if len(spatial) != 1 or spatial[0].op != "Conv":
+        found = ", ".join(label(node) for node in spatial) or "none"
+        site = label(spatial[0]) if spatial else "graph"
+        raise MatchFailure(site, f"expected one convolution that makes patches of the images; found {found}")
+    return spatial[0]
+
+
+def _constants(conv: gs.Node) -> tuple[NDArray[np.generic], NDArray[np.generic] | None]:
+    """Weights ``[features, channels, height, width]`` and bias, of a convolution whose patches do not overlap."""
+    weights = constant(conv.inputs[1])
+    bias = constant(conv.inputs[2]) if len(conv.inputs) > 2 else None
+    if weights is None or weights.ndim != 4 or (len(conv.inputs) > 2 and bias is None):
+        raise MatchFailure(label(conv), "expected constant weights [features, channels, height, width]")
+    attrs, kernel = conv.attrs, list(weights.shape[2:])
+    plain = attrs.get("group", 1) == 1 and all(step == 1 for step in attrs.get("dilations", [1]))
+    if list(attrs.get("strides", [1, 1])) != kernel or not is_unpadded(conv) or not plain:
+        raise MatchFailure(
+            label(conv), f"expected patches side by side: a stride of {kernel}, as its kernel, no padding, dilation or groups"
+        )
+    return weights, bias
+
+
+def _grid(labels: Labels, conv: gs.Node, weights: NDArray[np.generic]) -> tuple[int, int]:
+    """Rows and columns of patches."""
+    axes = labels.of(conv.inputs[0])
+    sides = [] if axes is None else [axis[0] for axis in axes[2:] if len(axis) == 1]
+    lengths = [side.size for number, side in enumerate(sides) if isinstance(side, Pixels) and side.axis == number]
+    if len(lengths) != 2 or any(length % step for length, step in zip(lengths, weights.shape[2:], strict=True)):
+        raise MatchFailure(label(conv), f"expected images of whole patches; they are {lengths}, patches {weights.shape[2:]}")
+    return lengths[0] // weights.shape[2], lengths[1] // weights.shape[3]
+
+
+def _embedded(labels: Labels, conv: gs.Node) -> gs.Variable:
+    """The tensor ``[B, tokens, features]`` that the convolution's output becomes by moves alone."""
+    tensor: gs.Variable = conv.outputs[0]
+    while not _is_embedded(labels.of(tensor) or ()):
+        readers = []
+        for reader in list(tensor.outputs):
+            if reader.op == "Shape":
+                _read_batch_of(conv.inputs[0], reader)
+            else:
+                readers.append(reader)
+        if len(readers) != 1 or readers[0].op not in MOVES:
+            raise MatchFailure(label(conv), "expected its output to be moved to [batch, tokens, features] and nothing else")
+        tensor = readers[0].outputs[0]
+    return tensor
+
+
+def _is_embedded(axes: Axes) -> bool:
+    kinds = [tuple(type(factor) for factor in axis) for axis in axes]
+    return kinds == [(Batch,), (Tokens,), (int,)]
+
+
+def _read_batch_of(images: gs.Tensor, shape: gs.Node) -> None:
+    """Let a Shape node of which only the batch is read take it from the images."""
+    first = shape.attrs.get("start", 0) == 0 and shape.attrs.get("end") == 1
+    if not first and any(reader.op != "Gather" or integers(reader.inputs[1]) != [0] for reader in shape.outputs[0].outputs):
+        raise MatchFailure(
+            label(shape), "expected only the batch size to be read of the convolution's shape; fold_constants first"
+        )
+    shape.inputs[0] = images

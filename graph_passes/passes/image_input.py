@@ -1,0 +1,139 @@
+"""Take images as bytes, and normalise them in the graph.
+
+DeepStream and edge cameras deliver bytes in [0, 255], and DeepStream's own normalisation has one scale for all channels.
+``mean`` and ``std`` are those of pixels in [0, 1], in the order in which the model takes its channels. Where a convolution
+without padding reads the images, ``(pixel / 255 - mean) / std`` goes into its weights and bias, in float64, and costs nothing.
+With padding, which would have to be of grey rather than of zeros, or before another operator, two nodes compute it.
+
+Before: float images, normalised outside: [B, C, H, W], or [B, H, W, C] where the model itself takes that. After: uint8 images
+of the same name, [B, C, H, W] or [B, H, W, C] as asked (``--image``), a Cast, and a Transpose where the order differs. It goes
+before ``drop_patches``, which leaves no convolution; before or behind ``to_fp16``. Site: the input.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from graph_passes.axes import Axes, Pixels, has
+from graph_passes.match import MatchFailure, constant, is_unpadded, make_constant, replace_input
+from graph_passes.registry import Settings, graph_pass
+from graph_passes.structure import find_structure
+from slimming.door import UsageError
+
+#: The axis of the channels in each form.
+_CHANNELS = {"uint8-nchw": 1, "uint8-nhwc": 3}
+
+
+@graph_pass("image_input", default=False)
+def run(graph: gs.Graph, settings: Settings) -> int:
+    """Returns 1 if the input was changed, else 0; raises ``MatchFailure``, and ``UsageError`` for settings that do not fit."""
+    labels = find_structure(graph).labels
+    (images,) = [tensor for tensor in graph.inputs if labels.of(tensor) is not None]
+    if settings.image not in _CHANNELS:
+        raise UsageError("image_input: say what the images are to be: --image uint8-nchw or uint8-nhwc")
+    wanted, place = _CHANNELS[settings.image], _channel_axis(labels.of(images) or ())
+    if images.dtype == np.uint8:
+        if place != wanted:
+            raise MatchFailure(f"graph input '{images.name}'", f"takes bytes already, but not as {settings.image}")
+        return 0
+    mean, std = _normalisation(settings, int(images.shape[place]))
+    source = _as_computed_with(images)
+    pixels = _read_bytes(graph, images, source, place, wanted)
+    convolutions = [node for node in pixels.outputs if node.op != "Shape"]
+    if place == 1 and all(_can_take(node) for node in convolutions):
+        for conv in convolutions:
+            _fold(conv, mean, std)
+    else:
+        _normalise(graph, pixels, place, mean, std)
+    return 1
+
+
+def _channel_axis(axes: Axes) -> int:
+    return next(index for index, axis in enumerate(axes) if index and not has(axis, Pixels))
+
+
+def _normalisation(settings: Settings, channels: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and standard deviation of each channel; raises ``UsageError``."""
+    for key, values in (("mean", settings.mean), ("std", settings.std)):
+        if len(values) != channels:
+            found = f"{len(values)} were given" if values else "none was given"
+            raise UsageError(f"image_input: --{key} must have one value for each of the {channels} channels; {found}")
+        if not all(math.isfinite(value) and (value > 0 or key == "mean") for value in values):
+            raise UsageError(f"image_input: --{key} must be {'positive' if key == 'std' else 'finite'} numbers, not {values}")
+    return np.asarray(settings.mean, np.float64), np.asarray(settings.std, np.float64)
+
+
+def _as_computed_with(images: gs.Variable) -> gs.Variable:
+    """The images in the type that the graph computes with: ``to_fp16`` puts a Cast behind them."""
+    readers = [node for node in images.outputs if node.op != "Shape"]
+    return readers[0].outputs[0] if len(readers) == 1 and readers[0].op == "Cast" else images
+
+
+def _read_bytes(graph: gs.Graph, images: gs.Variable, source: gs.Variable, place: int, wanted: int) -> gs.Variable:
+    """Make ``images`` bytes, and return them as floats, laid out as ``source``, whose readers now read them."""
+    readers = [(node, tensor) for tensor in (source, images) for node in list(tensor.outputs)]
+    shape, dtype = list(images.shape), np.dtype(source.dtype)
+    images.dtype = np.dtype(np.uint8)
+    pixels = gs.Variable(f"{images.name}.floats", dtype=dtype)
+    to = int(onnx.helper.np_dtype_to_tensor_dtype(dtype))
+    graph.nodes.append(gs.Node("Cast", f"{images.name}.cast", {"to": to}, [images], [pixels]))
+    if place != wanted:
+        order = _moving(wanted, place)  # of the bytes' axes, to have the graph's own
+        images.shape = [shape[order.index(axis)] for axis in range(4)]
+        moved = gs.Variable(f"{images.name}.moved", dtype=dtype)
+        graph.nodes.append(gs.Node("Transpose", f"{images.name}.transpose", {"perm": order}, [pixels], [moved]))
+        pixels = moved
+    for node, tensor in readers:
+        if node.op == "Cast" and node.outputs[0] is source:
+            node.outputs.clear()
+        else:
+            replace_input(node, tensor, pixels)
+    return pixels
+
+
+def _moving(before: int, after: int) -> list[int]:
+    """The order of axes that moves the channels from one axis to another."""
+    order = [axis for axis in range(4) if axis != before]
+    order.insert(after, before)
+    return order
+
+
+def _can_take(node: gs.Node) -> bool:
+    """Whether a node is a convolution whose weights can take the normalisation."""
+    fixed = node.op == "Conv" and all(constant(tensor) is not None for tensor in node.inputs[1:])
+    return fixed and is_unpadded(node) and node.attrs.get("group", 1) == 1
+
+
+def _fold(conv: gs.Node, mean: NDArray[np.float64], std: NDArray[np.float64]) -> None:
+    """``W ((x / 255 - mean) / std) + b = (W / (255 std)) x + (b - W (mean / std))``, over channels; rounded once."""
+    weights = constant(conv.inputs[1])
+    assert weights is not None  # the caller saw to it
+    exact, channels = weights.astype(np.float64), (1, -1, 1, 1)
+    bias = -(exact * (mean / std).reshape(channels)).sum(axis=(1, 2, 3))
+    old = constant(conv.inputs[2]) if len(conv.inputs) > 2 else None
+    if old is not None:
+        bias = bias + old.astype(np.float64)
+    name = conv.outputs[0].name
+    folded = make_constant(f"{name}.of_bytes.weight", (exact / (255 * std).reshape(channels)).astype(weights.dtype))
+    conv.inputs = [conv.inputs[0], folded, make_constant(f"{name}.of_bytes.bias", bias.astype(weights.dtype))]
+
+
+def _normalise(graph: gs.Graph, pixels: gs.Variable, place: int, mean: NDArray[np.float64], std: NDArray[np.float64]) -> None:
+    """Two nodes behind ``pixels``: ``(pixel - 255 mean) / (255 std)``."""
+    readers, dtype = list(pixels.outputs), np.dtype(pixels.dtype)
+    shape: Sequence[int] = [-1 if axis == place else 1 for axis in range(4)]
+    tensor = pixels
+    for op, values in (("Sub", 255 * mean), ("Mul", 1 / (255 * std))):
+        name = f"{pixels.name}.{op.lower()}"
+        out = gs.Variable(f"{name}.out", dtype=dtype)
+        operand = make_constant(f"{name}.operand", values.reshape(shape).astype(dtype))
+        graph.nodes.append(gs.Node(op, name, {}, [tensor, operand], [out]))
+        tensor = out
+    for reader in readers:
+        replace_input(reader, pixels, tensor)
