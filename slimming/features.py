@@ -61,7 +61,7 @@ class DenseFeatures:
     def _see(self, batches: Iterator[Tensor], magnitudes: bool) -> None:
         """Keep, per image, every block boundary's features and, for Eq. 6, ``sum_h ||U_t^h[i, :]||^2``."""
         held = sum(self.places[batch].stop - self.places[batch].start for batch in self.own)
-        done = 0
+        done, last = 0, len(self.reader.blocks) - 1
         for batch in batches:
             tokens = self.reader.embed(batch.to(self.device))
             if not self.features:
@@ -72,9 +72,12 @@ class DenseFeatures:
             for index, block in enumerate(self.reader.blocks):
                 maps: list[Tensor] = []
                 rope = self.ropes[index]
-                output = block.run(View(tokens, tokens, rope, rope, sink=maps if magnitudes else None))
-                if magnitudes:
-                    self.magnitudes[index][rows] = input_magnitude(torch.cat(maps, dim=1), tokens).cpu()
+                # The last block's are asked for where the head leaves a choice of its tokens.
+                asked = magnitudes and (index < last or not self.reader.head.fixed)
+                output = block.run(View(tokens, tokens, rope, rope, sink=maps if asked else None))
+                if asked:
+                    found = maps[0] if len(maps) == 1 else torch.cat(maps, dim=1)
+                    self.magnitudes[index][rows] = input_magnitude(found, tokens).cpu()
                 tokens = output
                 self.features[index + 1][rows] = tokens.cpu()
             if not bool(tokens.isfinite().all()):

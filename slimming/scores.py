@@ -12,6 +12,8 @@ carried while it is the smaller form.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -58,16 +60,25 @@ class PathGram:
             return self.value.square().sum(2)
         return self.value.diagonal(dim1=1, dim2=2)
 
+    def diagonal_through(self, attention: Tensor) -> Tensor:
+        """``through(attention).diagonal()`` without the matrix that it is the diagonal of: (b, n)."""
+        if self.is_factor:
+            return (self.value[:, None].transpose(2, 3) @ attention).square_().flatten(1, 2).sum(1)
+        return (self.value[:, None] @ attention).mul_(attention).flatten(1, 2).sum(1)
+
 
 def input_magnitude(attention: Tensor, tokens: Tensor) -> Tensor:
     """``sum_h ||P_h[i, :] |Z|||^2`` (b, n) from ``attention`` (b, heads, n, n) and the block's input Z (b, n, d).
 
-    With fewer tokens than channels the Gram matrix ``|Z| |Z|^T`` is the cheaper way to the same numbers.
+    Where tokens are few and channels many, the Gram matrix ``|Z| |Z|^T`` is the cheaper way to the same numbers.
     """
-    size = tokens.abs()
-    if tokens.shape[1] < tokens.shape[2]:
-        return ((attention @ (size @ size.transpose(1, 2))[:, None]) * attention).sum(dim=(1, 3))
-    return (attention @ size[:, None]).square().sum(dim=(1, 3))
+    (heads, count), width, size = attention.shape[1:3], tokens.shape[2], tokens.abs()
+    rows = attention.flatten(1, 2)  # one large product per image: each head's alone is slower
+    if heads * width <= width + heads * count:
+        each = (rows @ size).square_().sum(2)
+    else:
+        each = (rows @ (size @ size.transpose(1, 2))).mul_(rows).sum(2)
+    return each.unflatten(1, (heads, count)).sum(1)
 
 
 def paper_score(diagonal: Tensor, magnitude: Tensor) -> Tensor:
@@ -80,16 +91,34 @@ class Seen:
     """What a score may look at in one batch: the block above a cut, on dense features.
 
     ``maps`` (b, heads, rows above, n) are its softmax matrices over ``n`` tokens; ``above`` (rows,) are the positions of its
-    queries among them; ``values`` (b, heads, n) the norms of its values; ``magnitude`` (b, n) is Eq. 6's second factor.
+    queries among them; ``values`` (b, heads, n) the norms of its values; ``magnitude`` (b, n) is Eq. 6's second factor. In
+    carrying, ``updated`` (k,) are the positions of the tokens that the block below the cut computes; None is all of them.
     """
 
     maps: Tensor
     above: Tensor
     values: Tensor | None = None
     magnitude: Tensor | None = None
+    updated: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class SeenByHead:
+    """What a score may look at in one batch where a pooling head stands above the cut.
+
+    ``weights`` (b, k, r) say how the pooled feature hangs on the k tokens ``reads`` (k,) of all ``tokens``; ``magnitude``
+    (b, k) is Eq. 6's second factor at them.
+    """
+
+    weights: Tensor
+    reads: Tensor
+    tokens: int
+    magnitude: Tensor | None = None
 
 
 State = PathGram | Tensor
+#: Adds one float64 tensor per batch, over all processes.
+Total = Callable[[Sequence[Tensor]], Tensor]
 
 
 class Score(Protocol):
@@ -101,14 +130,42 @@ class Score(Protocol):
     def start(self, weights: Tensor) -> State:
         """The state above the last block, from how the head's pooled feature hangs on each token that it reads (b, k, r)."""
 
+    def scores(self, block: int, tokens: int, looks: Iterator[tuple[State, Seen]], total: Total) -> Tensor:
+        """Every token's score at ``block``'s output over all images, (n,) in float64. A look costs work when it is taken."""
+
+    def head_scores(self, block: int, tokens: int, looks: Iterator[SeenByHead], total: Total) -> Tensor:
+        """The same at the last block's output under a pooling head; only the tokens that it reads count."""
+
+    def carry(self, state: State, look: Callable[[], Seen]) -> State:
+        """The state one block further down; what ``look`` gives shows the tokens that were kept, and them alone."""
+
+
+class ImageScore(ABC):
+    """A score that is a sum over images."""
+
+    needs_magnitude, needs_values = False, False
+
+    @abstractmethod
     def score(self, state: State, seen: Seen) -> Tensor:
         """Every token's score summed over the batch: (n,) in float64."""
 
-    def carry(self, state: State, seen: Seen) -> State:
-        """The state one block further down; ``seen`` now shows the tokens that were kept, and them alone."""
+    def scores(self, block: int, tokens: int, looks: Iterator[tuple[State, Seen]], total: Total) -> Tensor:
+        """See ``Score.scores``."""
+        return total([self.score(state, seen) for state, seen in looks])
+
+    def head_scores(self, block: int, tokens: int, looks: Iterator[SeenByHead], total: Total) -> Tensor:
+        """The squared weight that the pool gives a token, times Eq. 6's second factor where the score has it."""
+        return total([_under_head(seen) for seen in looks])
 
 
-class PaperScore:
+def _under_head(seen: SeenByHead) -> Tensor:
+    each = seen.weights.square().sum(2).double().cpu()
+    if seen.magnitude is not None:
+        each = each * seen.magnitude.double().cpu()
+    return torch.zeros(seen.tokens, dtype=torch.float64).index_add(0, seen.reads.cpu(), each.sum(0))
+
+
+class PaperScore(ImageScore):
     """Eq. 6 of the paper."""
 
     needs_magnitude, needs_values = True, False
@@ -121,15 +178,16 @@ class PaperScore:
         """``sum_paths ||A e_i||^2 * sum_h ||U^h[i, :]||^2``."""
         assert isinstance(state, PathGram)
         assert seen.magnitude is not None
-        return paper_score(state.through(seen.maps).diagonal().cpu(), seen.magnitude.cpu())
+        return paper_score(state.diagonal_through(seen.maps).cpu(), seen.magnitude.cpu())
 
-    def carry(self, state: State, seen: Seen) -> State:
-        """The Gram below the block."""
+    def carry(self, state: State, look: Callable[[], Seen]) -> State:
+        """The Gram below the block; paths end at tokens that the block below does not compute."""
         assert isinstance(state, PathGram)
-        return state.through(seen.maps)
+        seen = look()
+        return state.through(seen.maps if seen.updated is None else seen.maps[..., seen.updated])
 
 
-class ResidualScore:
+class ResidualScore(ImageScore):
     """Relevance that flows down through ``I + P``, each map weighted by its values' norms (attention rollout with values).
 
     After Abnar & Zuidema (2020) and Kobayashi et al. (2020), restricted to the rows that the blocks above keep.
@@ -152,16 +210,16 @@ class ResidualScore:
         """Relevance, summed over the batch."""
         return self._flow(state, seen).double().sum(0).cpu()
 
-    def carry(self, state: State, seen: Seen) -> State:
-        """Relevance of the tokens kept, of unit sum."""
+    def carry(self, state: State, look: Callable[[], Seen]) -> State:
+        """Relevance of the tokens read, of unit sum; only tokens that the block below computes hand theirs on."""
+        seen = look()
         flow = self._flow(state, seen)
-        return flow / flow.sum(1, keepdim=True).clamp_min(1e-30)
+        flow = flow / flow.sum(1, keepdim=True).clamp_min(1e-30)
+        return flow if seen.updated is None else flow[:, seen.updated]
 
 
-class AttentionScore:
+class AttentionScore(ImageScore):
     """Mean attention that a token receives from the rows that the block above keeps."""
-
-    needs_magnitude, needs_values = False, False
 
     def start(self, weights: Tensor) -> State:
         """Nothing is carried."""
@@ -171,34 +229,38 @@ class AttentionScore:
         """The mean over heads and rows, summed over the batch."""
         return seen.maps.mean(dim=(1, 2)).double().sum(0).cpu()
 
-    def carry(self, state: State, seen: Seen) -> State:
+    def carry(self, state: State, look: Callable[[], Seen]) -> State:
         """Nothing is carried."""
         return state
 
 
 class RandomScore:
-    """Chance: what any score must beat."""
+    """Chance: what any score must beat. It looks at no image; a seed and a block give the same draw whenever they are asked."""
 
     needs_magnitude, needs_values = False, False
 
     def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def ranks(self, tokens: int) -> Tensor:
-        """One draw for all images: (n,)."""
-        return torch.rand(tokens, generator=self.generator, dtype=torch.float64)
+        self.seed = seed
 
     def start(self, weights: Tensor) -> State:
         """Nothing is carried."""
         return weights[:, :, 0]
 
-    def score(self, state: State, seen: Seen) -> Tensor:
-        """Never asked: ``ranks`` is."""
-        raise NotImplementedError
+    def scores(self, block: int, tokens: int, looks: Iterator[tuple[State, Seen]], total: Total) -> Tensor:
+        """The block's draw."""
+        return self._draw(block, tokens)
 
-    def carry(self, state: State, seen: Seen) -> State:
+    def head_scores(self, block: int, tokens: int, looks: Iterator[SeenByHead], total: Total) -> Tensor:
+        """The block's draw."""
+        return self._draw(block, tokens)
+
+    def carry(self, state: State, look: Callable[[], Seen]) -> State:
         """Nothing is carried."""
         return state
+
+    def _draw(self, block: int, tokens: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.rand(block + 1, tokens, generator=generator, dtype=torch.float64)[block]
 
 
 def score_named(name: ScoreName, seed: int) -> Score:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from slimming.costs import Cost
 from slimming.features import DenseFeatures
 from slimming.profile import profile_within
-from slimming.scores import PathGram, RandomScore, Score, Seen, State
+from slimming.scores import PathGram, Score, Seen, SeenByHead, State
 
 #: The paper's r': tokens are tried in steps of this many.
 STEP = 10
@@ -113,65 +114,57 @@ class TopDownSearch:
         reads = list(self.head.tokens)
         if self.head.fixed:
             return reads, 0.0
-        if isinstance(self.score, RandomScore):
-            scores = self.score.ranks(self.tokens)
-        else:
-            found = []
-            for rows in self.features.rows(batches):
-                weights = self.head.weights(self.features.output(self.depth - 1, rows)[:, reads])
-                each = weights.square().sum(2).double().cpu()
-                if self.score.needs_magnitude:
-                    each = each * self.features.magnitudes[-1][rows][:, reads].double()
-                found.append(torch.zeros(self.tokens, dtype=torch.float64).index_add(0, torch.tensor(reads), each.sum(0)))
-            scores = self.features.world.total(found, batches)
+        total = partial(self.features.world.total, batches=batches)
+        scores = self.score.head_scores(self.depth - 1, self.tokens, self._head_looks(reads, batches), total)
         readable = set(reads)
         ranking = [token for token in torch.argsort(scores, descending=True, stable=True).tolist() if token in readable]
         kept, _ = choose(self.depth - 1, ranking[:1], reads, ranking)
         kept = [token for token in kept if token in readable]
         return kept, 0.0 if kept == reads else self.error(self.depth - 1, kept, reads)
 
+    def _head_looks(self, reads: list[int], batches: list[int]) -> Iterator[SeenByHead]:
+        """The head on the last block's dense output, batch by batch."""
+        for rows in self.features.rows(batches):
+            weights = self.head.weights(self.features.output(self.depth - 1, rows)[:, reads])
+            magnitude = self.features.magnitudes[-1][rows][:, reads] if self.score.needs_magnitude else None
+            yield SeenByHead(weights, torch.tensor(reads), self.tokens, magnitude)
+
     def _ranking(self, block: int, above: list[int], states: list[State], batches: list[int]) -> list[int]:
         """Every token of ``block``'s output, the most significant first."""
-        if isinstance(self.score, RandomScore):
-            scores = self.score.ranks(self.tokens)
-        else:
-            found = []
-            for state, rows in zip(states, self.features.rows(batches), strict=True):
-                seen = self._seen(block, rows, self.features.everything, above)
-                if self.score.needs_magnitude:
-                    seen = dataclasses.replace(seen, magnitude=self.features.magnitudes[block][rows])
-                found.append(self.score.score(state, seen))
-            scores = self.features.world.total(found, batches)
+        total = partial(self.features.world.total, batches=batches)
+        scores = self.score.scores(block, self.tokens, self._looks(block, above, states, batches), total)
         return torch.argsort(scores, descending=True, stable=True).tolist()
 
+    def _looks(self, block: int, above: list[int], states: list[State], batches: list[int]) -> Iterator[tuple[State, Seen]]:
+        """The block above with every token in its input, batch by batch."""
+        for state, rows in zip(states, self.features.rows(batches), strict=True):
+            seen = self._seen(block, rows, self.features.everything, above)
+            if self.score.needs_magnitude:
+                seen = dataclasses.replace(seen, magnitude=self.features.magnitudes[block][rows])
+            yield state, seen
+
     def _seen(self, block: int, rows: slice, kept: list[int], above: list[int]) -> Seen:
-        """The block above on dense features; in scoring every token is dense, in carrying only ``kept`` are there."""
+        """The block above on dense features, of which ``kept`` are there."""
         features, reader = self.features, self.reader.blocks[block + 1]
-        if len(kept) == self.tokens:
+        stale, dense = features.mode == "stale", len(kept) == self.tokens
+        if dense:
             output = features.output(block, rows)
             view = self.reader.view(output, features.everything, above, features.ropes[block + 1])
         else:
             view = features.view(block, rows, kept, above)
-        present = features.everything if features.mode == "stale" else kept
+        present = features.everything if stale else kept
         place = {token: position for position, token in enumerate(present)}
         positions = torch.tensor([place[token] for token in above], device=features.device)
         values = reader.value_norms(view) if self.score.needs_values else None
-        return Seen(reader.maps(view), positions, values)
+        updated = torch.tensor(kept, device=features.device) if stale and not dense else None
+        return Seen(reader.maps(view), positions, values, updated=updated)
 
     def _carried(self, block: int, kept: list[int], above: list[int], states: list[State], batches: list[int]) -> list[State]:
         """The states below the block above, now that ``block``'s mask is set."""
-        if isinstance(self.score, RandomScore):
-            return states
-        index = torch.tensor(kept, device=self.features.device)
-        carried = []
-        for state, rows in zip(states, self.features.rows(batches), strict=True):
-            here = self.score.carry(state, self._seen(block, rows, kept, above))
-            if self.features.mode == "stale":  # paths end at tokens that the block does not update
-                here = (
-                    here.rows(index) if isinstance(here, PathGram) else here[:, index] if here.shape[1] == self.tokens else here
-                )
-            carried.append(self._stored(here))
-        return carried
+        return [
+            self._stored(self.score.carry(state, partial(self._seen, block, rows, kept, above)))
+            for state, rows in zip(states, self.features.rows(batches), strict=True)
+        ]
 
     def _stored(self, state: State) -> State:
         value = state.value if isinstance(state, PathGram) else state

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor
 from slimming.families import ModelReader
 from slimming.features import DenseFeatures
 from slimming.plan import ScoreName
-from slimming.scores import PathGram, RandomScore, Score, State, input_magnitude, paper_score, score_named
+from slimming.scores import PathGram, Score, State, input_magnitude, paper_score, score_named
 from slimming.search import TopDownSearch
 
 EXACT: dict[str, float] = {"rtol": 1e-9, "atol": 1e-12}
@@ -49,6 +50,7 @@ def test_the_recursion_is_the_enumeration(heads: int, top_rows: int, shrinks: bo
     forms = [gram.is_factor]
     for rows, tokens in itertools.pairwise(counts):
         maps.append(random_attention(rng, heads, rows, tokens))
+        torch.testing.assert_close(gram.diagonal_through(maps[-1]), gram.through(maps[-1]).diagonal(), **EXACT)
         gram = gram.through(maps[-1])
         forms.append(gram.is_factor)
         wanted = enumerated(counts[0], maps)
@@ -103,6 +105,7 @@ def test_a_pooling_head_starts_the_recursion_at_its_weights(heads: int, pools: i
     torch.testing.assert_close(matrix_of(gram), sum(torch.outer(w, w) for w in weights[0].T), **EXACT)
     for rows, tokens in ((4, 6), (6, 7), (7, 7)):
         maps.append(random_attention(rng, heads, rows, tokens))
+        torch.testing.assert_close(gram.diagonal_through(maps[-1]), gram.through(maps[-1]).diagonal(), **EXACT)
         gram = gram.through(maps[-1])
         wanted = torch.zeros(tokens, dtype=torch.float64)
         for path, column in itertools.product(itertools.product(range(heads), repeat=len(maps)), weights[0].T):
@@ -274,11 +277,7 @@ def test_the_searchs_scores_are_those_written_out(head: str, mode: Any, score: S
 
     class Spied(TopDownSearch):
         def _ranking(self, block: int, above: list[int], states: list[State], batches: list[int]) -> list[int]:
-            rows = next(self.features.rows(batches))
-            seen = self._seen(block, rows, self.features.everything, above)
-            if self.score.needs_magnitude:
-                seen = type(seen)(seen.maps, seen.above, seen.values, self.features.magnitudes[block][rows])
-            found[block] = self.score.score(states[0], seen)
+            found[block] = self.score.scores(block, self.tokens, self._looks(block, above, states, batches), sum)
             ranking = super()._ranking(block, above, states, batches)
             assert ranking == found[block].argsort(descending=True, stable=True).tolist()
             return ranking
@@ -291,16 +290,18 @@ def test_the_searchs_scores_are_those_written_out(head: str, mode: Any, score: S
         torch.testing.assert_close(found[target], wanted, rtol=2e-4, atol=1e-9)
 
 
-def test_random_scores_are_the_seeds() -> None:
-    draws = {}
-    for seed in (0, 1):
-        score, again = score_named("random", seed), score_named("random", seed)
-        assert isinstance(score, RandomScore)
-        assert isinstance(again, RandomScore)
-        draws[seed] = [score.ranks(9).tolist() for _ in range(2)]
-        assert draws[seed] == [again.ranks(9).tolist() for _ in range(2)]
-        assert draws[seed][0] != draws[seed][1]  # every block draws anew
-    assert draws[0] != draws[1]
+def test_random_scores_are_the_seeds_and_the_blocks_however_often_they_are_asked() -> None:
+    def unseen() -> Iterator[Any]:
+        raise AssertionError("chance looks at no image")
+        yield
+
+    draws = []
+    for seed, block in itertools.product((0, 1), (2, 0)):
+        score = score_named("random", seed)
+        draws.append(score.scores(block, 9, unseen(), sum).tolist())
+        assert score.scores(block, 9, unseen(), sum).tolist() == draws[-1]
+        assert score.head_scores(block, 9, unseen(), sum).tolist() == draws[-1]
+    assert len({tuple(draw) for draw in draws}) == 4
 
 
 @pytest.mark.parametrize("mode", ["compact", "stale"])
