@@ -13,7 +13,7 @@ from graph_passes.axes import Batch, Tokens, has, token_axis
 from graph_passes.labels import Labels
 from graph_passes.match import constant, integers, make_constant, operands, rows_of_slice
 
-MOVES = {"Reshape", "Transpose", "Split", "Slice", "Gather", "Squeeze", "Unsqueeze", "Flatten", "Identity"}
+MOVES = {"Reshape", "Transpose", "Split", "Slice", "Gather", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Cast"}
 
 
 @dataclass

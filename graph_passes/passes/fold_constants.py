@@ -114,9 +114,12 @@ def _expands_images(graph: gs.Graph, node: gs.Node, known: dict[int, Value]) -> 
     value, source, images = known.get(id(node.inputs[1])), constant(node.inputs[0]), graph.inputs[0]
     first = (images.shape or [None])[0]
     if value is None or source is None or _is_whole(value) or not isinstance(first, str) or len(graph.inputs) != 1:
-        return False
+        return False  # nothing to know, or known, or no batch to write
     lengths = value.reshape(-1).tolist()
-    if lengths[0] != first or not all(isinstance(length, int) for length in lengths[1:]) or source.ndim > len(lengths):
+    if not all(isinstance(length, int) for length in lengths[1:]) or source.ndim > len(lengths):
+        return False
+    # A Reshape to [-1, ...] gives the batch another name; what is joined with tokens has their batch all the same.
+    if lengths[0] != first and not all(reader.op == "Concat" and reader.attrs["axis"] for reader in node.outputs[0].outputs):
         return False
     if node.op == "Tile":
         if source.ndim != len(lengths) or source.shape[0] != 1 or lengths[1:] != [1] * (len(lengths) - 1):
