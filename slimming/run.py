@@ -116,10 +116,8 @@ def _run(options: Options, world: World) -> int:
     )
     checkpoint = options.output.with_suffix(".checkpoint")
     with reporter.stages() as progress:
-        if options.onnx is None:
-            calibrated = calibrate(options, session, progress, world)
-        else:
-            calibrated = calibrate_graph(options, session, progress, world)
+        opened = calibrate if options.onnx is None else calibrate_graph
+        calibrated: Any = opened(options, session, progress, world)
         try:
             found = search(options, session, options.layout, progress, cost=cost, calibrated=calibrated, checkpoint=checkpoint)
             sweep, dense = _sweep(options, session, calibrated, found, images, world, progress)
@@ -193,11 +191,12 @@ def _sweep(
     if images is None:
         return [], None
     original = session.loaded.module
-    if options.onnx is None:
-        slim = [SlimViT(each.model, each.plan).to(next(original.parameters()).device).eval() for each in every]
-    else:
-        slim = [slimmed(session, each.plan, options.layout) for each in every]
-    models = [original, *slim]
+    models = [original]
+    for each in every:
+        if options.onnx is not None:
+            models.append(slimmed(session, each.plan, options.layout))
+        else:
+            models.append(SlimViT(each.model, each.plan).to(next(original.parameters()).device).eval())
     dense, *each_accuracy = evaluate(models, images, session.transform, world=world, progress=progress)
     labelled = bool(images.labels)
     points = [

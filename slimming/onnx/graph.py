@@ -111,8 +111,9 @@ class Part:
 class Graph:
     """A dense graph that was understood, with a mask in front of every attention's Softmax and every mean of the head.
 
-    ``key_masks`` and ``mean_masks`` are inputs by the attention's or mean's own node. Raises ``InputRejected`` naming the node
-    at which the graph is no Vision Transformer that can be searched.
+    ``key_masks`` and ``mean_masks`` are inputs by the attention's or mean's own node, ``pooled`` the tokens (plan indices) that
+    a mean or an attention pool of the head reads. Raises ``InputRejected`` naming the node at which the graph is no Vision
+    Transformer that can be searched.
     """
 
     def __init__(self, path: Path, side: int | None = None) -> None:
@@ -123,7 +124,6 @@ class Graph:
                 self.model = run_passes(self.original, PREPARE, Settings()).model
                 self.graph = import_graph(with_shapes(self.model))
                 self.structure = find_structure(self.graph)
-                self.geometry = geometry_of(self.structure)
             self.labels = self.structure.labels
             self.images: gs.Variable = next(tensor for tensor in self.graph.inputs if tensor.outputs)
             self.batch = self.labels.batch.size
@@ -132,8 +132,11 @@ class Graph:
             self.means = [node for node in self.head if self._is_mean(node)]
             self.pools = [attention for attention in self.labels.attentions if attention.queried is None]
             self._ensure_head()
+            self.geometry = geometry_of(self.structure)
         except MatchFailure as failure:
             raise InputRejected(f"{path}: {failure}") from failure
+        self.pooled = {id(pool.mix): self.structure.indices(pool.read) for pool in self.pools}
+        self.pooled |= {id(node): self.structure.indices(self.labels.tokens(node.inputs[0])) for node in self.means}
         self.masks: list[gs.Variable] = []
         self.key_masks = {id(attention.mix): self._mask_keys(attention) for attention in self.labels.attentions}
         self.mean_masks = {id(node): self._mask_mean(node) for node in self.means}
@@ -148,11 +151,6 @@ class Graph:
     def channels_last(self) -> bool:
         """Whether images come as (b, h, w, 3)."""
         return bool(self.images.shape[1] != 3)
-
-    def pool_tokens(self, node: gs.Node) -> list[int]:
-        """Plan indices of the tokens that a mean or a pool's mix reads, in their order."""
-        attention = next((pool for pool in self.pools if pool.mix is node), None)
-        return self.structure.indices(self.labels.tokens(node.inputs[0]) if attention is None else attention.read)
 
     def _is_mean(self, node: gs.Node) -> bool:
         return bool(node.op == "ReduceMean" and self.labels.tokens(node.inputs[0]) and not self.labels.tokens(node.outputs[0]))

@@ -114,7 +114,7 @@ class HeadPart:
         pool = graph.pools[0].mix if graph.pools else graph.means[0] if graph.means else None
         self.pooling: Pooling = "token" if pool is None else "map" if graph.pools else "avg"
         self.single = list(structure.head_tokens)
-        self.pool_tokens = [] if pool is None else graph.pool_tokens(pool)
+        self.pool_tokens = [] if pool is None else graph.pooled[id(pool)]
         self.beside = [*range(structure.prefix_tokens)] if self.single and pool is not None else []
         self.tokens = sorted({*self.beside, *self.single, *self.pool_tokens})
         self.answers = Part(graph, structure.stream[-1], [graph.graph.outputs[0]])
@@ -165,7 +165,7 @@ class HeadPart:
         stream = self.reader.laid(tokens, slots)[:, self.reader.order]
         masks = {graph.key_masks[id(pool.mix)].name: self.reader.key_mask(pool, slots) for pool in graph.pools}
         for mean in graph.means:
-            read = graph.pool_tokens(mean)
+            read = graph.pooled[id(mean)]
             there = np.isin(read, slots)
             mask = graph.mean_masks[id(mean)]
             masks[mask.name] = (there * (len(read) / there.sum())).reshape(mask.shape)

@@ -17,12 +17,6 @@ if TYPE_CHECKING:
     from slimming.onnx.search import CalibratedGraph
     from slimming.world import World
 
-#: Options that only a PyTorch model can serve, and why.
-_NEEDS_PYTORCH = {
-    "--fit sgd": lambda options: options.fit == "sgd",
-    "--finetune-epochs": lambda options: options.finetune_epochs > 0,
-    "--summary": lambda options: options.summary,
-}
 _MODEL = ("model", "weights", "model_arg")
 
 
@@ -42,8 +36,13 @@ def check_options(options: ModelOptions, path: Path) -> None:
     for name in _MODEL:
         if getattr(options, name) != getattr(ModelOptions, name):
             raise UsageError(f"--onnx {path} and --{name.replace('_', '-')} contradict each other: the file is the model")
-    for name, asked in _NEEDS_PYTORCH.items():
-        if asked(options):
+    needs_pytorch = {
+        "--fit sgd": options.fit == "sgd",
+        "--finetune-epochs": options.finetune_epochs > 0,
+        "--summary": options.summary,
+    }
+    for name, asked in needs_pytorch.items():
+        if asked:
             raise UsageError(f"{name} changes weights by PyTorch, and --onnx has no PyTorch model: leave it out")
     if options.budget.criterion in ("latency-reduction", "latency-budget-ms"):
         raise UsageError(
@@ -63,7 +62,6 @@ def open_graph(options: ModelOptions, path: Path, evaluated: Any = None) -> Sess
 
     from slimming.onnx.reader import GraphReader
 
-    calibration = calibration_images(options)
     reader = GraphReader(path, options.img_size)
     height, width = reader.graph.image_shape
     if options.img_size is not None and (height, width) != (options.img_size, options.img_size):
@@ -80,7 +78,7 @@ def open_graph(options: ModelOptions, path: Path, evaluated: Any = None) -> Sess
     config = {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
     name = re.sub(r"[^A-Za-z0-9._-]", "_", path.stem)
     loaded = LoadedGraph(name, reader, reader.model, config, path.name)
-    return Session(loaded, create_transform(**config), calibration)
+    return Session(loaded, create_transform(**config), calibration_images(options))
 
 
 def described(config: dict[str, Any]) -> str:

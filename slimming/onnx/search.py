@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -172,7 +174,8 @@ def slim_model(reader: GraphReader, plan: SlimPlan, layout: Layout = "split") ->
     """The graph with the plan's tokens cut out, in ONNX Runtime. Raises ``InputRejected`` where that cannot be done."""
     graph = reader.graph
     try:
-        result = slim(graph.original, plan, layout=layout)
+        with contextlib.redirect_stdout(sys.stderr):  # onnx-graphsurgeon logs to stdout, which is kept for the result
+            result = slim(graph.original, plan, layout=layout)
     except InputRejected as error:
         raise InputRejected(f"{graph.path}: {error}") from error
     with tempfile.TemporaryDirectory(prefix="patchslim-") as folder:
