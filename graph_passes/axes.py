@@ -133,7 +133,7 @@ def _is_named_one(factor: Factor) -> bool:
 
 
 def _belongs_here(taken: list[Factor], length: int, later: Sequence[int]) -> bool:
-    """Whether a batch or token axis of length 1 goes into the axis that is being filled: into one of length 1 if there is one."""
+    """Whether a batch or token axis of length 1 goes into the axis being filled: into one of length 1 if there is one."""
     return (length == 1 and not taken) or (1 not in later)
 
 

@@ -32,8 +32,8 @@ from graph_passes.match import MatchFailure, constant, integers, label, one_hot_
 
 UNARY = {
     "Abs", "Cast", "Ceil", "Celu", "Clip", "Cos", "Dropout", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish",
-    "Identity", "IsNaN", "LeakyRelu", "Log", "Mish", "Neg", "Not", "QuickGelu", "Reciprocal", "Relu", "Round", "Selu", "Sigmoid",
-    "Sign", "Sin", "Softplus", "Sqrt", "Swish", "Tanh",
+    "Identity", "IsNaN", "LeakyRelu", "Log", "Mish", "Neg", "Not", "QuickGelu", "Reciprocal", "Relu", "Round", "Selu",
+    "Sigmoid", "Sign", "Sin", "Softplus", "Sqrt", "Swish", "Tanh",
 }  # fmt: skip
 ELEMENTWISE = {"Add", "And", "Div", "Equal", "Max", "Mean", "Min", "Mod", "Mul", "Or", "Pow", "PRelu", "Sub", "Sum", "Where"}
 NORMS = {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"}

@@ -115,8 +115,8 @@ def _cut(options: Options, model: OnnxModel, plan: SlimPlan | None) -> _Outcome:
     except InputRejected as error:
         raise InputRejected(f"{options.model}: {error}") from error
     if fault is not None:
-        error = f"{options.model}: not a Vision Transformer that the passes understand: {fault.site}: {fault.reason}"
-        return _Outcome(before, error=InputRejected(error), refused=[fault])
+        message = f"{options.model}: not a Vision Transformer that the passes understand: {fault.site}: {fault.reason}"
+        return _Outcome(before, error=InputRejected(message), refused=[fault])
     try:
         result = slim(
             model,

@@ -78,7 +78,7 @@ def input_magnitude(attention: Tensor, tokens: Tensor) -> Tensor:
         each = (rows @ size).square_().sum(2)
     else:
         each = (rows @ (size @ size.transpose(1, 2))).mul_(rows).sum(2)
-    return each.unflatten(1, (heads, count)).sum(1)
+    return each.view(len(each), heads, count).sum(1)
 
 
 def paper_score(diagonal: Tensor, magnitude: Tensor) -> Tensor:

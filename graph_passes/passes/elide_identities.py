@@ -1,7 +1,7 @@
 """Leave out nodes that change nothing: what exporters leave behind, and what earlier passes did.
 
-An Identity, a Dropout (at inference), a Cast to the type that is there, a Reshape, Expand or Slice to the shape that is there, a
-Transpose that moves nothing, a Concat of one. Nodes that give a graph output stay, so that it keeps its name.
+An Identity, a Dropout (at inference), a Cast to the type that is there, a Reshape, Expand or Slice to the shape that is there,
+a Transpose that moves nothing, a Concat of one. Nodes that give a graph output stay, so that it keeps its name.
 
 Before: x -> node -> y. After: the readers of y read x. Site: a node.
 """

@@ -1,7 +1,7 @@
 """Compute ahead of time what does not depend on the images: shapes first of all, then whatever only constants go into.
 
-Exporters leave the token count to ``Shape -> Gather -> Concat -> Reshape`` chains and tables to be made at run time. Known parts
-of a shape are followed one by one, so that a chain with an unknown batch in it still ends as ``[-1, 197, 192]``; the
+Exporters leave the token count to ``Shape -> Gather -> Concat -> Reshape`` chains and tables to be made at run time. Known
+parts of a shape are followed one by one, so that a chain with an unknown batch in it still ends as ``[-1, 197, 192]``; the
 ``start`` and ``end`` of ``Shape`` are heeded. Everything else is computed by ONNX's own reference implementation.
 
 Before: nodes with constant inputs, and shapes that are computed. After: constants. Random nodes, quantised weights and what
@@ -46,7 +46,7 @@ _PARTIAL: dict[str, Callable[[Any, Any], Any]] = {
 
 @graph_pass("fold_constants", repeat=True)
 def run(graph: gs.Graph, settings: Settings) -> int:
-    """Returns the number of nodes folded and shapes written down; raises ``MatchFailure`` for a node that cannot be computed."""
+    """Returns the number of nodes folded and shapes written down; raises ``MatchFailure`` where a node cannot be computed."""
     known: dict[int, Value] = {}
     outputs = {id(tensor) for tensor in graph.outputs}
     sites = 0

@@ -119,9 +119,9 @@ def _target(labels: Labels, attention: Attention, passed: set[int]) -> _Target |
             return None
     if len({id(found.linear.product) for found in columns}) > 1:
         return None
-    roots, passed = back_to_roots(columns, labels)
-    inside |= {id(node) for node in passed}
-    read = [*seen.values(), *(root.tensor for root in roots), *(node.inputs[0] for node in passed)]
+    roots, moves = back_to_roots(columns, labels)
+    inside |= {id(node) for node in moves}
+    read = [*seen.values(), *(root.tensor for root in roots), *(node.inputs[0] for node in moves)]
     if any(id(reader) not in inside for tensor in read for reader in tensor.outputs):
         return None
     return _Target(columns[0].linear if columns else None, union(columns), norms)

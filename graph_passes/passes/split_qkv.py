@@ -46,15 +46,15 @@ def run(graph: gs.Graph, settings: Settings) -> int:
 def _split(graph: gs.Graph, labels: Labels, attention: Attention, name: str) -> bool:
     """Give queries a projection of their own, where they share one with keys or values; returns whether they did."""
     queries = _exits(labels, attention.queries)
-    others = [exit for operand in (attention.keys, attention.values) for exit in _exits(labels, operand)]
+    others = [leaf for operand in (attention.keys, attention.values) for leaf in _exits(labels, operand)]
     if not queries or not others or queries[0].linear.product is not others[0].linear.product:
         return False
     linear = queries[0].linear
-    if any(exit.linear.product is not linear.product for exit in (*queries, *others)):
+    if any(leaf.linear.product is not linear.product for leaf in (*queries, *others)):
         return False
-    if {id(exit.tensor) for exit in queries} & {id(exit.tensor) for exit in others}:
+    if {id(leaf.tensor) for leaf in queries} & {id(leaf.tensor) for leaf in others}:
         return False  # rotated, say, together with the keys
-    if any(exit.of_one_token(labels) is None for exit in (*queries, *others)) or _source(labels, linear) is None:
+    if any(leaf.of_one_token(labels) is None for leaf in (*queries, *others)) or _source(labels, linear) is None:
         return False
     _project(graph, labels, linear, queries, f"{name}.q")
     _project(graph, labels, linear, others, f"{name}.kv")
@@ -102,7 +102,7 @@ def _project(graph: gs.Graph, labels: Labels, linear: Linear, exits: Sequence[Co
         graph.nodes.append(gs.Node(op, f"{name}.{suffix}", attrs, inputs, outs))
         return outs
 
-    picked = [numbers for exit in exits if (numbers := exit.of_one_token(labels)) is not None]
+    picked = [numbers for leaf in exits if (numbers := leaf.of_one_token(labels)) is not None]
     columns = np.concatenate([numbers.reshape(-1) for numbers in picked])
     (tensor,) = append("MatMul", "matmul", [source, make_constant(f"{name}.weight", linear.weight[:, columns])])
     if linear.bias is not None:
@@ -111,20 +111,21 @@ def _project(graph: gs.Graph, labels: Labels, linear: Linear, exits: Sequence[Co
     if len(exits) > 1:
         sizes = make_constant(f"{name}.sizes", [numbers.size for numbers in picked])
         parts = append("Split", "split", [tensor, sizes], len(exits), axis=2)
-    for number, (exit, numbers, part) in enumerate(zip(exits, picked, parts, strict=True)):
+    for number, (leaf, numbers, part) in enumerate(zip(exits, picked, parts, strict=True)):
         shape = make_constant(f"{name}.shape_{number}", [0, 0, *numbers.shape])
         (part,) = append("Reshape", f"reshape_{number}", [part, shape])
-        order = _order(labels, source, exit.tensor)
+        order = _order(labels, source, leaf.tensor)
         if order != sorted(order):
             (part,) = append("Transpose", f"transpose_{number}", [part], perm=order)
-        for reader in list(exit.tensor.outputs):
-            replace_input(reader, exit.tensor, part)
+        for reader in list(leaf.tensor.outputs):
+            replace_input(reader, leaf.tensor, part)
 
 
 def _order(labels: Labels, source: gs.Tensor, target: gs.Tensor) -> list[int]:
     """How ``[the source's two leading axes, features...]`` becomes the target."""
     before, after = labels.of(source), labels.of(target)
-    assert before is not None and after is not None
+    assert before is not None
+    assert after is not None
     place = token_axis(before)
     other = 1 - (place or 0)
     features = iter(range(2, 2 + len(after)))
