@@ -6,7 +6,7 @@ carries the node that stopped it and what was expected there; that matters only 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 import onnx_graphsurgeon as gs
@@ -347,7 +347,10 @@ def _concat(labels: Labels, node: gs.Node) -> Axes:
     found = [labels.of(tensor) for tensor in node.inputs]
     rank = next(len(axes) for axes in found if axes is not None)
     place = int(node.attrs["axis"]) % rank
-    parts = [axes if axes is not None else _by_shape(tensor, labels) for axes, tensor in zip(found, node.inputs, strict=True)]
+    images = {index for axes in found if axes is not None for index, axis in enumerate(axes) if axis == (labels.batch,)}
+    parts = [
+        axes if axes is not None else _by_shape(tensor, labels, images) for axes, tensor in zip(found, node.inputs, strict=True)
+    ]
     others = [(*axes[:place], (), *axes[place + 1 :]) for axes in parts]
     result = broadcast(others, label(node))
     along = [axes[place] for axes in parts]
@@ -367,10 +370,16 @@ def _concat(labels: Labels, node: gs.Node) -> Axes:
     return (*result[:place], (Tokens(tuple(names)),), *result[place + 1 :])
 
 
-def _by_shape(tensor: gs.Tensor, labels: Labels) -> Axes:
-    """The axes of a tensor that holds no token, by its shape alone: what is not known is the batch."""
-    shape = _dims(tensor) if constant(tensor) is not None else tensor.shape
-    return tuple(normal([length]) if isinstance(length, int) else (labels.batch,) for length in shape or [])
+def _by_shape(tensor: gs.Tensor, labels: Labels, images: Collection[int] = ()) -> Axes:
+    """The axes of a tensor that holds no token, by its shape alone: what is not known is the batch.
+
+    ``images``: axes where the batch is to be expected, for a graph of a fixed one.
+    """
+    shape = (_dims(tensor) if constant(tensor) is not None else tensor.shape) or []
+    batch = [
+        not isinstance(length, int) or (length == labels.batch.size and place in images) for place, length in enumerate(shape)
+    ]
+    return tuple((labels.batch,) if known else normal([length]) for known, length in zip(batch, shape, strict=True))
 
 
 def _reshaped(node: gs.Node, axes: Axes) -> Axes:

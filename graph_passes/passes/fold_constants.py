@@ -22,7 +22,7 @@ from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from graph_passes.labels import ELEMENTWISE, UNARY
-from graph_passes.match import MatchFailure, constant, label, make_constant, replace_input, rows_of_slice
+from graph_passes.match import MatchFailure, constant, label, make_constant, produced_by, replace_input, rows_of_slice
 from graph_passes.proto import sorted_nodes
 from graph_passes.registry import Settings, graph_pass
 
@@ -132,9 +132,13 @@ def _expands_images(graph: gs.Graph, node: gs.Node, known: dict[int, Value]) -> 
             replace_input(reader, node.outputs[0], result)
         node.outputs.clear()
         return True
-    shape = node.inputs[1].inputs[0]
-    if shape.op == "Concat" and shape.inputs[0].inputs and shape.inputs[0].inputs[0].op == "Shape" and len(shape.inputs) == 2:
-        return False
+    shape = produced_by(node.inputs[1], "Concat")
+    if (
+        shape is not None
+        and produced_by(shape.inputs[0], "Shape")
+        and all(constant(part) is not None for part in shape.inputs[1:])
+    ):
+        return False  # it has that form
     name = f"{node.outputs[0].name}.shape"
     batch, whole = gs.Variable(f"{name}.batch", dtype=np.int64), gs.Variable(name, dtype=np.int64)
     graph.nodes.append(gs.Node("Shape", f"{name}.images", {"start": 0, "end": 1}, [images], [batch]))
