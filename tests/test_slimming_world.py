@@ -14,9 +14,10 @@ import torch
 
 from slimming.world import ALONE, World, chunks, join
 
-#: What every process does; the images are an odd number of batches, and with one batch the second process has none.
+#: What every process does, the first one alone beforehand; the images are an odd number of batches, and with one batch the
+#: second process has none.
 SCRIPT = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 import torch
 from models_factory import build
@@ -26,31 +27,37 @@ from slimming.budget import Budget
 from slimming.data import calibration_set
 from slimming.door import UsageError
 from slimming import compensate
-from slimming.world import join, leave
+from slimming.world import ALONE, join, leave
 
-world = join()
 compensate.ROWS_PER_FEATURE = 2  # rows are left out, and must be the same ones
 transform = create_transform((3, 48, 48))
-answer = {"refused": ""}
 def run(label, model, images, budget, **options):
     images = calibration_set("digits", images)
     found = find(model, images, name="tiny", transform=transform, budget=budget, world=world, **options)
     torch.save(found.model.state_dict(), Path(sys.argv[1]) / f"{label}-{world.size}-{world.rank}.pt")
     answer[label] = found.plan.model_dump(mode="json")
-for score in ("paper", "residual"):
-    for mode in ("compact", "stale"):
-        model = build(patch_size=8, depth=3)
-        run(f"{score}-{mode}-budget", model, 20, Budget("macs-reduction", 0.5), score=score, mode=mode, fit="closed-form")
-        run(f"{score}-{mode}-tolerance", model, 20, Budget("tolerance", 0.01), score=score, mode=mode)
-run("pooled", build(patch_size=8, depth=3, global_pool="map"), 20, Budget("tolerance", 0.05), fit="closed-form")
-run("random", build(depth=3), 20, Budget("macs-reduction", 0.5), score="random")
-run("one-batch", build(depth=3), 7, Budget("macs-reduction", 0.5), fit="closed-form")
-if world.size > 1:
-    try:
-        run("sgd", build(depth=3), 20, Budget("tolerance", 0.01), fit="sgd")
-    except UsageError as error:
-        answer["refused"] = str(error)
-Path(sys.argv[1], f"answer-{world.size}-{world.rank}.json").write_text(json.dumps(answer))
+def run_all():
+    for score in ("paper", "residual"):
+        for mode in ("compact", "stale"):
+            model = build(patch_size=8, depth=3)
+            run(f"{score}-{mode}-budget", model, 20, Budget("macs-reduction", 0.5), score=score, mode=mode, fit="closed-form")
+            run(f"{score}-{mode}-tolerance", model, 20, Budget("tolerance", 0.01), score=score, mode=mode)
+    run("pooled", build(patch_size=8, depth=3, global_pool="map"), 20, Budget("tolerance", 0.05), fit="closed-form")
+    run("random", build(depth=3), 20, Budget("macs-reduction", 0.5), score="random")
+    run("one-batch", build(depth=3), 7, Budget("macs-reduction", 0.5), fit="closed-form")
+    if world.size > 1:
+        try:
+            run("sgd", build(depth=3), 20, Budget("tolerance", 0.01), fit="sgd")
+        except UsageError as error:
+            answer["refused"] = str(error)
+    Path(sys.argv[1], f"answer-{world.size}-{world.rank}.json").write_text(json.dumps(answer))
+
+if os.environ["RANK"] == "0":
+    world, answer = ALONE, {"refused": ""}
+    run_all()
+    assert not torch.distributed.is_initialized()
+world, answer = join(), {"refused": ""}
+run_all()
 world.wait()
 leave()
 """
@@ -65,11 +72,9 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     here = Path(__file__).parent
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here.parent), str(here)]), "OMP_NUM_THREADS": "1"}
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    for launch in ([], torchrun):
-        done = subprocess.run(
-            [sys.executable, *launch, str(script), str(folder)], env=environment, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+    command = [sys.executable, *torchrun, str(script), str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
 
