@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import sys
 from pathlib import Path
@@ -19,6 +21,16 @@ if sys.dont_write_bytecode:  # PYTHONDONTWRITEBYTECODE: every process that a tes
 
 if TYPE_CHECKING:
     from export.pipeline import Outcome
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _torchlib_is_read_once() -> None:
+    """torch.onnx.export parses the source of all its operators at each call, for a second; the answer is always the same."""
+    if "torch" in sys.modules:
+        with contextlib.suppress(ImportError, AttributeError):  # without these private names it is only slower
+            from torch.onnx._internal._lazy_import import onnxscript_apis
+
+            onnxscript_apis.get_torchlib_ops = functools.cache(onnxscript_apis.get_torchlib_ops)
 
 
 @pytest.fixture(scope="session")
