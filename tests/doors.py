@@ -8,6 +8,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from unittest import mock
 
@@ -23,10 +24,12 @@ def door_here(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     code, stdout, stderr = 0, io.StringIO(), io.StringIO()
     with (
         kept_signals(),
+        warnings.catch_warnings(),
         mock.patch.object(sys, "argv", [module, *rest]),
         contextlib.redirect_stdout(stdout),
         contextlib.redirect_stderr(stderr),
     ):
+        warnings.filterwarnings("ignore", message=".* found in sys.modules", category=RuntimeWarning)  # runpy's own
         try:
             runpy.run_module(module, run_name="__main__", alter_sys=True)
         except SystemExit as end:

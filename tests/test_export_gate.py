@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from export_factory import DEPTH, change_plan, command, digests, door, read, tiny
+from doors import door_here
+from export_factory import DEPTH, change_plan, command, digests, read, tiny
 
 from export import export_bundle
 from export.bundle import publish
@@ -64,7 +65,7 @@ def test_a_failed_gate_leaves_the_earlier_bundle(ort_export: Outcome, savage: Pa
 
 
 def test_the_door_says_exit_code_5(savage: Path, export_work: Path) -> None:
-    done = door(command(export_work, "dropped-too", "--plan", str(savage), "--max-top1-drop", "1", "--json"))
+    done = door_here(command(export_work, "dropped-too", "--plan", str(savage), "--max-top1-drop", "1", "--json"))
     assert done.returncode == 5, done.stderr
     said = json.loads(done.stdout)
     assert said["passed"] is False

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from doors import door_here
 from export_factory import ARGUMENTS, DEPTH, MODEL, change_plan, command, door, read, tiny
 from PIL import Image
 
@@ -140,11 +141,10 @@ def test_pretrained_weights_without_a_network(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("more", [[], ["--dry-run", "--json"]])
-def test_a_missing_backend(tmp_path: Path, more: list[str]) -> None:
-    hide = "import runpy, sys; sys.modules['tensorrt_rtx'] = sys.modules['tensorrt'] = None; "
-    start = hide + "runpy.run_module('export.run', run_name='__main__', alter_sys=True)"
-    arguments = command(tmp_path / "work", "bundle", "--engine", "trt", *more)[3:]
-    done = door([sys.executable, "-c", start, *arguments])
+def test_a_missing_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]) -> None:
+    for name in ("tensorrt_rtx", "tensorrt"):
+        monkeypatch.setitem(sys.modules, name, None)
+    done = door_here(command(tmp_path / "work", "bundle", "--engine", "trt", *more))
     assert done.returncode == 4, done.stderr
     assert "pip install" in done.stderr
     assert "Traceback" not in done.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from corpus import built as built_case
 from corpus import by_name, exported
 from corpus import reference as corpus_reference
+from doors import door_here
 from onnx_models import dense, plan_for, reference, tiny_cnn
 from PIL import Image
 from timm.data import create_transform
@@ -37,7 +37,6 @@ from slimming.run import Options, run
 from slimming.scores import score_named
 from slimming.search import TopDownSearch
 
-ROOT = Path(__file__).parents[1]
 TRANSFORM = create_transform(input_size=(3, 32, 32), crop_pct=1.0)
 POOLS = {"avg": "timm_avg_class-script17", "map": "timm_map-dynamo20-unfused"}
 COUNTS = {"plain": (15, 11, 6, 1), "distilled": (18, 12, 7, 2), "registers": (19, 13, 9, 1)}
@@ -375,7 +374,7 @@ def test_labels_of_other_classes_are_refused_before_the_search(files: Any, tmp_p
 
 def test_the_command_line_says_what_is_no_graph(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "slimming.run", "--onnx", str(tmp_path / "none.onnx"), "-o", str(tmp_path / "plan.json")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = door_here(command)
     assert done.returncode == 3
     assert "none.onnx" in done.stderr
     assert "Traceback" not in done.stderr
