@@ -138,11 +138,15 @@ def _belongs_here(taken: list[Factor], length: int, later: Sequence[int]) -> boo
 
 
 def normal(factors: Sequence[Factor]) -> Axis:
-    """The factors with neighbouring features merged, and a whole grid of patches made tokens; raises ``MatchFailure``."""
+    """The factors with neighbouring features merged, and a whole grid of patches made tokens; raises ``MatchFailure``.
+
+    One image beside anything else on an axis tells nothing apart, and is left out.
+    """
+    factors = [factor for factor in factors if factor != 1]
     result: list[Factor] = []
     for factor in factors:
         last = result[-1] if result else None
-        if factor == 1:
+        if factor == Batch(1) and len(factors) > 1:
             continue
         if isinstance(factor, int) and isinstance(last, int):
             result[-1] = last * factor

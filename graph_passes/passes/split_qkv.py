@@ -54,11 +54,40 @@ def _split(graph: gs.Graph, labels: Labels, attention: Attention, name: str) -> 
         return False
     if {id(leaf.tensor) for leaf in queries} & {id(leaf.tensor) for leaf in others}:
         return False  # rotated, say, together with the keys
-    if any(leaf.of_one_token(labels) is None for leaf in (*queries, *others)) or _source(labels, linear) is None:
+    rest = _rest(labels, linear, {int(number) for leaf in (*queries, *others) for number in leaf.values.flat})
+    if (
+        rest is None
+        or not all(_can_move(labels, leaf) for leaf in (*queries, *others, *rest))
+        or _source(labels, linear) is None
+    ):
         return False
-    _project(graph, labels, linear, queries, f"{name}.q")
-    _project(graph, labels, linear, others, f"{name}.kv")
+    for leaves, part in ((queries, "q"), (others, "kv"), (rest, "rest")):
+        if leaves:
+            _project(graph, labels, linear, leaves, f"{name}.{part}")
     return True
+
+
+def _rest(labels: Labels, linear: Linear, taken: set[int]) -> list[Columns] | None:
+    """What else a layer gives, as the MLP's hidden values of a parallel block; None where it is not apart from ``taken``."""
+    found: list[Columns] = []
+    pending: list[gs.Tensor] = [linear.output]
+    while pending:
+        tensor = pending.pop()
+        columns = columns_of(tensor, labels)
+        numbers = set() if columns is None else {int(number) for number in columns.values.flat}
+        if columns is not None and not numbers & taken:
+            found.append(columns)
+        elif not numbers <= taken:
+            if any(reader.op not in MOVES for reader in tensor.outputs):
+                return None
+            pending.extend(output for reader in tensor.outputs for output in reader.outputs)
+    return found
+
+
+def _can_move(labels: Labels, leaf: Columns) -> bool:
+    """Whether a tensor is images and tokens, each on an axis of its own, and features that are the same for all tokens."""
+    axes = labels.of(leaf.tensor) or ()
+    return any(has(axis, Batch) for axis in axes) and leaf.of_one_token(labels) is not None
 
 
 def _exits(labels: Labels, operand: tuple[gs.Node, int]) -> list[Columns]:
