@@ -49,7 +49,8 @@ def edge(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(python: Path, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run outside the checkout, so that only what is installed can be imported."""
-    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    ours = ("PYTHONPATH", "PYTHONPYCACHEPREFIX", "VIRTUAL_ENV")  # byte code of a throw-away environment goes away with it
+    environment = {key: value for key, value in os.environ.items() if key not in ours}
     command = [str(python), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
 
