@@ -1,7 +1,8 @@
 """Leave out nodes that change nothing: what exporters leave behind, and what earlier passes did.
 
 An Identity, a Dropout (at inference), a Cast to the type that is there, a Reshape, Expand or Slice to the shape that is there,
-a Transpose that moves nothing, a Concat of one. Nodes that give a graph output stay, so that it keeps its name.
+a Transpose that moves nothing, a Concat of one, an Add of zeros as a mask that hides nothing is, and PyTorch's guard against
+attention weights of NaN where no row is hidden whole. Nodes that give a graph output stay, so that it keeps its name.
 
 Before: x -> node -> y. After: the readers of y read x. Site: a node.
 """
@@ -12,20 +13,53 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from graph_passes.match import integers, replace_input, rows_of_slice
+from graph_passes.match import constant, integers, operands, produced_by, replace_input, rows_of_slice
 from graph_passes.registry import Settings, graph_pass
 
 
 @graph_pass("elide_identities")
 def run(graph: gs.Graph, settings: Settings) -> int:
     """Returns the number of nodes left out."""
-    outputs = {id(tensor) for tensor in graph.outputs}
-    nodes = [node for node in graph.nodes if not any(id(tensor) in outputs for tensor in node.outputs) and _is_identity(node)]
-    for node in nodes:
+    outputs, sites = {id(tensor) for tensor in graph.outputs}, 0
+    for node in graph.nodes:
+        if any(id(tensor) in outputs for tensor in node.outputs) or (source := _unchanged(node)) is None:
+            continue
         for reader in list(node.outputs[0].outputs):
-            replace_input(reader, node.outputs[0], node.inputs[0])
+            replace_input(reader, node.outputs[0], source)
         node.outputs.clear()
-    return len(nodes)
+        sites += 1
+    return sites
+
+
+def _unchanged(node: gs.Node) -> gs.Tensor | None:
+    """The input that a node gives out as it is, if it does."""
+    if node.op == "Add" and len(node.inputs) == 2:
+        return _beside_zeros(node)
+    if node.op == "Where":
+        return node.inputs[2] if _guards_nothing(node) else None
+    return node.inputs[0] if node.inputs and node.outputs and _is_identity(node) else None
+
+
+def _beside_zeros(add: gs.Node) -> gs.Tensor | None:
+    """The computed operand, where the constant one is zero and does not repeat it."""
+    found = operands(add)
+    if found is None or found[1].any():
+        return None
+    source, zeros = found
+    lengths = list(source.shape or [])[-zeros.ndim :] if zeros.ndim else []
+    fits = len(lengths) == zeros.ndim and all(a in (1, b) for a, b in zip(zeros.shape, lengths, strict=True))
+    return source if fits else None
+
+
+def _guards_nothing(where: gs.Node) -> bool:
+    """Whether a node is ``0 where the weights are NaN, else the weights`` behind a Softmax of scores of which some are seen."""
+    softmax, isnan, otherwise = produced_by(where.inputs[2], "Softmax"), produced_by(where.inputs[0], "IsNaN"), where.inputs[1]
+    if softmax is None or isnan is None or isnan.inputs[0] is not where.inputs[2] or (zero := constant(otherwise)) is None:
+        return False
+    masked = produced_by(softmax.inputs[0], "Add")
+    found = None if masked is None else operands(masked)
+    seen = (masked is None or found is not None) and (found is None or np.isfinite(found[1]).any(axis=-1).all())
+    return bool(seen and zero.size == 1 and not zero.any() and softmax.attrs.get("axis", -1) in (-1, 3))
 
 
 def _is_identity(node: gs.Node) -> bool:
@@ -33,9 +67,7 @@ def _is_identity(node: gs.Node) -> bool:
         return len(node.outputs) == 1 or not node.outputs[1].outputs
     if node.op == "Identity" or (node.op == "Concat" and len(node.inputs) == 1):
         return True
-    source, result = node.inputs[0] if node.inputs else None, node.outputs[0] if node.outputs else None
-    if source is None or result is None:
-        return False
+    source, result = node.inputs[0], node.outputs[0]
     if node.op == "Cast":
         return source.dtype is not None and _type(node.attrs["to"]) == source.dtype
     if node.op == "Transpose":

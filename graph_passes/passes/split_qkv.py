@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.axes import Batch, Tokens, has, token_axis
+from graph_passes.axes import Batch, Tokens, has, size_of, token_axis
 from graph_passes.labels import Attention, Labels
 from graph_passes.linear import MOVES, Columns, Linear, back_to_roots, columns_of
 from graph_passes.match import make_constant, replace_input
@@ -86,8 +86,15 @@ def _rest(labels: Labels, linear: Linear, taken: set[int]) -> list[Columns] | No
 
 def _can_move(labels: Labels, leaf: Columns) -> bool:
     """Whether a tensor is images and tokens, each on an axis of its own, and features that are the same for all tokens."""
-    axes = labels.of(leaf.tensor) or ()
-    return any(has(axis, Batch) for axis in axes) and leaf.of_one_token(labels) is not None
+    return _image_axis(labels, leaf.tensor) is not None and leaf.of_one_token(labels) is not None
+
+
+def _image_axis(labels: Labels, tensor: gs.Tensor) -> int | None:
+    """The axis of the images; of a single one, which Reshapes may have left out, any axis of length 1."""
+    axes = labels.of(tensor) or ()
+    images = [index for index, axis in enumerate(axes) if has(axis, Batch)]
+    empty = [index for index, axis in enumerate(axes) if axis == () and labels.batch == Batch(1)]
+    return next(iter(images + empty), None)
 
 
 def _exits(labels: Labels, operand: tuple[gs.Node, int]) -> list[Columns]:
@@ -111,14 +118,14 @@ def _exits(labels: Labels, operand: tuple[gs.Node, int]) -> list[Columns]:
 
 
 def _source(labels: Labels, linear: Linear) -> gs.Tensor | None:
-    """What the layer reads, tokens on an axis of their own: a Gemm reads them merged with the images."""
+    """What the layer reads, images and tokens each on an axis of its own: a Gemm reads them merged."""
     source = linear.source
-    while (axes := labels.of(source)) is not None and token_axis(axes) is None:
+    while (axes := labels.of(source)) is not None and (len(axes) != 3 or token_axis(axes) not in (0, 1)):
         node = source.inputs[0] if source.inputs else None
         if node is None or node.op not in MOVES:
             return None
         source = node.inputs[0]
-    return source if axes is not None and len(axes) == 3 and token_axis(axes) in (0, 1) else None
+    return None if axes is None else source
 
 
 def _project(graph: gs.Graph, labels: Labels, linear: Linear, exits: Sequence[Columns], name: str) -> None:
@@ -140,23 +147,24 @@ def _project(graph: gs.Graph, labels: Labels, linear: Linear, exits: Sequence[Co
     if len(exits) > 1:
         sizes = make_constant(f"{name}.sizes", [numbers.size for numbers in picked])
         parts = append("Split", "split", [tensor, sizes], len(exits), axis=2)
-    for number, (leaf, numbers, part) in enumerate(zip(exits, picked, parts, strict=True)):
-        shape = make_constant(f"{name}.shape_{number}", [0, 0, *numbers.shape])
+    for number, (leaf, part) in enumerate(zip(exits, parts, strict=True)):
+        order, features = _order(labels, source, leaf.tensor)
+        shape = make_constant(f"{name}.shape_{number}", [0, 0, *features])
         (part,) = append("Reshape", f"reshape_{number}", [part, shape])
-        order = _order(labels, source, leaf.tensor)
         if order != sorted(order):
             (part,) = append("Transpose", f"transpose_{number}", [part], perm=order)
         for reader in list(leaf.tensor.outputs):
             replace_input(reader, leaf.tensor, part)
 
 
-def _order(labels: Labels, source: gs.Tensor, target: gs.Tensor) -> list[int]:
-    """How ``[the source's two leading axes, features...]`` becomes the target."""
-    before, after = labels.of(source), labels.of(target)
-    assert before is not None
-    assert after is not None
-    place = token_axis(before)
-    other = 1 - (place or 0)
-    features = iter(range(2, 2 + len(after)))
-    kinds = [(has(axis, Tokens), has(axis, Batch)) for axis in after]
-    return [place or 0 if tokens else other if batch else next(features) for tokens, batch in kinds]
+def _order(labels: Labels, source: gs.Tensor, target: gs.Tensor) -> tuple[list[int], list[int]]:
+    """How ``[the source's two leading axes, features...]`` becomes the target, and the lengths of these features."""
+    place, after, images = token_axis(labels.of(source) or ()) or 0, labels.of(target) or (), _image_axis(labels, target)
+    order, features = [], list[int]()
+    for index, axis in enumerate(after):
+        if has(axis, Tokens) or index == images:
+            order.append(1 - place if index == images else place)
+        else:
+            order.append(2 + len(features))
+            features.append(size_of(axis))
+    return order, features
