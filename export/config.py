@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from slimming.door import InputRejected, UsageError
+from slimming.door import UsageError
 from slimming.options import ModelOptions
 from slimming.plan import Layout
 
@@ -56,12 +56,8 @@ class Options(ModelOptions):
     """Print one JSON object on stdout; logs stay on stderr."""
 
     def check(self) -> None:
-        """Raise ``UsageError`` for values that no run could use, ``InputRejected`` for a summary, which no graph has yet."""
+        """Raise ``UsageError`` for values that no run could use."""
         super().check()
-        if self.summary:  # before anything slow
-            from graph_passes.tokens import NO_SUMMARY
-
-            raise InputRejected(f"--summary: {NO_SUMMARY}; slimming.run measures what it does")
         if self.plan is not None and self.dense:
             raise UsageError("--plan and --dense contradict each other")
         if self.eval_images != "all" and self.eval_images < 1:

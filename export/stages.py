@@ -118,7 +118,6 @@ class Stages:
 
     def plan(self) -> SlimPlan:
         """The given plan, the dense one, or the one that the search finds."""
-        from graph_passes.tokens import ensure_no_summary
         from slimming.api import dense_plan
         from slimming.slim_vit import check_fits
 
@@ -128,7 +127,6 @@ class Stages:
         if options.plan is not None:
             plan = load_plan(options.plan)
             check_fits(loaded.module, plan)
-            ensure_no_summary(plan)
             if plan.model != loaded.architecture:  # the manifest names one model
                 raise InputRejected(f"{options.plan}: was made for {plan.model}, and --model is {loaded.architecture}")
             return plan
@@ -242,7 +240,7 @@ class Stages:
             graphs = {**graphs, ENGINE: engine.files[0]}
         keys: dict[str, object] = {
             PYTORCH: "original",
-            PYTORCH_SLIM: plan.model_dump(mode="json", include={"kept", "mode", "summary", "weights"}),
+            PYTORCH_SLIM: plan.model_dump(mode="json", include={"kept", "mode", "merged_into", "weights"}),
         }
         keys |= {stage: digest(path) for stage, path in graphs.items()}
         where = (self.device, onnxruntime_providers())

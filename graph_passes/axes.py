@@ -55,7 +55,14 @@ class Tokens:
         return len(self.names)
 
 
-Factor = Batch | Pixels | Grid | Tokens | int
+@dataclass(frozen=True)
+class Mixed:
+    """Sums of tokens by a constant matrix, to be added to as many kept ones; see ``merging``."""
+
+    size: int
+
+
+Factor = Batch | Pixels | Grid | Tokens | Mixed | int
 Axis = tuple[Factor, ...]
 Axes = tuple[Axis, ...]
 
@@ -72,7 +79,7 @@ def has(axis: Axis, *kinds: type) -> bool:
 
 def is_spatial(axis: Axis) -> bool:
     """Whether any place of the image is told apart on this axis."""
-    return has(axis, Pixels, Grid, Tokens)
+    return has(axis, Pixels, Grid, Tokens, Mixed)
 
 
 def tokens_of(axis: Axis) -> Tokens | None:
@@ -188,6 +195,6 @@ def _named(factor: Factor) -> str:
         return f"{factor} features"
     if isinstance(factor, Batch):
         return "images"
-    if isinstance(factor, Tokens):
-        return f"{factor.size} tokens"
+    if isinstance(factor, Tokens | Mixed):
+        return f"{factor.size} {'mixed ' if isinstance(factor, Mixed) else ''}tokens"
     return f"{factor.size} {'rows' if factor.axis == 0 else 'columns'} of the {type(factor).__name__.lower()}"

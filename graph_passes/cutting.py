@@ -18,10 +18,11 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graph_passes.axes import UNKNOWN_BATCH, Axes, Axis, Tokens, has, size_of, token_axis
-from graph_passes.labels import Table
+from graph_passes.labels import NORMS, Attention, Table
 from graph_passes.match import MatchFailure, constant, integers, label, make_constant, replace_input
+from graph_passes.merging import WRITTEN_OUT, Merges, add_bias, ensure_mergeable
 from graph_passes.registry import CutForm
-from graph_passes.rows import take_rows
+from graph_passes.rows import mix_rows, take_rows
 from graph_passes.structure import Structure
 
 STEM = -1  # the rank of what comes before the blocks: as it is
@@ -29,9 +30,19 @@ MOVERS = {"Slice", "Gather", "Split", "Concat"}
 
 
 class Layout:
-    """Tokens by plan index: ``read[l]`` those of the stream behind l blocks, ``computed[l]`` those that block l computes."""
+    """Tokens by plan index: ``read[l]`` those of the stream behind l blocks, ``computed[l]`` those that block l computes.
 
-    def __init__(self, structure: Structure, read: Sequence[Sequence[int]], computed: Sequence[Sequence[int]]) -> None:
+    ``merges`` says what becomes of the others; None: they are lost.
+    """
+
+    def __init__(
+        self,
+        structure: Structure,
+        read: Sequence[Sequence[int]],
+        computed: Sequence[Sequence[int]],
+        merges: Merges | None = None,
+    ) -> None:
+        self.merges = merges
         name = structure.names
         self.ranks = {2 * level: [name[token] for token in tokens] for level, tokens in enumerate(read)}
         self.ranks |= {2 * level + 1: [name[token] for token in tokens] for level, tokens in enumerate(computed)}
@@ -39,13 +50,15 @@ class Layout:
 
 def lay(graph: gs.Graph, structure: Structure, layout: Layout, form: CutForm = "auto") -> None:
     """Change ``graph`` to ``layout``, all cuts in one ``form``; raises ``MatchFailure`` for what cannot be laid so."""
+    if structure.labels.mixes:
+        raise MatchFailure(label(structure.labels.mixes[0].node), "expected no tokens to be mixed yet; this matrix mixes them")
     _Cutter(graph, structure, layout, form).run()
 
 
 class _Cutter:
     def __init__(self, graph: gs.Graph, structure: Structure, layout: Layout, form: CutForm) -> None:
         self.graph, self.structure, self.labels, self.form = graph, structure, structure.labels, form
-        self.names = layout.ranks
+        self.names, self.merges = layout.ranks, layout.merges
         self.last = 2 * len(structure.blocks)
         self.stream = {id(tensor): level for level, tensor in enumerate(structure.stream)}
         self.ranks: dict[int, int] = {}  # of nodes
@@ -57,11 +70,15 @@ class _Cutter:
 
     def run(self) -> None:
         self._rank_nodes()
+        if self.merges is not None:
+            self._mix_late()
         originals = [node for node in self.labels.nodes if self.ranks.get(id(node), STEM) != STEM]
         for tensor in self.structure.stream:
             self._put_back(tensor)
         for node in originals:
             self._rewire(node)
+        for attention in self.labels.attentions:
+            self._weigh(attention)
 
     # Which part of its tokens a node computes
 
@@ -83,6 +100,29 @@ class _Cutter:
                 if self.labels.depends(tensor):
                     part = 2 * self.labels.level(tensor) if (id(node), operand) in keys_values and rank != STEM else rank
                     asked[id(tensor)] = min(part, asked.get(id(tensor), part))
+
+    def _mix_late(self) -> None:
+        """In blocks that merge, compute on all tokens the norm, and what picks the queries out of a packed projection."""
+        assert self.merges is not None
+        tables = {id(table.node) for table in self.labels.tables}
+        norms = set(self.stream)  # the stream, and what is made of it without a linear layer
+        for node in self.labels.nodes:
+            rank, level = self.ranks.get(id(node), STEM), self.labels.level(node.outputs[0])
+            if rank != 2 * level + 1 or not self.merges.at(level):
+                norms |= {id(out) for out in node.outputs if rank == 2 * level and self._is_of_norm(node, norms, tables)}
+                continue
+            (source, *_), (out, *_) = node.inputs, node.outputs
+            before = self.ranks.get(id(source.inputs[0]), STEM) if source.inputs and id(source) not in self.stream else STEM
+            picks = node.op in ("Gather", "Slice", "Squeeze") and self.labels.tokens(source) == self.labels.tokens(out)
+            if self._is_of_norm(node, norms, tables):
+                norms |= {id(out) for out in node.outputs}
+                self.ranks[id(node)] = 2 * level
+            elif picks and before == 2 * level:
+                self.ranks[id(node)] = before
+
+    def _is_of_norm(self, node: gs.Node, norms: set[int], tables: set[int]) -> bool:
+        computed = [tensor for tensor in node.inputs if self.labels.depends(tensor)]
+        return node.op in NORMS | WRITTEN_OUT and id(node) not in tables and all(id(tensor) in norms for tensor in computed)
 
     def _axes(self, tensor: gs.Tensor) -> Axes | None:
         """The axes of a tensor that holds tokens, on whatever axis."""
@@ -175,8 +215,26 @@ class _Cutter:
             axes = self.labels.of(source)
             assert axes is not None
             shape = (len(axes), self._place(source), len(have))
-            self.taken[key] = take_rows(self.graph, tensor, rows, shape, name, self.form)
+            level = self.labels.level(source)
+            if self.merges is not None and self.merges.at(level) and len(have) != len(want):
+                ensure_mergeable(self.labels, source, self.structure.stream[level])
+                dropped = [place[token] for token in have if token not in set(want)]
+                weights = self.merges.weights(level, have, want)
+                self.taken[key] = mix_rows(self.graph, tensor, (rows, dropped), weights, shape, name, self.form)
+            else:
+                self.taken[key] = take_rows(self.graph, tensor, rows, shape, name, self.form)
         return self.taken[key]
+
+    def _weigh(self, attention: Attention) -> None:
+        """Let the keys of merged tokens weigh as much as all the tokens that they stand for."""
+        if self.merges is None or attention.queried is None:
+            return
+        bias = self.merges.bias(attention.level, self._part(attention.read, 2 * attention.level, 0))
+        if bias is None:
+            return
+        if attention.softmax is None:
+            raise MatchFailure(label(attention.mix), "expected a Softmax that merged tokens weigh in; expand_attention first")
+        add_bias(self.graph, attention.softmax, bias, f"block_{attention.level}.sizes")
 
     def _place(self, tensor: gs.Tensor) -> int:
         axes = self.labels.of(tensor)

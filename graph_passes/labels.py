@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
 
 from graph_passes.axes import (
     MOST_TOKENS,
@@ -17,6 +19,7 @@ from graph_passes.axes import (
     Axis,
     Batch,
     Grid,
+    Mixed,
     Pixels,
     Tokens,
     broadcast,
@@ -38,6 +41,7 @@ UNARY = {
 ELEMENTWISE = {"Add", "And", "Div", "Equal", "Max", "Mean", "Min", "Mod", "Mul", "Or", "Pow", "PRelu", "Sub", "Sum", "Where"}
 NORMS = {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"}
 SPATIAL = {"Conv", "MaxPool", "AveragePool"}
+OF_MIXED = {"Add", "Cast", "Identity", "Transpose"}  # what may read mixed tokens
 REDUCTIONS = {"ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2", "ReduceMax", "ReduceMin", "ReduceProd"}
 
 
@@ -49,6 +53,16 @@ class Table:
     operand: int
     axis: int
     tokens: Tokens
+
+
+@dataclass(frozen=True)
+class Mix:
+    """A constant ``matrix [k, r]`` times r ``tokens``, after ``level`` attentions."""
+
+    node: gs.Node
+    matrix: NDArray[np.generic]
+    tokens: Tokens
+    level: int
 
 
 @dataclass
@@ -91,6 +105,7 @@ class Labels:
     levels: dict[int, int] = field(default_factory=dict)  # attentions that a tensor has been through
     faults: dict[int, MatchFailure] = field(default_factory=dict)  # tensors that could not be followed, and why
     tables: list[Table] = field(default_factory=list)
+    mixes: list[Mix] = field(default_factory=list)
     attentions: list[Attention] = field(default_factory=list)
     weights: dict[int, tuple[gs.Node, gs.Node]] = field(default_factory=dict)  # (scores, Softmax) behind attention weights
     prefix: list[int] = field(default_factory=list)  # prefix tokens, in the order in which they are joined
@@ -170,6 +185,8 @@ def _explained(labels: Labels, node: gs.Node) -> list[Axes]:
     if node.domain not in (None, "", "ai.onnx"):
         raise MatchFailure(site, f"expected operators of ONNX's own; this one is of '{node.domain}'")
     first = inputs[0] if inputs else None
+    if node.op not in OF_MIXED and any(has(axis, Mixed) for axes in inputs for axis in axes or ()):
+        raise MatchFailure(site, "expected tokens that a constant matrix mixes to be added to as many others")
     if node.op in UNARY and first is not None:
         return [_same_weights(labels, node, first)]
     if node.op in ELEMENTWISE:
@@ -213,7 +230,7 @@ def _same_weights(labels: Labels, node: gs.Node, axes: Axes) -> Axes:
 
 def _elementwise(labels: Labels, node: gs.Node) -> Axes:
     """Operands side by side; a constant with one row per token becomes a table."""
-    inputs = [labels.of(tensor) for tensor in node.inputs]
+    inputs = _absorbed([labels.of(tensor) for tensor in node.inputs])
     computed = broadcast([axes for axes in inputs if axes is not None], label(node))
     operands = [computed]
     for index, tensor in enumerate(node.inputs):
@@ -236,6 +253,19 @@ def _elementwise(labels: Labels, node: gs.Node) -> Axes:
                 axes.append((length,) if isinstance(length, int) and length > 1 else ())
         operands.append(tuple(axes))
     return _same_weights(labels, node, broadcast(operands, label(node)))
+
+
+def _absorbed(operands: list[Axes | None]) -> list[Axes | None]:
+    """The operands of a node, where one is of mixed tokens and the other of as many named ones: both are of those."""
+    first, second = operands if len(operands) == 2 else (None, None)
+    if first is None or second is None or len(first) != len(second):
+        return operands
+    pairs = list(zip(first, second, strict=True))
+    return [tuple(_named_one(*pair) for pair in pairs), tuple(_named_one(*pair[::-1]) for pair in pairs)]
+
+
+def _named_one(axis: Axis, other: Axis) -> Axis:
+    return other if has(axis, Mixed) and tokens_of(other) is not None and size_of(axis) == size_of(other) else axis
 
 
 def _dims(tensor: gs.Tensor) -> tuple[int, ...]:
@@ -290,7 +320,10 @@ def _constant_times(labels: Labels, node: gs.Node, right: Axes) -> Axes:
         return (*right[:-2], normal([matrix.shape[-2]]) if matrix.ndim > 1 else (), _as_keys(right[-1]))
     rows = one_hot_rows(matrix)
     if rows is None:
-        raise MatchFailure(label(node), "expected tokens to be chosen, a one in every row; this matrix mixes them")
+        if matrix.ndim != 2:
+            raise MatchFailure(label(node), "expected tokens to be chosen or mixed by one matrix")
+        labels.mixes.append(Mix(node, matrix, tokens, labels.level(node.inputs[1])))
+        return (*right[:-2], (Mixed(matrix.shape[0]),), right[-1])
     return (*right[:-2], (Tokens(tuple(tokens.names[row] for row in rows)),), right[-1])
 
 

@@ -17,7 +17,6 @@ from graph_passes.match import MatchFailure
 from graph_passes.model import OnnxModel, as_model
 from graph_passes.proto import export_model, import_graph, with_shapes
 from graph_passes.registry import PASSES, CutForm, ImageForm, PassResult, Refusal, Settings
-from graph_passes.tokens import ensure_no_summary
 from slimming.door import InputRejected, UsageError
 from slimming.plan import Layout, SlimPlan
 
@@ -70,13 +69,11 @@ def run_passes(
 
     A pass that does not understand the graph leaves it as it was and says so in its result's ``refused``. After each change
     the model is checked and, where ``save_intermediates`` is a folder, saved there as ``NN_name.onnx``.
-    Raises ``UsageError`` for an unknown pass or one that lacks its plan, ``InputRejected`` for an invalid model, a plan that is
-    for another one, or one that keeps a summary.
+    Raises ``UsageError`` for an unknown pass or one that lacks its plan, ``InputRejected`` for an invalid model, or a plan that
+    is for another one.
     """
     ensure_known(names)
     ensure_plan(names, settings.plan)
-    if settings.plan is not None:
-        ensure_no_summary(settings.plan)
     current = as_model(model)
     results: list[PassResult] = []
     graph = import_graph(with_shapes(current))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
 
 from graph_passes.match import MatchFailure, make_constant
 from graph_passes.registry import CutForm
@@ -32,6 +33,31 @@ def take_rows(
         return _run(maker, *runs[0], axis, "")
     parts = [_run(maker, *run, axis, f".run_{number}") for number, run in enumerate(runs)]
     return maker.append("Concat", "", parts, axis=axis)
+
+
+def mix_rows(
+    graph: gs.Graph,
+    source: gs.Tensor,
+    rows: tuple[Sequence[int], Sequence[int]],
+    weights: tuple[NDArray[np.float64], NDArray[np.float64]],
+    shape: tuple[int, int, int],
+    name: str,
+    form: CutForm = "auto",
+) -> gs.Variable:
+    """Append what mixes rows of ``source``, and return its output; ``shape`` and ``form`` are those of ``take_rows``.
+
+    ``rows`` are (kept, dropped), ``weights`` (own [k], taken [k, r]): each kept row times its own weight, plus ``taken`` times
+    the dropped ones. Raises ``MatchFailure`` where rows are the last axis.
+    """
+    (rank, axis, _), (own, taken), dtype = shape, weights, source.dtype or np.float32
+    kept = take_rows(graph, source, rows[0], shape, name, form)
+    dropped = take_rows(graph, source, rows[1], shape, f"{name}.dropped", form)
+    matrix = make_constant(f"{name}.taken", taken.astype(dtype))
+    merged = _by_matrix(_Maker(graph, dropped, f"{name}.merged"), matrix, rank, axis)
+    if not (own == 1).all():
+        column = own.astype(dtype).reshape(-1, *[1] * (rank - 1 - axis))
+        kept = _Maker(graph, kept, f"{name}.scaled").append("Mul", "", [kept, make_constant(f"{name}.own", column)])
+    return _Maker(graph, kept, f"{name}.mixed").append("Add", "", [kept, merged])
 
 
 class _Maker:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.axes import Grid, Tokens, size_of, token_axis
+from graph_passes.axes import Grid, Mixed, Tokens, has, size_of, token_axis
 from graph_passes.labels import ELEMENTWISE, UNARY, Attention, Labels, follow
 from graph_passes.match import MatchFailure, constant, integers, label
 from graph_passes.proto import sorted_nodes
@@ -74,6 +74,8 @@ def find_structure(graph: gs.Graph) -> Structure:
         if id(output) in labels.faults:
             raise labels.faults[id(output)]
         tokens = labels.tokens(output)
+        if any(has(axis, Mixed) for axis in labels.of(output) or ()):
+            raise MatchFailure(f"graph output '{output.name}'", "expected no tokens that a constant matrix mixes")
         if tokens is not None and tokens.size > 1:
             expected = f"expected the head's answer, not {tokens.size} tokens; choose other outputs with --outputs"
             raise MatchFailure(f"graph output '{output.name}'", expected)
@@ -234,4 +236,4 @@ def _indices(node: gs.Node) -> list[int]:
 
 def _holds_tokens(labels: Labels, tensor: gs.Tensor) -> bool:
     axes = labels.of(tensor)
-    return axes is not None and any(isinstance(factor, Tokens) for axis in axes for factor in axis)
+    return axes is not None and any(has(axis, Tokens, Mixed) for axis in axes)

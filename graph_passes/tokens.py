@@ -4,22 +4,14 @@ from __future__ import annotations
 
 from graph_passes.cutting import Layout
 from graph_passes.match import MatchFailure, label
+from graph_passes.merging import Merges, ensure_merged
 from graph_passes.structure import Structure
 from slimming.door import InputRejected
 from slimming.plan import SlimPlan
 
-#: Why a plan with a summary is refused.
-NO_SUMMARY = "summary tokens are not cut into ONNX graphs yet"
-
 
 class PlanMismatch(InputRejected):
     """The plan is for another model than this graph (exit 3)."""
-
-
-def ensure_no_summary(plan: SlimPlan) -> None:
-    """Raise ``InputRejected`` for a plan that keeps a summary of its dropped tokens."""
-    if plan.summary:
-        raise InputRejected(f"the plan for '{plan.model}': {NO_SUMMARY}")
 
 
 def ensure_fit(structure: Structure, plan: SlimPlan) -> None:
@@ -49,8 +41,9 @@ def ensure_fit(structure: Structure, plan: SlimPlan) -> None:
 
 
 def embedded_by(plan: SlimPlan) -> list[int]:
-    """The tokens that are left where the patches that the first block drops are never embedded (see ``drop_patches``)."""
-    return sorted({*range(plan.prefix_tokens), *plan.kept[0]})
+    """The tokens that are left where the patches that the first block loses are never embedded (see ``drop_patches``)."""
+    merged = {token for token, into in enumerate(plan.merged_into or []) if into >= 0}  # later blocks drop what this one keeps
+    return sorted({*range(plan.prefix_tokens), *plan.kept[0], *merged})
 
 
 def layout_of(structure: Structure, plan: SlimPlan) -> Layout:
@@ -61,7 +54,7 @@ def layout_of(structure: Structure, plan: SlimPlan) -> Layout:
         computed.append([token for token in read[-1] if token in wanted])
         put_back = plan.mode == "stale" and len(computed) < plan.depth
         read.append(computed[-1] + [token for token in read[-1] if put_back and token not in wanted])
-    return Layout(structure, read, computed)
+    return Layout(structure, read, computed, None if plan.merged_into is None else Merges(structure, plan))
 
 
 def same_for_all(structure: Structure, tokens: list[int]) -> Layout:
@@ -89,4 +82,5 @@ def needs_cut(structure: Structure, plan: SlimPlan) -> bool:
         if before is not None and len(block.reads) != (len(embedded) if plan.mode == "stale" else len(before)):
             raise MatchFailure(f"block {block.index - 1}", f"already cut, but not in the plan's mode, {plan.mode}")
         before = kept
+    ensure_merged(structure, plan)
     return False

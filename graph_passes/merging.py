@@ -1,0 +1,158 @@
+"""Tokens that a plan merges into kept ones where a block drops them: by which numbers, and where a graph allows it.
+
+A kept token becomes the mean of all the original tokens that it then stands for, ``own`` times itself plus ``taken`` times the
+dropped ones, wherever the block's cut takes rows: of the residual stream for the shortcut, and of what the block's norm makes
+of it for the queries and all else that only kept tokens need. A key that stands for c tokens gets log(c) on its logits, so that
+it weighs as much as c of them (proportional attention, ToMe).
+
+A mean may be taken anywhere behind the norm, as long as only affine maps that are the same for all tokens lie between: its
+weights add up to one. So every place where rows are taken is followed back to the stream, and anything else is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from graph_passes.axes import Tokens, tokens_in
+from graph_passes.labels import NORMS, Labels
+from graph_passes.linear import MOVES
+from graph_passes.match import MatchFailure, constant, label, make_constant, operands, replace_input
+from graph_passes.structure import Structure
+from slimming.plan import SlimPlan, mixing_of
+
+AFFINE = MOVES | {"Add", "Sub", "Concat", "Dropout", "Neg"}
+#: What exporters write a norm with, where it is not one node.
+WRITTEN_OUT = {"Add", "Cast", "Div", "Identity", "Mul", "Pow", "ReduceMean", "ReduceSum", "Reciprocal", "Sqrt", "Sub"}
+ROOTS = NORMS | {"Sqrt"}  # of these every norm has one
+
+
+class Merges:
+    """A plan's merges, for tokens by their names in ``labels``."""
+
+    def __init__(self, structure: Structure, plan: SlimPlan) -> None:
+        self.plan = plan
+        self.index = {name: number for number, name in enumerate(structure.names)}
+        everything = list(range(plan.tokens))
+        pairs = zip([everything, *plan.kept], [[1] * plan.tokens, *plan.sizes()], strict=True)
+        self.sizes = [dict(zip(tokens, sizes, strict=True)) for tokens, sizes in pairs]  # by how many blocks were passed
+
+    def at(self, block: int) -> bool:
+        """Whether a block merges any of the tokens that it drops."""
+        after = self.sizes[block + 1] if block < self.plan.depth else {}
+        return any(size > self.sizes[block][token] for token, size in after.items())
+
+    def weights(self, block: int, read: Sequence[int], kept: Sequence[int]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """``own [k]`` and ``taken [k, r]`` of a block that merges; r are the tokens that it drops, in the order read."""
+        before, after = ([self.index[name] for name in names] for names in (read, kept))
+        sizes = ([self.sizes[block][token] for token in before], [self.sizes[block + 1][token] for token in after])
+        found = mixing_of(before, after, sizes, self.plan.merged_into or [])
+        assert found is not None  # it merges
+        return np.asarray(found[0]), np.asarray(found[1])
+
+    def bias(self, block: int, read: Sequence[int]) -> NDArray[np.float64] | None:
+        """The logarithm of how many original tokens each of those read stands for; None where each is its own."""
+        sizes = [self.sizes[block][self.index[name]] for name in read]
+        return np.asarray([math.log(size) for size in sizes]) if max(sizes) > 1 else None
+
+
+def add_bias(graph: gs.Graph, softmax: gs.Node, bias: NDArray[np.float64], name: str) -> None:
+    """Add ``bias [n]`` to the logits that a Softmax weighs."""
+    logits = softmax.inputs[0]
+    dtype = logits.dtype or np.float32
+    out = gs.Variable(f"{name}.out", dtype=logits.dtype)
+    replace_input(softmax, logits, out)
+    graph.nodes.append(gs.Node("Add", name, {}, [logits, make_constant(f"{name}.log_sizes", bias.astype(dtype))], [out]))
+
+
+def ensure_mergeable(labels: Labels, taken: gs.Variable, stream: gs.Variable) -> None:
+    """Raise ``MatchFailure`` unless ``taken`` is affine, alike for all tokens, in the stream or in a norm of it."""
+    tables = {id(table.node) for table in labels.tables}
+    pending: list[gs.Tensor] = [taken]
+    seen = {id(stream)}
+    while pending:
+        tensor = pending.pop()
+        if id(tensor) in seen or not labels.depends(tensor):
+            continue
+        seen.add(id(tensor))
+        node = _node_before(labels, tensor, stream, tables)
+        if node.op in AFFINE or _is_scale(node) or _is_linear(node):
+            pending.extend(node.inputs)
+        else:
+            _ensure_norm(labels, tensor, stream, tables)
+
+
+def _node_before(labels: Labels, tensor: gs.Tensor, stream: gs.Variable, tables: set[int]) -> gs.Node:
+    if not tensor.inputs:
+        raise MatchFailure(f"tensor '{tensor.name}'", "expected it to be computed from the block's input, to merge its tokens")
+    node = tensor.inputs[0]
+    if id(node) in tables:
+        raise MatchFailure(label(node), "expected the same for all tokens before some are merged; it has a row for each")
+    if _held(labels, tensor) != _held(labels, stream):
+        raise MatchFailure(label(node), "expected all tokens of the block's input together, to merge some of them")
+    return node
+
+
+def _held(labels: Labels, tensor: gs.Tensor) -> Tokens | None:
+    axes = labels.of(tensor)
+    return None if axes is None else tokens_in(axes)
+
+
+def _is_scale(node: gs.Node) -> bool:
+    """Whether a node multiplies by constants."""
+    parts = operands(node) if node.op in ("Mul", "Div") else None
+    return parts is not None and (node.op == "Mul" or node.inputs[0] is parts[0])
+
+
+def _is_linear(node: gs.Node) -> bool:
+    """Whether a node is a linear layer, with one bias for all rows."""
+    if node.op not in ("MatMul", "Gemm") or constant(node.inputs[1]) is None:
+        return False
+    if len(node.inputs) < 3:
+        return True
+    bias = constant(node.inputs[2])
+    return bias is not None and bias.size in (1, *bias.shape[-1:])
+
+
+def _ensure_norm(labels: Labels, normed: gs.Tensor, stream: gs.Variable, tables: set[int]) -> None:
+    """Raise ``MatchFailure`` unless ``normed`` is the stream after one norm, as one node or written out."""
+    last = normed.inputs[0]
+    pending, seen, roots = [normed], {id(stream)}, 0
+    while pending:
+        tensor = pending.pop()
+        if id(tensor) in seen or not labels.depends(tensor):
+            continue
+        seen.add(id(tensor))
+        node = _node_before(labels, tensor, stream, tables)
+        roots += node.op in ROOTS
+        if node.op not in WRITTEN_OUT | NORMS or roots > 1:
+            roots = 0
+            break
+        pending.extend(node.inputs)
+    if roots != 1:
+        raise MatchFailure(
+            label(last), "expected linear layers and at most one norm, that of the block's input, before tokens are merged"
+        )
+
+
+def ensure_merged(structure: Structure, plan: SlimPlan) -> None:
+    """Raise ``MatchFailure`` unless a graph that is cut to the plan's tokens merges the others as the plan says."""
+    merges = Merges(structure, plan)
+    for block in structure.blocks:
+        read, kept = ([structure.names[token] for token in tokens] for tokens in (block.reads, block.computes))
+        found = [mix for mix in structure.labels.mixes if mix.level == block.index]
+        if not merges.at(block.index):
+            if found:
+                raise MatchFailure(label(found[0].node), "tokens are merged already, and by the plan they are lost")
+            continue
+        if not found:
+            raise MatchFailure(block.site, "already cut, and what it drops is lost; the plan merges it into kept tokens")
+        dropped, (_, taken) = tuple(name for name in read if name not in set(kept)), merges.weights(block.index, read, kept)
+        for mix in found:
+            same = mix.tokens.names == dropped and mix.matrix.shape == taken.shape
+            if not same or not np.allclose(mix.matrix, taken, atol=1e-3):
+                raise MatchFailure(label(mix.node), "tokens are merged already, otherwise than by the plan")
