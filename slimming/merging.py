@@ -1,0 +1,164 @@
+"""Static merging: instead of losing a dropped token, a constant mean of it and its like stays.
+
+Which tokens are alike on average is a property of positions, so the groups can be constants of the plan: by Ward's method
+(1963) on the dense model's features, each step merges the two groups whose mean then differs least from their members, summed
+over the calibration images. ToMe (2210.09461) matches tokens in every image anew; a constant match costs nothing at run time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from slimming.cuts import averages_of, cuts_of
+from slimming.features import DenseFeatures
+from slimming.search import Selection, TopDownSearch, divergence_of
+
+#: Images that errors and divergences are measured on: no maps and no scores are computed, so there is time for more of them.
+MERGE_IMAGES = 128
+_NEVER = float("inf")
+
+
+class MergeSearch:
+    """Merges, block after block from the first, the groups of patches that are most alike. No score ranks tokens here.
+
+    Distances look at every calibration image, errors and divergences at ``MERGE_IMAGES`` of them. For heads that read single
+    tokens. A ``slimming.profile.Judge``.
+    """
+
+    def __init__(self, features: DenseFeatures) -> None:
+        self.features, self.reader = features, features.reader
+        self.depth, self.tokens, self.prefix = len(self.reader.blocks), self.reader.tokens, self.reader.prefix
+        self.fixed_head: int | None = len(self.reader.head.tokens)
+        self.readable = len(self.reader.head.tokens)
+        self.sample = features.spread(MERGE_IMAGES)
+        self._distances: dict[int, NDArray[np.float64]] = {}
+
+    def by_counts(self, counts: Sequence[int]) -> Selection:
+        """``counts[l]`` tokens out of every block l; with the error that each cut causes in the block above."""
+        kept, merged_into = self.groups(counts)
+        return Selection(kept, self._errors(kept, merged_into), None, merged_into)
+
+    def divergence(self, counts: Sequence[int]) -> float:
+        """How far the plan of these counts moves the answer: mean KL divergence to the dense model's, without a fit."""
+        return divergence_of(self.features, *self.groups(counts), self.sample)
+
+    def groups(self, counts: Sequence[int]) -> tuple[list[list[int]], list[int]]:
+        """The tokens that stand for the groups behind every block, and which one took each of the others in."""
+        merged_into = [-1] * self.tokens
+        members = {token: [token] for token in range(self.prefix, self.tokens)}
+        kept: list[list[int]] = []
+        for block, count in enumerate(counts[:-1]):
+            if count - self.prefix < len(members):
+                members = self._merged(block, members, count - self.prefix, merged_into)
+            kept.append([*range(self.prefix), *sorted(members)])
+        return [*kept, list(self.reader.head.tokens)], merged_into
+
+    def _merged(self, block: int, members: dict[int, list[int]], count: int, merged_into: list[int]) -> dict[int, list[int]]:
+        """``members`` merged to ``count`` groups by Ward's method on its input; of two the larger takes the other in."""
+        names = sorted(members)
+        sizes = np.array([len(members[name]) for name in names], dtype=np.float64)
+        shares = np.zeros((len(names), self.tokens))
+        for row, name in enumerate(names):
+            shares[row, members[name]] = 1 / len(members[name])
+        between = shares @ self.distances(block) @ shares.T
+        within = np.diagonal(between)
+        gain = np.outer(sizes, sizes) / (sizes[:, None] + sizes[None])
+        cost = gain * (between - (within[:, None] + within[None]) / 2)
+        np.fill_diagonal(cost, _NEVER)
+        result = dict(members)
+        for left in range(len(names), max(count, 0), -1):
+            if left == 1:  # no patch is to be kept: the last one is lost
+                result.clear()
+                break
+            first, second = divmod(int(cost.argmin()), len(names))
+            into, gone = (first, second) if sizes[first] >= sizes[second] else (second, first)
+            # Lance and Williams' update for Ward's criterion (1967).
+            total = sizes + sizes[into] + sizes[gone]
+            row = ((sizes[into] + sizes) * cost[into] + (sizes[gone] + sizes) * cost[gone] - sizes * cost[into, gone]) / total
+            row[~np.isfinite(cost[into]) | ~np.isfinite(cost[gone])] = _NEVER
+            cost[into], cost[:, into] = row, row
+            cost[gone], cost[:, gone] = _NEVER, _NEVER
+            sizes[into] += sizes[gone]
+            result[names[into]] = [*result[names[into]], *result.pop(names[gone])]
+        for into, group in result.items():
+            for token in set(group) & set(names) - {into}:
+                merged_into[token] = into
+        return result
+
+    @torch.inference_mode()
+    def distances(self, block: int) -> NDArray[np.float64]:
+        """Squared distances (N, N) between the block's input tokens, summed over all calibration images."""
+        if block not in self._distances:
+            features, parts = self.features, []
+            for rows in features.rows(features.all_batches):
+                tokens = features.output(block - 1, rows)
+                gram = torch.einsum("bnd,bmd->nm", tokens, tokens).double().cpu()
+                parts.append(gram)
+            gram = features.world.total(parts, features.all_batches)
+            own = gram.diagonal()
+            self._distances[block] = (own[:, None] + own[None] - 2 * gram).clamp_min(0).numpy()
+        return self._distances[block]
+
+    @torch.inference_mode()
+    def _errors(self, kept: list[list[int]], merged_into: list[int]) -> list[float]:
+        """E above each cut: what the block above makes of merged dense tokens, against the means of what it made of all."""
+        features = self.features
+        cuts = cuts_of(kept, self.tokens, "compact", merged_into)
+        averages = [matrix.to(features.device) for matrix in averages_of(kept, self.tokens, merged_into)]
+        errors = [0.0] * self.depth
+        for block in range(self.depth - 1):
+            if len(kept[block]) == self.tokens:
+                continue
+            above = cuts[block + 1].to(features.device)
+
+            def look(rows: slice, block: int = block, above: torch.nn.Module = above) -> tuple[torch.Tensor, torch.Tensor]:
+                read = averages[block] @ features.output(block, rows)
+                result = self.reader.blocks[block + 1].run(above.view(read, features.ropes[block + 1]))  # type: ignore[operator]
+                return result, averages[block + 1] @ features.output(block + 1, rows)
+
+            errors[block] = features.mean_relative(block, look, self.sample)
+        return errors
+
+
+class SummarySearch:
+    """Another search whose plans keep the mean of all that they drop as one more token, in the place of the first one dropped.
+
+    Its counts have that token in them. Related: EViT's fused token. For heads that read single tokens. A ``Judge``.
+    """
+
+    def __init__(self, search: TopDownSearch) -> None:
+        self.search = search
+        self.tokens, self.depth, self.prefix = search.tokens, search.depth, search.prefix + 1
+        self.fixed_head, self.readable = search.fixed_head, search.readable
+
+    def by_counts(self, counts: Sequence[int]) -> Selection:
+        """The other search's selection with the summary; its errors are those of tokens that are lost."""
+        return with_summary(self.search.by_counts(self._without(counts)), self.tokens)
+
+    def divergence(self, counts: Sequence[int]) -> float:
+        """Mean KL divergence to the dense model's answers, on the sample."""
+        return divergence_of(self.search.features, *_summarised(self.search.kept_on_sample(self._without(counts)), self.tokens))
+
+    def _without(self, counts: Sequence[int]) -> list[int]:
+        return [*(count if count == self.tokens else count - 1 for count in counts[:-1]), counts[-1]]
+
+
+def with_summary(selection: Selection, tokens: int) -> Selection:
+    """The selection with all that it drops merged into the first patch dropped, which so is one token more."""
+    kept, merged_into = _summarised(selection.kept, tokens)
+    return Selection(kept, selection.errors, selection.tolerance, merged_into)
+
+
+def _summarised(kept: list[list[int]], tokens: int) -> tuple[list[list[int]], list[int]]:
+    merged_into = [-1] * tokens
+    first = next((block for block in kept[:-1] if len(block) < tokens), None)
+    if first is None:
+        return kept, merged_into
+    stand_in = min(set(range(tokens)) - set(first))
+    for token in set(range(tokens)) - set(kept[-2]) - {stand_in}:
+        merged_into[token] = stand_in
+    return [*(block if len(block) == tokens else sorted({*block, stand_in}) for block in kept[:-1]), kept[-1]], merged_into
