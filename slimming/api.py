@@ -12,15 +12,16 @@ from typing import Any
 from torch import Tensor
 
 from slimming.blockwise import BlockFitter
-from slimming.budget import LATENCY, Budget, check_summary
+from slimming.budget import LATENCY, Budget, check_similarity, check_summary, resolved_score
 from slimming.compensate import can_compensate, compensate
 from slimming.costs import Cost, MacsCost
 from slimming.data import ImageSet, load_tensors
 from slimming.door import UsageError
 from slimming.families import ModelReader, check_supported, reader_of
 from slimming.features import BATCH, DenseFeatures, Progress
+from slimming.merging import MergeSearch, SummarySearch, with_summary
 from slimming.plan import Calibration, Fit, Layout, Mode, Origin, ScoreName, SlimPlan
-from slimming.profile import profile_within, snapped, uniform_within
+from slimming.profile import Judge, profile_within, snapped, uniform_within
 from slimming.scores import score_named
 from slimming.search import Selection, TopDownSearch
 from slimming.store import DEFAULT_BOUND, TensorStore
@@ -83,7 +84,7 @@ class Calibrated:
         budget: Budget | None = None,
         *,
         cost: Cost | None = None,
-        score: ScoreName = "paper",
+        score: ScoreName = "auto",
         fit: Fit = "none",
         layout: Layout = "split",
         summary: bool = False,
@@ -91,31 +92,30 @@ class Calibrated:
         """Find the top-down masks that meet ``budget``, and fit the blocks to them.
 
         ``cost`` is what a latency budget is solved on; MAC budgets count the projections as ``layout`` lays them. A model whose
-        blocks end in norms cannot be refitted in closed form, and is not: ``Found.fit`` says so. With ``summary`` the plan
-        keeps the mean of the dropped tokens; budgets and the closed-form fit count it, scores and errors do not.
+        blocks end in norms cannot be refitted in closed form, and is not: ``Found.fit`` says so. With the score
+        ``similarity`` the plan merges tokens; with ``summary`` it keeps the mean of those that the score drops, which the
+        budget and the fit count and scores and errors do not.
         Raises ``BudgetUnreachable``, ``UsageError``.
         """
         budget = budget or Budget()
         budget.check()
         reader = self.reader
+        score = resolved_score(score, reader.head.fixed, self.mode, fit, budget, summary)
         if summary:
             check_summary(self.mode, fit, budget)
+        if score == "similarity":
+            check_similarity(self.mode, fit, budget, summary=summary)
+        merged = summary or score == "similarity"
         if budget.criterion not in LATENCY:
-            cost = MacsCost(reader.tokens, len(reader.blocks), reader.geometry(), self.mode, layout, summary)
+            cost = MacsCost(reader.tokens, len(reader.blocks), reader.geometry(), self.mode, layout, merged)
         elif cost is None:
             raise UsageError(f"--{budget.criterion} is solved on a measured latency table: pass --latency-table")
         if fit == "sgd" and self.world.size > 1:
             raise UsageError("--fit sgd works in one process; across processes use closed-form, or --finetune-epochs")
         if fit == "closed-form" and not can_compensate(self.model):
             fit = "none"
-        ranking = score_named(score, self.seed)
         fitter = BlockFitter(self.features, progress=self.progress) if fit == "sgd" else None
-        if budget.criterion == "tolerance":
-            selection = _within(TopDownSearch(self.features, ranking, fit=fitter), budget, score)
-        else:
-            assert cost is not None
-            counts = _counts(TopDownSearch(self.features, ranking), budget, cost, score)
-            selection = TopDownSearch(self.features, ranking, fit=fitter).by_counts(counts)
+        selection = self._selected(budget, cost, score, summary, fitter)
         origin = Origin(
             score=score,
             criterion=budget.criterion,
@@ -126,12 +126,34 @@ class Calibrated:
             snap=budget.snap,
             errors=[float(error) for error in selection.errors],
         )
-        plan = make_plan(self.model, self.name, selection.kept, mode=self.mode, summary=summary, origin=origin)
+        plan = make_plan(
+            self.model, self.name, selection.kept, mode=self.mode, merged_into=selection.merged_into, origin=origin
+        )
         fitted = fitter.model if fitter is not None else self.model
         if fit == "closed-form":
             fitted = copy.deepcopy(self.model)
             compensate(fitted, self.features, plan, progress=self.progress)
         return Found(plan, fitted, fit)
+
+    def _selected(
+        self, budget: Budget, cost: Cost | None, score: ScoreName, summary: bool, fitter: BlockFitter | None
+    ) -> Selection:
+        """The tokens that the plan keeps, and, where it merges, what becomes of the others."""
+        if score == "similarity":
+            assert cost is not None
+            merging = MergeSearch(self.features)
+            return merging.by_counts(_counts(merging, budget, cost, score))
+        ranking = score_named(score, self.seed)
+        if budget.criterion == "tolerance":
+            found = _within(TopDownSearch(self.features, ranking, fit=fitter), budget, score)
+            return with_summary(found, self.features.tokens) if summary else found
+        assert cost is not None
+        search = TopDownSearch(self.features, ranking)
+        if summary:
+            summarising = SummarySearch(search)
+            return summarising.by_counts(_counts(summarising, budget, cost, score))
+        counts = _counts(search, budget, cost, score)
+        return TopDownSearch(self.features, ranking, fit=fitter).by_counts(counts)
 
     def close(self) -> None:
         """Let go of the features."""
@@ -146,7 +168,7 @@ def find(
     transform: Any,
     budget: Budget | None = None,
     cost: Cost | None = None,
-    score: ScoreName = "paper",
+    score: ScoreName = "auto",
     fit: Fit = "none",
     mode: Mode = "compact",
     layout: Layout = "split",
@@ -168,12 +190,19 @@ def find(
         bound=bound,
         world=world,
         progress=progress,
-        magnitudes=score_named(score, seed).needs_magnitude,
+        magnitudes=needs_magnitudes(score, reader_of(model, name), mode, fit, budget or Budget(), summary),
     )
     try:
         return calibrated.find(budget, cost=cost, score=score, fit=fit, layout=layout, summary=summary)
     finally:
         calibrated.close()
+
+
+def needs_magnitudes(
+    score: ScoreName, reader: ModelReader, mode: Mode, fit: Fit, budget: Budget, summary: bool = False
+) -> bool:
+    """Whether the features need Eq. 6's second factor for a search; raises ``UsageError`` for what does not go together."""
+    return resolved_score(score, reader.head.fixed, mode, fit, budget, summary) in ("paper", "uniform")
 
 
 def _within(search: TopDownSearch, budget: Budget, score: ScoreName) -> Selection:
@@ -187,7 +216,7 @@ def _within(search: TopDownSearch, budget: Budget, score: ScoreName) -> Selectio
     return search.by_counts(snapped(search, counts, budget.snap, "up"), budget.value)
 
 
-def _counts(search: TopDownSearch, budget: Budget, cost: Cost, score: ScoreName) -> list[int]:
+def _counts(search: Judge, budget: Budget, cost: Cost, score: ScoreName) -> list[int]:
     """Token counts per block that meet the budget."""
     if budget.criterion == "tokens":
         counts = budget.counts(search.tokens, search.depth, search.prefix)
@@ -215,7 +244,7 @@ def make_plan(
     kept: list[list[int]],
     *,
     mode: Mode = "compact",
-    summary: bool = False,
+    merged_into: list[int] | None = None,
     origin: Origin | None = None,
 ) -> SlimPlan:
     """A ``SlimPlan`` for ``model`` from masks; raises ``pydantic.ValidationError`` when they break a rule of ``SlimPlan``."""
@@ -229,7 +258,7 @@ def make_plan(
         head_tokens=reader.head.tokens if reader.head.fixed else [],
         mode=mode,
         kept=kept,
-        summary=summary,
+        merged_into=merged_into,
         geometry=reader.geometry(),
         origin=origin or Origin(score="none", criterion="manual", value=0.0),
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from slimming.costs import Cost, check_counts
 from slimming.door import UsageError
-from slimming.plan import Criterion, Fit, Mode
+from slimming.plan import Criterion, Fit, Mode, ScoreName
 
 #: The criteria that are solved on a measured latency table.
 LATENCY: tuple[Criterion, ...] = ("latency-reduction", "latency-budget-ms")
@@ -55,9 +55,33 @@ class Budget:
 
 def check_summary(mode: Mode, fit: Fit, budget: Budget) -> None:
     """Raise ``UsageError`` where a summary of the dropped tokens does not go with the rest of what is asked."""
+    _check_merging("--summary", mode, fit, budget)
+
+
+def check_similarity(mode: Mode, fit: Fit, budget: Budget, *, summary: bool = False) -> None:
+    """Raise ``UsageError`` where merging the most similar tokens does not go with the rest of what is asked."""
+    if summary:
+        raise UsageError("--score similarity merges every token that goes, so there is nothing left for --summary: drop one")
+    if budget.criterion == "tolerance":
+        raise UsageError("--tolerance is the paper's, top-down by its score: pass --score paper, or --macs-reduction")
+    _check_merging("--score similarity", mode, fit, budget)
+
+
+def _check_merging(option: str, mode: Mode, fit: Fit, budget: Budget) -> None:
     if mode == "stale":
-        raise UsageError("--summary stands for tokens that are gone, and --mode stale keeps them all readable")
+        raise UsageError(f"{option} merges tokens that are gone, and --mode stale keeps them all readable")
     if fit == "sgd":
-        raise UsageError("--fit sgd fits each block without what --summary adds to it: use closed-form, or --finetune-epochs")
+        raise UsageError(f"--fit sgd fits blocks that lose tokens, and {option} merges them: use closed-form")
     if budget.criterion in LATENCY:
-        raise UsageError(f"--{budget.criterion} is measured on blocks without --summary: pass --macs-reduction")
+        raise UsageError(f"--{budget.criterion} is measured on blocks that lose tokens, and {option} merges them")
+
+
+def resolved_score(score: ScoreName, fixed_head: bool, mode: Mode, fit: Fit, budget: Budget, summary: bool) -> ScoreName:
+    """What the score ``auto`` stands for; raises ``UsageError`` where another does not go with a head that pools."""
+    if score == "auto":
+        plain = mode == "compact" and fit != "sgd" and not summary and budget.criterion in ("macs-reduction", "tokens")
+        return "similarity" if fixed_head and plain else "paper"
+    if not fixed_head and (score == "similarity" or summary):
+        option = "--score similarity" if score == "similarity" else "--summary"
+        raise UsageError(f"{option} merges tokens for heads that read single ones, and this model's pools: pass --score paper")
+    return score

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimming.cuts import Cut, averages_of, cuts_of
 from slimming.door import InputRejected
 from slimming.families import ModelReader, Stage, View
 from slimming.features import DenseFeatures
 from slimming.plan import SlimPlan
 from slimming.store import TensorStore
-from slimming.summary import split, summarised
 
 #: Ridge strength, a fraction of the mean diagonal of the inputs' second moments.
 RIDGE = 0.03
@@ -45,36 +45,32 @@ def compensate(
     """Refit ``model``, a copy of the one that ``features`` belong to, in place, block by block from the first cut on.
 
     Each block is fitted on what the slimmed and already refitted blocks before it hand over, so that errors do not add up; its
-    targets are the dense model's features at the rows that it keeps. A summary has no target, and is only carried along.
+    targets are the dense model's features at the rows that it keeps, or, where dropped tokens are merged, their means.
     Raises ``InputRejected`` for unusable statistics.
     """
     dense, slim = features.reader, ModelReader(model)
     batches = list(features.rows(features.all_batches))
     store = TensorStore(features.store.bound)
     streams = [features.output(-1, rows) for rows in batches]
-    present = features.everything
-    for index, kept in enumerate(plan.kept):
+    cuts = [cut.to(features.device) for cut in cuts_of(plan.kept, plan.tokens, plan.mode, plan.merged_into)]
+    wanted = _Wanted(features, plan)
+    for index, (kept, cut) in enumerate(zip(plan.kept, cuts, strict=True)):
         block, original, rope = slim.blocks[index], dense.blocks[index], features.ropes[index]
-        if len(kept) == len(present) == features.tokens:  # nothing differs yet
+        if len(kept) == len(cut.places) == features.tokens:  # nothing differs yet
             streams = [features.output(index, rows) for rows in batches]
             continue
-        read = features.everything if plan.mode == "stale" else present
-        look = _look(slim, plan, index, read, rope)
-        targets = [
-            _kept(store, original.stages[0].run(dense.view(features.output(index - 1, rows), features.everything, kept, rope)))
-            for rows in batches
-        ]
+        look = partial(_seen, cut, rope)
+        targets = [_kept(store, wanted.after_attention(index, original.stages[0], rows, rope)) for rows in batches]
         after = streams
         for number, stage in enumerate(block.stages):
             views = partial(_views, after, look if number == 0 else _whole)
             if number == len(block.stages) - 1:
-                targets = [features.output(index, rows)[:, kept] for rows in batches]
+                targets = [wanted.at(index, features.output(index, rows)) for rows in batches]
             _refit(stage, views, targets, features, ridge)
             after = [_kept(store, stage.run(view)) for view in views()]
         if plan.mode == "stale":
-            positions = torch.tensor(kept, device=features.device)
-            after = [_kept(store, stream.index_copy(1, positions, new)) for stream, new in zip(streams, after, strict=True)]
-        streams, present = after, kept
+            after = [_kept(store, stream.index_copy(1, cut.rows, new)) for stream, new in zip(streams, after, strict=True)]
+        streams = after
         if progress:
             progress("compensating", index + 1, plan.depth)
 
@@ -88,19 +84,29 @@ def _whole(stream: Tensor) -> View:
     return View(stream, stream)
 
 
-def _look(reader: ModelReader, plan: SlimPlan, index: int, present: list[int], rope: Tensor | None) -> Callable[[Tensor], View]:
-    """What a block's first stage sees of a stream: it reads what is present and computes what is kept."""
-    kept = plan.kept[index]
-    if not plan.summary:
-        return lambda stream: reader.view(stream, present, kept, rope)
-    table = rope if rope is None or len(present) == plan.tokens else rope[..., present, :]
-    count, last = plan.tokens - len(present), index == plan.depth - 1
+def _seen(cut: Cut, rope: Tensor | None, stream: Tensor) -> View:
+    """What a block's first stage sees of a stream."""
+    return cut.view(stream, rope)
 
-    def look(stream: Tensor) -> View:
-        rows, dropped = (places.to(stream.device) for places in split(present, kept))
-        return summarised(stream, rows, dropped, count, table, last=last)
 
-    return look
+class _Wanted:
+    """The dense model's features as a plan's tokens should have them: kept rows, or means of those that a token stands for."""
+
+    def __init__(self, features: DenseFeatures, plan: SlimPlan) -> None:
+        self.features, self.plan = features, plan
+        averages = averages_of(plan.kept, plan.tokens, plan.merged_into) if plan.merged_into is not None else []
+        self.averages = [matrix.to(features.device) for matrix in averages]
+
+    def at(self, index: int, dense: Tensor) -> Tensor:
+        """Of all tokens (b, N, d) those that block ``index`` computes: (b, k, d)."""
+        return self.averages[index] @ dense if self.averages else dense[:, self.plan.kept[index]]
+
+    def after_attention(self, index: int, stage: Stage, rows: slice, rope: Tensor | None) -> Tensor:
+        """The same behind the dense block's first stage."""
+        features = self.features
+        queried = None if self.averages else self.plan.kept[index]
+        result = stage.run(features.reader.view(features.output(index - 1, rows), features.everything, queried, rope))
+        return self.at(index, result) if self.averages else result
 
 
 def _kept(store: TensorStore, tensor: Tensor) -> Tensor:
@@ -117,8 +123,7 @@ def _refit(
     """Change the stage's projections so that its output comes closest to ``wanted``, jointly where branches share an addition.
 
     Solves ``min_D sum ||X D - R||^2 + lambda ||D||^2`` for the change D, X what the projections read and R what is missing, so
-    that without evidence nothing changes. A row behind those of ``wanted``, a summary, does not count. LayerScale's gamma
-    divides what it multiplies.
+    that without evidence nothing changes. LayerScale's gamma divides what it multiplies.
     """
     projections = [branch.projection for branch in stage.branches if branch.projection is not None]
     widths = [projection.in_features for projection in projections]
@@ -129,9 +134,8 @@ def _refit(
     moment = torch.zeros(size, size, dtype=torch.float64, device=features.device)
     cross = torch.zeros(size, out, dtype=torch.float64, device=features.device)
     for number, view, target in zip(features.own, views(), wanted, strict=True):  # rows are left out alike in any world
-        count = target.shape[1]
-        inputs = [branch.inner(view)[:, :count] for branch in stage.branches]
-        stream = view.queried[:, :count]
+        inputs = [branch.inner(view) for branch in stage.branches]
+        stream = view.queried
         for branch, read in zip(stage.branches, inputs, strict=True):
             stream = stream.add(branch.scale(branch.output(read)))
         missing = (target - stream).flatten(0, 1)[number % stride :: stride]

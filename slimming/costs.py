@@ -34,7 +34,7 @@ class MacsCost:
     geometry: Geometry
     mode: Mode = "compact"
     layout: Layout = "split"
-    summary: bool = False
+    merged: bool = False
 
     @property
     def unit(self) -> str:
@@ -44,7 +44,7 @@ class MacsCost:
     def of(self, counts: Sequence[int]) -> float:
         """MACs when block l outputs ``counts[l]`` tokens; raises ``ValueError`` for counts that no plan can have."""
         check_counts(counts, self.tokens, self.depth)
-        return float(macs_of(list(counts), self.tokens, self.geometry, self.mode, self.layout, summary=self.summary))
+        return float(macs_of(list(counts), self.tokens, self.geometry, self.mode, self.layout, merged=self.merged))
 
     def dense(self) -> float:
         """MACs of the unslimmed model."""

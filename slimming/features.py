@@ -18,7 +18,7 @@ from slimming.world import ALONE, World, chunks
 Progress = Callable[[str, int, int], None]
 #: Images that are looked at together: few, so that attention maps stay in a CPU's caches.
 BATCH = 8
-#: Images that errors are measured on, spread over the calibration images.
+#: Images that a score's errors and divergences are measured on, spread over the calibration images.
 ERROR_IMAGES = 48
 _TINY = 1e-30
 
@@ -48,8 +48,7 @@ class DenseFeatures:
         self.progress: Progress = progress or (lambda stage, done, total: None)
         self.places = list(chunks(images, BATCH))
         self.own = world.own(len(self.places))
-        spread = torch.randperm(len(self.places), generator=torch.Generator().manual_seed(0)).tolist()
-        self.sample = sorted(spread[: math.ceil(ERROR_IMAGES / BATCH)])
+        self.sample = self.spread(ERROR_IMAGES)
         self.everything = list(range(reader.tokens))
         self.features: list[Tensor] = []
         self.magnitudes: list[Tensor] = []
@@ -92,6 +91,11 @@ class DenseFeatures:
                 start = batch // self.world.size * BATCH
                 yield slice(start, start + self.places[batch].stop - self.places[batch].start)
 
+    def spread(self, images: int) -> list[int]:
+        """Batches of at least so many images, spread over all of them; the same on every process."""
+        order = torch.randperm(len(self.places), generator=torch.Generator().manual_seed(0)).tolist()
+        return sorted(order[: math.ceil(images / BATCH)])
+
     @property
     def all_batches(self) -> list[int]:
         """Every batch, whichever process holds it."""
@@ -127,21 +131,33 @@ class DenseFeatures:
 
     def mean_error(self, block: int, run: Callable[[View], Tensor], kept: list[int], above: list[int]) -> float:
         """``error`` with what stands above the cut given as ``run``; raises ``InputRejected`` where it is not finite."""
-        found = []
-        for rows in self.rows(self.sample):
+
+        def look(rows: slice) -> tuple[Tensor, Tensor]:
             if block == len(self.reader.blocks) - 1:
                 output = self.output(block, rows)
-                result, wanted = (self.reader.head.pooled(output[:, tokens]) for tokens in (kept, above))
-            else:
-                result = run(self.view(block, rows, kept, above))
-                wanted = self.output(block + 1, rows)[:, above]
+                return self.reader.head.pooled(output[:, kept]), self.reader.head.pooled(output[:, above])
+            return run(self.view(block, rows, kept, above)), self.output(block + 1, rows)[:, above]
+
+        return self.mean_relative(block, look)
+
+    def mean_relative(
+        self, block: int, look: Callable[[slice], tuple[Tensor, Tensor]], batches: list[int] | None = None
+    ) -> float:
+        """Mean over ``batches`` (None: the sample) of ||result - wanted||_F^2 / ||wanted||_F^2, as ``look`` gives both for one.
+
+        Raises ``InputRejected`` where it is not finite; ``block`` is the one that is cut.
+        """
+        batches = self.sample if batches is None else batches
+        found = []
+        for rows in self.rows(batches):
+            result, wanted = look(rows)
             difference = (result - wanted).square().flatten(1).sum(1).double()
             norm = wanted.square().flatten(1).sum(1).double().clamp_min(_TINY)  # all-zero features have no error
             found.append((difference / norm).sum().cpu())
-        total = float(self.world.total(found, self.sample))
+        total = float(self.world.total(found, batches))
         if not math.isfinite(total):
             raise InputRejected(f"the error of block {block + 2} under a cut is not finite: are the weights damaged?")
-        return total / self.count(self.sample)
+        return total / self.count(batches)
 
     def close(self) -> None:
         """Let go of the features; what was spilled of them goes with them."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from slimming.budget import Budget, check_summary
+from slimming.budget import Budget, check_similarity, check_summary
 from slimming.door import UsageError
 from slimming.plan import Fit, Mode, ScoreName
 from slimming.recipe import Recipe
@@ -57,8 +57,10 @@ class ModelOptions:
     """A latency_table.json that an earlier export.run measured (it is in its bundle)."""
     snap: int = 1
     """Round token counts to multiples of this, within the budget; 8 suits most GPUs."""
-    score: ScoreName = "paper"
-    """Ranks tokens: paper (Eq. 6), residual, attention, random (chance), or uniform (paper, and one count for all blocks)."""
+    score: ScoreName = "auto"
+    """Which tokens go. similarity merges those that are most alike into constant means. The others rank tokens, and those that
+    rank low are lost: paper (Eq. 6), residual, attention, random (chance), uniform (paper, and one count for all blocks). auto
+    is similarity where it goes with the rest (heads that read single tokens, a MAC budget or --tokens), else paper."""
     fit: Fit = "closed-form"
     """Refit the slimmed blocks: not (none), by ridge regression (closed-form), or the paper's gradient descent (sgd)."""
     finetune_epochs: float = 0.0
@@ -76,7 +78,7 @@ class ModelOptions:
     finetune_precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision while fine-tuning."""
     summary: bool = False
-    """Keep the mean of the dropped tokens as one more token (measure first: it helps some checkpoints and hurts others)."""
+    """With a score that loses tokens: keep their mean as one more token (measure first: it helps some checkpoints only)."""
     mode: Mode = "compact"
     """What later blocks see of a dropped token: nothing (compact), or its last value (stale)."""
     seed: int = 0
@@ -130,6 +132,8 @@ class ModelOptions:
         self.budget.check()
         if self.summary:
             check_summary(self.mode, self.fit, self.budget)
+        if self.score == "similarity":
+            check_similarity(self.mode, self.fit, self.budget, summary=self.summary)
         if self.finetune_epochs:
             self.recipe.check()
         if self.train_images != "all" and self.train_images < 1:

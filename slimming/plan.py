@@ -16,7 +16,7 @@ Layout = Literal["split", "packed"]
 Mode = Literal["compact", "stale"]
 Fit = Literal["none", "closed-form", "sgd"]
 Criterion = Literal["tolerance", "macs-reduction", "latency-reduction", "latency-budget-ms", "tokens", "manual", "dense"]
-ScoreName = Literal["paper", "residual", "attention", "random", "uniform"]
+ScoreName = Literal["auto", "similarity", "paper", "residual", "attention", "random", "uniform"]
 _Count = Annotated[int, Field(ge=1, le=1_000_000)]
 _Index = Annotated[int, Field(ge=0)]
 
@@ -51,7 +51,9 @@ class Calibration(_Strict):
 class Origin(_Strict):
     """How the plan was found."""
 
-    score: str = Field(description="token score: 'paper' is Eq. 6; 'none' for a plan made by hand or dense")
+    score: str = Field(
+        description="token score: 'paper' is Eq. 6; 'similarity' merges the most alike; 'none' for a plan made by hand or dense"
+    )
     criterion: Criterion
     value: float = Field(description="the tolerance, fraction or milliseconds asked for; 0 for tokens, manual and dense")
     tolerance: float | None = Field(default=None, description="the tolerance on E_{l+1} that the search ended at or near")
@@ -91,9 +93,10 @@ class SlimPlan(_Strict):
     )
     mode: Mode = Field(description="what later blocks see of a dropped token: nothing (compact), or its last value (stale)")
     kept: list[list[_Index]] = Field(min_length=1, description="for every block the sorted original indices kept")
-    summary: bool = Field(
-        default=False,
-        description="whether the mean of the dropped tokens, weighed by their number, stays as one more token; compact only",
+    merged_into: list[Annotated[int, Field(ge=-1)]] | None = Field(
+        default=None,
+        description="for every token the one that takes it in where it is dropped, -1 where it is lost or stays; compact only. "
+        "A token that took others in is the mean of all that it stands for. None: every dropped token is lost",
     )
     geometry: Geometry
     origin: Origin
@@ -102,8 +105,6 @@ class SlimPlan(_Strict):
     @model_validator(mode="after")
     def _check(self) -> SlimPlan:
         n = self.tokens
-        if self.summary and self.mode == "stale":
-            raise ValueError("summary: goes with mode compact; in mode stale every dropped token stays readable")
         if self.prefix_tokens + self.grid[0] * self.grid[1] != n:
             raise ValueError(f"tokens: {n} is not {self.prefix_tokens} prefix tokens + a {self.grid[0]} x {self.grid[1]} grid")
         if any(t >= self.prefix_tokens for t in self.head_tokens):
@@ -125,7 +126,27 @@ class SlimPlan(_Strict):
             whole = prefix == list(range(self.prefix_tokens))
             if self.pooling == "token" and kept[-1] >= self.prefix_tokens and not whole:
                 raise ValueError(f"kept[{block}]: keeps a patch, but not every prefix token")
+        if self.merged_into is not None:
+            self._check_merges(self.merged_into)
         return self
+
+    def _check_merges(self, merged_into: list[int]) -> None:
+        if self.mode == "stale" or self.pooling != "token":
+            raise ValueError("merged_into: goes with mode compact and a head that reads single tokens")
+        if len(merged_into) != self.tokens:
+            raise ValueError(f"merged_into: has {len(merged_into)} entries for {self.tokens} tokens")
+        before = set(range(self.tokens))
+        for block, kept in enumerate(self.kept):
+            dropped, there = before - set(kept), set(kept)
+            for token in sorted(dropped):
+                into = merged_into[token]
+                if into >= 0 and (block == self.depth - 1 or token < self.prefix_tokens):
+                    raise ValueError(f"merged_into[{token}]: the last block drops for good, and prefix tokens are never merged")
+                if into >= 0 and (into not in there or into < self.prefix_tokens):
+                    raise ValueError(f"merged_into[{token}]: block {block} drops it, and does not keep patch {into}")
+            before = there
+        if stray := [token for token in sorted(before) if merged_into[token] >= 0]:
+            raise ValueError(f"merged_into[{stray[0]}]: the token is never dropped")
 
     @property
     def depth(self) -> int:
@@ -146,11 +167,15 @@ class SlimPlan(_Strict):
         """Multiply-accumulates of one image under the plan; see ``macs_of``."""
         readable = self.tokens - self.geometry.pool_tokens  # prefix tokens lead, and are what a pool may not read
         reads = sum(token >= readable for token in self.kept[-1])
-        return macs_of(self.counts, self.tokens, self.geometry, self.mode, layout, reads, self.summary)
+        return macs_of(self.counts, self.tokens, self.geometry, self.mode, layout, reads, self.merged_into is not None)
 
     def dense_macs(self) -> int:
         """Multiply-accumulates of one image through the unslimmed model."""
         return macs_of([self.tokens] * self.depth, self.tokens, self.geometry)
+
+    def sizes(self) -> list[list[int]]:
+        """For every block, how many of the original tokens each that it keeps stands for: ones unless tokens are merged."""
+        return sizes_of(self.kept, self.tokens, self.merged_into)
 
     def order(self) -> list[int]:
         """Original indices sorted by the block that drops them, longest kept first, ties by index.
@@ -177,14 +202,14 @@ def macs_of(
     mode: Mode = "compact",
     layout: Layout = "split",
     pool_reads: int | None = None,
-    summary: bool = False,
+    merged: bool = False,
 ) -> int:
     """Multiply-accumulates of one image whose block l outputs ``counts[l]`` of ``tokens`` tokens; biases and norms count zero.
 
     ``layout`` says how a cut block's projections are laid: ``split`` queries kept tokens only, ``packed`` keeps one qkv
     projection over every token that the block reads, and so also spends the dropped tokens' queries. ``pool_reads`` of the
-    last block's tokens go to an attention pool; None: as many as it can read. A ``summary`` is one more row that blocks
-    after the first cut read, and that blocks from that cut on compute, but for the last one.
+    last block's tokens go to an attention pool; None: as many as it can read. Where dropped tokens are ``merged``, every block
+    but the last adds them to the kept ones by a constant matrix, once for its queries and once for its shortcut.
     """
     d = geometry.embed_dim
     query = geometry.attn_dim or d
@@ -195,14 +220,47 @@ def macs_of(
     for block, k in enumerate(counts):
         before = tokens if block == 0 else counts[block - 1]
         n_in = tokens if mode == "stale" else before
-        fresh = 0  # a summary that takes tokens in is a row that was not read: no packed projection has its query
-        if summary:
-            fresh = int(k < before and block < len(counts) - 1)
-            n_in, k = n_in + (before < tokens), k + (k < tokens and block < len(counts) - 1)
-        queries = n_in + fresh if layout == "packed" else k
+        queries = n_in if layout == "packed" else k
         total += queries * d * query + 2 * n_in * d * key + 2 * k * n_in * query + k * query * d + k * mlp
         total += k * d * query if geometry.gate else 0
+        if merged and block < len(counts) - 1:
+            total += k * (before - k) * (d + (query if layout == "packed" else d))
     return total
+
+
+def sizes_of(kept: list[list[int]], tokens: int, merged_into: list[int] | None) -> list[list[int]]:
+    """For every block, how many of the original tokens each that it keeps stands for."""
+    size = [1] * tokens
+    found, before = [], list(range(tokens))
+    for block in kept:
+        there = set(block)
+        for token in before:
+            if token not in there and merged_into is not None and merged_into[token] >= 0:
+                size[merged_into[token]] += size[token]
+        found.append([size[token] for token in block])
+        before = block
+    return found
+
+
+def mixing_of(
+    before: list[int], kept: list[int], sizes: tuple[list[int], list[int]], merged_into: list[int]
+) -> tuple[list[float], list[list[float]]] | None:
+    """How a block that reads ``before`` and keeps ``kept`` takes in what it drops; None where it takes in nothing.
+
+    ``sizes`` are those of both, as ``SlimPlan.sizes`` gives them. A kept token becomes ``own`` (k) times itself plus its row of
+    ``taken`` (k, n - k) times the dropped tokens, in their order: the mean of all that it then stands for.
+    """
+    there = set(kept)
+    row = {token: number for number, token in enumerate(kept)}
+    was, now = dict(zip(before, sizes[0], strict=True)), dict(zip(kept, sizes[1], strict=True))
+    dropped = [token for token in before if token not in there]
+    if all(merged_into[token] < 0 for token in dropped):
+        return None
+    taken = [[0.0] * len(dropped) for _ in kept]
+    for column, token in enumerate(dropped):
+        if (into := merged_into[token]) >= 0:
+            taken[row[into]][column] = was[token] / now[into]
+    return [was[token] / now[token] for token in kept], taken
 
 
 def load_plan(path: Path) -> SlimPlan:

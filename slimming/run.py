@@ -179,13 +179,11 @@ def _sweep(
     from slimming.page import SweepPoint
     from slimming.slim_vit import SlimViT
 
-    every = [found]
+    every, score = [found], found.plan.origin.score
     for reduction in options.reductions:
         try:
             budget = Budget("macs-reduction", reduction, snap=options.snap)
-            every.append(
-                calibrated.find(budget, score=options.score, fit=options.fit, layout=options.layout, summary=options.summary)
-            )
+            every.append(calibrated.find(budget, score=score, fit=options.fit, layout=options.layout, summary=options.summary))
         except BudgetUnreachable:
             continue
     if images is None:

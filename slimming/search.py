@@ -11,6 +11,7 @@ from functools import partial
 import torch
 
 from slimming.costs import Cost
+from slimming.cuts import cuts_of
 from slimming.features import DenseFeatures
 from slimming.profile import profile_within
 from slimming.scores import PathGram, Score, Seen, SeenByHead, State
@@ -31,6 +32,7 @@ class Selection:
     kept: list[list[int]]
     errors: list[float]  # E of what stands above each cut; 0 for a last block that keeps the head's tokens, whose cut is exact
     tolerance: float | None
+    merged_into: list[int] | None = None  # see SlimPlan; None where dropped tokens are lost
 
 
 class TopDownSearch:
@@ -213,21 +215,31 @@ class TopDownSearch:
 
         The tokens are those that scores on the sample alone would keep.
         """
-        features, reader = self.features, self.reader
-        kept = self._walk(self._chooser(counts, lambda block, kept, above: 0.0), None, features.sample).kept
-        found = []
-        for rows in features.rows(features.sample):
-            tokens, present = features.output(-1, rows), features.everything
-            for block, wanted, rope in zip(reader.blocks, kept, features.ropes, strict=True):
-                result = block.run(reader.view(tokens, present, wanted, rope))
-                if features.mode == "stale":
-                    tokens = tokens.index_copy(1, torch.tensor(wanted, device=features.device), result)
-                else:
-                    tokens, present = result, wanted
-            place = {token: position for position, token in enumerate(present)}
-            readable = set(self.head.tokens)
-            slim = self.head.logits(tokens[:, [place[token] for token in kept[-1] if token in readable]])
-            dense = self.head.logits(features.output(self.depth - 1, rows)[:, self.head.tokens])
-            each = (dense.softmax(-1) * (dense.log_softmax(-1) - slim.log_softmax(-1))).sum(-1)
-            found.append(each.double().sum().cpu())
-        return float(features.world.total(found, features.sample)) / features.count(features.sample)
+        return divergence_of(self.features, self.kept_on_sample(counts))
+
+    def kept_on_sample(self, counts: Sequence[int]) -> list[list[int]]:
+        """The tokens that scores on the sample alone would keep."""
+        return self._walk(self._chooser(counts, lambda block, kept, above: 0.0), None, self.features.sample).kept
+
+
+@torch.inference_mode()
+def divergence_of(
+    features: DenseFeatures, kept: list[list[int]], merged_into: list[int] | None = None, batches: list[int] | None = None
+) -> float:
+    """Mean KL divergence of the answers under a plan to the dense model's on ``batches`` (None: the sample), without a fit."""
+    batches = features.sample if batches is None else batches
+    reader, last, found = features.reader, len(features.reader.blocks) - 1, []
+    cuts = [cut.to(features.device) for cut in cuts_of(kept, features.tokens, features.mode, merged_into)]
+    present = features.everything if features.mode == "stale" else kept[-1]
+    readable = set(kept[-1]) & set(reader.head.tokens)
+    places = [position for position, token in enumerate(present) if token in readable]
+    for rows in features.rows(batches):
+        tokens = features.output(-1, rows)
+        for block, cut, rope in zip(reader.blocks, cuts, features.ropes, strict=True):
+            result = block.run(cut.view(tokens, rope))
+            tokens = tokens.index_copy(1, cut.rows, result) if features.mode == "stale" else result
+        slim = reader.head.logits(tokens[:, places])
+        dense = reader.head.logits(features.output(last, rows)[:, reader.head.tokens])
+        each = (dense.softmax(-1) * (dense.log_softmax(-1) - slim.log_softmax(-1))).sum(-1)
+        found.append(each.double().sum().cpu())
+    return float(features.world.total(found, batches)) / features.count(batches)

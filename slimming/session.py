@@ -101,7 +101,8 @@ def training_images(options: ModelOptions) -> Any:
 
 def calibrate(options: ModelOptions, session: Session, progress: Progress, world: World | None = None) -> Calibrated:
     """The model's dense features on the calibration images; the caller closes them."""
-    from slimming.api import Calibrated
+    from slimming.api import Calibrated, needs_magnitudes
+    from slimming.families import reader_of
     from slimming.world import ALONE
 
     return Calibrated(
@@ -113,7 +114,9 @@ def calibrate(options: ModelOptions, session: Session, progress: Progress, world
         seed=options.seed,
         world=world or ALONE,
         progress=progress,
-        magnitudes=options.score in ("paper", "uniform"),
+        magnitudes=needs_magnitudes(
+            options.score, reader_of(session.loaded.module), options.mode, options.fit, options.budget, options.summary
+        ),
     )
 
 

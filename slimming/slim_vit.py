@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from slimming.cuts import cuts_of, split
 from slimming.door import InputRejected
-from slimming.families import ModelReader, View, reader_of
+from slimming.families import ModelReader, reader_of
 from slimming.plan import SlimPlan
-from slimming.summary import split, summarised
 
 
 class SlimViT(nn.Module):
@@ -27,14 +26,7 @@ class SlimViT(nn.Module):
         self.plan = plan
         self.stale = plan.mode == "stale"
         everything = list(range(plan.tokens))
-        before = everything
-        for block, kept in enumerate(plan.kept):
-            present = everything if self.stale else before
-            self.register_buffer(f"present_{block}", torch.tensor(present), persistent=False)
-            rows, dropped = split(present, kept)
-            self.register_buffer(f"rows_{block}", rows, persistent=False)
-            self.register_buffer(f"dropped_{block}", dropped, persistent=False)
-            before = kept
+        self.cuts = nn.ModuleList(cuts_of(plan.kept, plan.tokens, plan.mode, plan.merged_into))
         reads = ModelReader(model).head.tokens
         self.head_rows: Tensor
         given = set(plan.kept[-1]) & set(reads)
@@ -44,22 +36,13 @@ class SlimViT(nn.Module):
         """Images (b, 3, h, w) -> logits (b, classes)."""
         reader = ModelReader(self.model)  # made anew: a copy of this module must read the copy's layers
         tokens, ropes = reader.embed(images), reader.ropes()
-        for index, block in enumerate(reader.blocks):
-            tokens = self._block(index, block, tokens, ropes[index])
+        for block, cut, rope in zip(reader.blocks, self.cuts, ropes, strict=True):
+            tokens = self._block(block, cut, tokens, rope)
         return reader.head.logits(tokens[:, self.head_rows])
 
-    def _block(self, index: int, block: Any, tokens: Tensor, rope: Tensor | None) -> Tensor:
-        rows, present = getattr(self, f"rows_{index}"), getattr(self, f"present_{index}")
-        table = rope if rope is None or len(present) == self.plan.tokens else rope[..., present, :]
-        if self.plan.summary:
-            count, last = self.plan.tokens - len(present), index == self.plan.depth - 1
-            view = summarised(tokens, rows, getattr(self, f"dropped_{index}"), count, table, last=last)
-        elif len(rows) == len(present):
-            view = View(tokens, tokens, table, table)
-        else:
-            view = View(tokens, tokens[:, rows], table, None if table is None else table[..., rows, :])
-        result: Tensor = block.run(view)
-        return tokens.index_copy(1, rows, result) if self.stale and len(rows) < len(present) else result
+    def _block(self, block: Any, cut: Any, tokens: Tensor, rope: Tensor | None) -> Tensor:
+        result: Tensor = block.run(cut.view(tokens, rope))
+        return tokens.index_copy(1, cut.rows, result) if self.stale and cut.drops else result
 
 
 def check_fits(model: Any, plan: SlimPlan) -> None:

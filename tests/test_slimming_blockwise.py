@@ -138,7 +138,7 @@ def test_fitting_needs_no_more_tokens_for_the_same_tolerance(mode: Any) -> None:
 def test_with_a_budget_the_counts_are_those_without_a_fit_and_the_errors_smaller() -> None:
     model = build(patch_size=8)
     before = state(model)
-    plain = found_by(model, "none", Budget("macs-reduction", 0.5))
+    plain = found_by(model, "none", Budget("macs-reduction", 0.5), score="paper")
     fitted = found_by(model, "sgd", Budget("macs-reduction", 0.5))
     assert fitted.plan.counts == plain.plan.counts
     assert sum(fitted.plan.origin.errors) < sum(plain.plan.origin.errors)

@@ -289,7 +289,7 @@ def test_a_failed_save_leaves_the_old_plan_and_no_part(tmp_path: Path) -> None:
 
 
 def test_the_schema_names_every_field() -> None:
-    assert set(plan_schema()["properties"]) == {*VALID, "summary", "weights"}  # type: ignore[arg-type]
+    assert set(plan_schema()["properties"]) == {*VALID, "merged_into", "weights"}  # type: ignore[arg-type]
 
 
 def test_reading_a_plan_needs_no_torch() -> None:

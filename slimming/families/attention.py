@@ -13,11 +13,27 @@ from torch.nn import functional
 
 
 @dataclass(frozen=True)
+class Mix:
+    """Constant sums of tokens: ``own`` (k, 1) times the ``rows`` (k,), and ``taken`` (k, r) times the rows ``dropped`` (r,)."""
+
+    rows: Tensor
+    dropped: Tensor
+    own: Tensor
+    taken: Tensor
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """(b, n, c) to (b, k, c)."""
+        own, taken = self.own.to(tokens.dtype), self.taken.to(tokens.dtype)
+        return tokens[:, self.rows] * own + taken @ tokens[:, self.dropped]
+
+
+@dataclass(frozen=True)
 class View:
     """What one block is given: the tokens that it may read, and those whose output it computes.
 
     ``read`` is (b, n, d), ``queried`` (b, k, d); ``rope`` and ``queried_rope`` are the rotary tables of their positions, (n, c)
-    or (heads, n, c), None without RoPE; ``key_bias`` (n,) is added to every query's logits.
+    or (heads, n, c), None without RoPE; ``key_bias`` (n,) is added to every query's logits. ``mix`` makes the queried tokens of
+    the read ones, where they are not simply some of them: before and after a norm alike.
     """
 
     read: Tensor
@@ -26,12 +42,14 @@ class View:
     queried_rope: Tensor | None = None
     key_bias: Tensor | None = None
     sink: list[Tensor] | None = None  # the softmax maps that a run computes are appended here
+    mix: Mix | None = None
 
     def normed(self, norm: Any) -> View:
         """The same view after a token-wise normalisation."""
         read = norm(self.read)
-        queried = read if self.queried is self.read else norm(self.queried)
-        return View(read, queried, self.rope, self.queried_rope, self.key_bias, self.sink)
+        same = self.queried is self.read
+        queried = self.mix(read) if self.mix is not None else read if same else norm(self.queried)
+        return View(read, queried, self.rope, self.queried_rope, self.key_bias, self.sink, self.mix)
 
 
 class AttentionReader:

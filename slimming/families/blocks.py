@@ -175,7 +175,8 @@ def _parallel_scaling(block: Any) -> BlockReader:
 
     def activated(view: View) -> Tensor:
         bias = block.in_proj.bias[:hidden] if block.mlp_bias is None else block.mlp_bias
-        projected = nn.functional.linear(block.in_norm(view.queried), block.in_proj.weight[:hidden], bias)
+        queried = view.normed(block.in_norm).queried
+        projected = nn.functional.linear(queried, block.in_proj.weight[:hidden], bias)
         result: Tensor = block.mlp_act(projected)
         return result
 

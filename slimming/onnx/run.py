@@ -49,6 +49,8 @@ def check_options(options: ModelOptions, path: Path) -> None:
             f"--{options.budget.criterion} is solved on a latency table that export.run measures on its own export, "
             "and there is none for other graphs yet: pass --macs-reduction"
         )
+    if options.score == "similarity":
+        raise UsageError("--score similarity measures tokens in PyTorch, and --onnx has no PyTorch model: pass --score paper")
     if options.device == "cuda":
         raise UsageError("--onnx runs in ONNX Runtime on the CPU: leave --device out")
 
@@ -104,7 +106,7 @@ def calibrate_graph(options: ModelOptions, session: Session, progress: Progress,
         seed=options.seed,
         world=world,
         progress=progress,
-        magnitudes=options.score in ("paper", "uniform"),
+        magnitudes=options.score in ("auto", "paper", "uniform"),
     )
 
 

@@ -110,7 +110,7 @@ class CalibratedGraph:
         budget: Budget | None = None,
         *,
         cost: Cost | None = None,
-        score: ScoreName = "paper",
+        score: ScoreName = "auto",
         fit: Fit = "none",
         layout: Layout = "split",
         summary: bool = False,
@@ -120,6 +120,9 @@ class CalibratedGraph:
         budget.check()
         if fit != "none" or summary or cost is not None or budget.criterion in LATENCY:
             raise UsageError("a plan for an ONNX graph has no fit, no summary and no latency budget")
+        if score == "similarity":
+            raise UsageError("a plan for an ONNX graph loses tokens by a score, and merges none")
+        score = "paper" if score == "auto" else score
         search = GraphSearch(self.features, score_named(score, self.seed))
         if budget.criterion == "tolerance":
             selection = _within(search, budget, score)
