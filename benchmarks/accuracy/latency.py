@@ -67,7 +67,7 @@ class Options:
     """Rivals with the last block as it is (False) or cut to the class token (True), as ours is."""
     seeds: tuple[int, ...] = (0,)
     """Each draws its own calibration images."""
-    score: ScoreName = "paper"
+    score: ScoreName = "similarity"
     """The score of our plans."""
     fit: Fit = "closed-form"
     """The fit of our plans."""

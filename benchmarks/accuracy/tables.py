@@ -28,7 +28,7 @@ from typing import Any, Literal
 from slimming.door import BudgetUnreachable, InputRejected, Unavailable, UsageError, atomic_path, open_door
 from slimming.plan import Fit, Mode, ScoreName
 
-SCORES: tuple[ScoreName, ...] = ("paper", "residual", "attention", "random", "uniform")
+SCORES: tuple[ScoreName, ...] = ("similarity", "paper", "residual", "attention", "random", "uniform")
 FITS: tuple[Fit, ...] = ("none", "closed-form")
 #: EViT's ways with the tokens that it does not keep; the paper's text leaves room for all of them.
 EVIT_FORMS: dict[str, dict[str, bool]] = {"summed": {}, "averaged": {"normalised": True}, "dropped": {"fuse": False}}
@@ -62,7 +62,7 @@ class Options:
     """Each draws its own calibration images, and its own random score."""
     modes: tuple[Mode, ...] = ("compact",)
     """What later blocks see of a dropped token."""
-    default_score: ScoreName = "paper"
+    default_score: ScoreName = "similarity"
     """The score that is marked as ours."""
     default_fit: Fit = "closed-form"
     """The fit that is marked as ours."""
@@ -349,22 +349,29 @@ class Ours:
         """The plan that ``slimming.api.find`` makes of these images; raises ``NotMeasured``."""
         from slimming.api import make_plan
         from slimming.costs import MacsCost
+        from slimming.merging import MergeSearch
         from slimming.profile import profile_within, uniform_within
         from slimming.scores import score_named
         from slimming.search import TopDownSearch
 
         if (score, budget) not in self.plans:
             features, reader = self.features, self.features.reader
+            merging = score == "similarity"
+            if merging and (features.mode == "stale" or not reader.head.fixed):
+                raise NotMeasured("tokens are merged in compact form, under a head that reads single tokens")
             ranking = score_named(score, self.seed)
-            search = TopDownSearch(features, ranking)
-            cost = MacsCost(search.tokens, search.depth, reader.geometry(), features.mode)
+            search = MergeSearch(features) if merging else TopDownSearch(features, ranking)
+            cost = MacsCost(search.tokens, search.depth, reader.geometry(), features.mode, merged=merging)
             limit = (1 - budget) * cost.dense()
             try:
                 counts = (uniform_within if score == "uniform" else profile_within)(search, cost, limit)
             except BudgetUnreachable as error:
                 raise NotMeasured(str(error)) from error
-            kept = TopDownSearch(features, ranking).by_counts(counts).kept
-            self.plans[score, budget] = make_plan(reader.model, self.bench.loaded.architecture, kept, mode=features.mode)
+            found = search.by_counts(counts)
+            name, merged_into = self.bench.loaded.architecture, found.merged_into
+            self.plans[score, budget] = make_plan(
+                reader.model, name, found.kept, mode=features.mode, merged_into=merged_into
+            )
         return self.plans[score, budget]
 
     def slim(self, case: Case) -> tuple[Any, dict[str, Any]]:
