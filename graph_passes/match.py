@@ -27,30 +27,11 @@ def label(node: gs.Node) -> str:
     return f"{node.op} node '{name}'"
 
 
-def producer(tensor: gs.Tensor, ops: Sequence[str], what: str) -> gs.Node:
-    """The node that computes ``tensor``; raises ``MatchFailure`` unless its operator is one of ``ops``."""
-    wanted = " or ".join(ops)
-    if isinstance(tensor, gs.Constant) or not tensor.inputs:
-        raise MatchFailure(f"tensor '{tensor.name}'", f"expected {what}, computed by {wanted}; found no node that computes it")
-    node = tensor.inputs[0]
-    if node.op not in ops:
-        raise MatchFailure(label(node), f"expected {what}, computed by {wanted}")
-    return node
-
-
 def produced_by(tensor: gs.Tensor, *ops: str) -> gs.Node | None:
     """The node that computes ``tensor`` where its operator is one of ``ops``, else None."""
     if isinstance(tensor, gs.Constant) or not tensor.inputs or tensor.inputs[0].op not in ops:
         return None
     return tensor.inputs[0]
-
-
-def only_consumer(tensor: gs.Tensor, what: str) -> gs.Node:
-    """The one node that reads ``tensor``; raises ``MatchFailure`` when there is none or there are several."""
-    if len(tensor.outputs) != 1:
-        site = label(tensor.inputs[0]) if tensor.inputs else f"tensor '{tensor.name}'"
-        raise MatchFailure(site, f"expected its output to be read once, by {what}; it is read {len(tensor.outputs)} times")
-    return tensor.outputs[0]
 
 
 def constant(tensor: gs.Tensor) -> NDArray[np.generic] | None:

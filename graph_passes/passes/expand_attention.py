@@ -4,7 +4,7 @@ Engines fuse the plain form, and not all of them know the operator: TensorRT fai
 into the width are unpacked first.
 
 Before: Attention(q, k, v). After: (q * scale) k^T, (+ mask), Softmax, times v. Site: a node. One with a cache, a causal mask, a
-cap on its scores or fewer key heads than query heads is left as it is.
+cap on its scores, fewer key heads than query heads, or an output of the graph is left as it is.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import math
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.match import MatchFailure, constant, label, make_constant
+from graph_passes.match import MatchFailure, constant, label, make_constant, replace_input
 from graph_passes.registry import Settings, graph_pass
 
 
 @graph_pass("expand_attention")
 def run(graph: gs.Graph, settings: Settings) -> int:
     """Returns the number of nodes expanded."""
-    nodes = [
-        node for node in graph.nodes if node.op == "Attention" and node.domain in (None, "", "ai.onnx") and _is_plain(node)
-    ]
+    outputs = {id(tensor) for tensor in graph.outputs}
+    found = [node for node in graph.nodes if node.op == "Attention" and node.domain in (None, "", "ai.onnx")]
+    nodes = [node for node in found if _is_plain(node) and id(node.outputs[0]) not in outputs]
     for node in nodes:
         _expand(graph, node)
     return len(nodes)
@@ -78,10 +78,6 @@ def _expand(graph: gs.Graph, node: gs.Node) -> None:
     if packed:
         joined = append("Transpose", "joined", [mixed], perm=[0, 2, 1, 3])
         mixed = append("Reshape", "merged", [joined, make_constant(f"{name}.shape", [0, 0, -1])])
-    (old, *_) = node.outputs
-    for reader in list(old.outputs):
-        reader.inputs[next(index for index, tensor in enumerate(reader.inputs) if tensor is old)] = mixed
-    for index, output in enumerate(graph.outputs):
-        if output is old:
-            graph.outputs[index] = mixed
+    for reader in list(node.outputs[0].outputs):
+        replace_input(reader, node.outputs[0], mixed)
     node.outputs.clear()

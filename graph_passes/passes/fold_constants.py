@@ -27,16 +27,11 @@ from graph_passes.proto import sorted_nodes
 from graph_passes.registry import Settings, graph_pass
 
 KEPT = {
-    "DequantizeLinear",
-    "QuantizeLinear",
-    "RandomNormal",
-    "RandomUniform",
-    "RandomNormalLike",
-    "RandomUniformLike",
-    "Bernoulli",
-}
+    "DequantizeLinear", "QuantizeLinear", "RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli",
+}  # fmt: skip
 MOST = 2**24  # elements that a folded tensor may have
 Value = NDArray[Any]  # of numbers, or of objects: a number, the name of a symbolic length, or None
+_INTEGERS = (onnx.TensorProto.INT32, onnx.TensorProto.INT64)
 _PARTIAL: dict[str, Callable[[Any, Any], Any]] = {
     "Add": lambda a, b: a + b,
     "Sub": lambda a, b: a - b,
@@ -132,13 +127,8 @@ def _expands_images(graph: gs.Graph, node: gs.Node, known: dict[int, Value]) -> 
             replace_input(reader, node.outputs[0], result)
         node.outputs.clear()
         return True
-    shape = produced_by(node.inputs[1], "Concat")
-    if (
-        shape is not None
-        and produced_by(shape.inputs[0], "Shape")
-        and all(constant(part) is not None for part in shape.inputs[1:])
-    ):
-        return False  # it has that form
+    if _is_of_images(node.inputs[1]):
+        return False
     name = f"{node.outputs[0].name}.shape"
     batch, whole = gs.Variable(f"{name}.batch", dtype=np.int64), gs.Variable(name, dtype=np.int64)
     graph.nodes.append(gs.Node("Shape", f"{name}.images", {"start": 0, "end": 1}, [images], [batch]))
@@ -146,6 +136,14 @@ def _expands_images(graph: gs.Graph, node: gs.Node, known: dict[int, Value]) -> 
     graph.nodes.append(gs.Node("Concat", f"{name}.concat", {"axis": 0}, [batch, rest], [whole]))
     node.inputs[1] = whole
     return True
+
+
+def _is_of_images(shape: gs.Tensor) -> bool:
+    """Whether a shape is some tensor's own length and then constants."""
+    concat = produced_by(shape, "Concat")
+    if concat is None or produced_by(concat.inputs[0], "Shape") is None:
+        return False
+    return all(constant(part) is not None for part in concat.inputs[1:])
 
 
 def _is_repeated_by_readers(tensor: gs.Tensor) -> bool:
@@ -172,7 +170,7 @@ def _values_of(graph: gs.Graph, node: gs.Node, known: dict[int, Value]) -> list[
         return []
     if any(value is not None and value.dtype == object for value in inputs):
         return _partly(node, inputs)
-    if any(isinstance(value, gs.Graph) for value in node.attrs.values()) or len(node.inputs) == 0:
+    if any(isinstance(value, gs.Graph) for value in node.attrs.values()):
         return []
     shapes = [tensor.shape for tensor in node.outputs]
     small = all(shape is not None and all(isinstance(n, int) for n in shape) and prod(shape) <= MOST for shape in shapes)
@@ -212,9 +210,7 @@ def _partly(node: gs.Node, inputs: list[Value | None]) -> list[Value]:
     if node.op in ("Unsqueeze", "Squeeze") and first.size == 1:
         return [first.reshape([1] if node.op == "Unsqueeze" else [])]
     if node.op in ("Identity", "Cast"):
-        return (
-            [first] if node.attrs.get("to", onnx.TensorProto.INT64) in (onnx.TensorProto.INT64, onnx.TensorProto.INT32) else []
-        )
+        return [first] if node.attrs.get("to", onnx.TensorProto.INT64) in _INTEGERS else []
     if node.op == "Slice" and first.ndim == 1 and (rows := rows_of_slice(node, first.shape)) is not None:
         return [first[list(rows.get(0, range(first.size)))]]
     if node.op in _PARTIAL and rest[0] is not None:

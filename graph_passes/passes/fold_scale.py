@@ -36,12 +36,10 @@ class _Target:
 def run(graph: gs.Graph, settings: Settings) -> int:
     """Returns the number of attentions whose scale was folded; raises ``MatchFailure``."""
     structure = find_structure(graph)
+    attentions = [(block, number, found) for block in structure.blocks for number, found in enumerate(block.attentions)]
     return sum(
-        _fold(
-            structure.labels, attention, f"{block.site.replace(' ', '_')}.{number}" if number else block.site.replace(" ", "_")
-        )
-        for block in structure.blocks
-        for number, attention in enumerate(block.attentions)
+        _fold(structure.labels, attention, f"block_{block.index}" + (f".{number}" if number else ""))
+        for block, number, attention in attentions
         if attention.softmax is not None
     )
 
