@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from slimming.families import View
 from slimming.families.attention import Mix
-from slimming.plan import Mode, mixing_of, sizes_of
+from slimming.plan import Mode, mixing_of, sizes_of, stands_for
 
 
 def split(present: Sequence[int], kept: Collection[int]) -> tuple[Tensor, Tensor]:
@@ -86,19 +86,12 @@ def cuts_of(kept: list[list[int]], tokens: int, mode: Mode = "compact", merged_i
 
 def averages_of(kept: list[list[int]], tokens: int, merged_into: list[int] | None) -> list[Tensor]:
     """For every block the matrix (k, N) that gives each kept token the mean of all original tokens that it stands for."""
-    stands = list(range(tokens))  # which token stands for each, -1 where none does
-    found, there = [], set(stands)
-    for block in kept:
-        lost = there - set(block)
-        if merged_into is not None:
-            stands = [merged_into[token] if token in lost else token for token in stands]
-        else:
-            stands = [-1 if token in lost else token for token in stands]
+    found = []
+    for block, stands in zip(kept, stands_for(kept, tokens, merged_into), strict=True):
         row = {token: number for number, token in enumerate(block)}
         matrix = torch.zeros(len(block), tokens)
         for token, into in enumerate(stands):
             if into >= 0:
                 matrix[row[into], token] = 1.0
         found.append(matrix / matrix.sum(1, keepdim=True))
-        there = set(block)
     return found

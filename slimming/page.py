@@ -12,12 +12,11 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimming.door import atomic_path
-from slimming.plan import Layout, SlimPlan, macs_of
+from slimming.plan import Layout, SlimPlan, block_macs_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -119,10 +118,8 @@ def write_page(
 
 def block_macs(plan: SlimPlan, layout: Layout, counts: Sequence[int] | None = None) -> list[int]:
     """Multiply-accumulates of every block for one image, under the plan's token counts or others; patches and head aside."""
-    counts = list(counts or plan.counts)
-    blocks_alone = plan.geometry.model_copy(update={"patch_macs": 0, "head_macs": 0, "pool_macs": 0})
-    sums = [macs_of(counts[: n + 1], plan.tokens, blocks_alone, plan.mode, layout) for n in range(plan.depth)]
-    return [after - before for before, after in pairwise([0, *sums])]
+    merged = plan.merged_into is not None
+    return block_macs_of(list(counts or plan.counts), plan.tokens, plan.geometry, plan.mode, layout, merged)
 
 
 def _unit(most: int) -> tuple[str, float, int]:
@@ -163,11 +160,13 @@ def _photo(image: Picture) -> tuple[str, tuple[int, int]]:
 
 
 def _maps(plan: SlimPlan, pixels: tuple[int, int] | None) -> dict[str, Any]:
-    """Kept patches of every block as SVG paths, and for every patch how many blocks keep it, in cells of the patches' shape."""
+    """Kept patches of every block as SVG paths, and for every patch how many blocks keep it by itself, in the patches' shape."""
     rows, columns = plan.grid
     high = CELL if pixels is None else max(1, round(CELL * (pixels[1] / rows) / (pixels[0] / columns)))
-    kept = [[token - plan.prefix_tokens for token in tokens if token >= plan.prefix_tokens] for tokens in plan.kept]
-    depths = Counter(patch for patches in kept for patch in patches)
+    first = plan.prefix_tokens
+    groups = [[into - first if into >= first else -1 for into in stands[first:]] for stands in plan.stands_for()]
+    alone = [{patch for patch, into in enumerate(each) if into >= 0 and each.count(into) == 1} for each in groups]
+    depths = Counter(patch for patches in alone for patch in patches)
     cells = []
     for patch in range(rows * columns):
         y, x = divmod(patch, columns)
@@ -177,7 +176,9 @@ def _maps(plan: SlimPlan, pixels: tuple[int, int] | None) -> dict[str, Any]:
         "cell": (CELL, high),
         "size": (columns * CELL, rows * high),
         "patches": rows * columns,
-        "blocks": [{"kept": len(patches), **_mask_paths(set(patches), rows, columns, high)} for patches in kept],
+        "blocks": [
+            {"kept": len({*each} - {-1}), **_mask_paths(each, alone[n], columns, high)} for n, each in enumerate(groups)
+        ],
         "cells": cells,
         "numbered": columns <= MOST_CELL_LABELS and plan.depth < 100,
         "legend": [(n, _colour(n, plan.depth)[0]) for n in range(plan.depth + 1)],
@@ -185,18 +186,19 @@ def _maps(plan: SlimPlan, pixels: tuple[int, int] | None) -> dict[str, Any]:
     }
 
 
-def _mask_paths(kept: set[int], rows: int, columns: int, high: int) -> dict[str, str]:
-    """SVG paths of one block's mask: the area of dropped patches, and the line between those and the kept ones."""
+def _mask_paths(groups: Sequence[int], alone: set[int], columns: int, high: int) -> dict[str, str]:
+    """SVG paths of one block's mask: the area of lost patches, and the lines around them and around merged groups.
+
+    ``groups`` name the patch that stands for each one, -1 for none; those ``alone`` stand for themselves and no other.
+    """
     area, line = [], []
-    for y in range(rows):
-        for x in range(columns):
-            here = y * columns + x in kept
-            if not here:
-                area.append(f"M{x * CELL} {y * high}h{CELL}v{high}h-{CELL}z")
-            if x and (y * columns + x - 1 in kept) != here:
-                line.append(f"M{x * CELL} {y * high}v{high}")
-            if y and ((y - 1) * columns + x in kept) != here:
-                line.append(f"M{x * CELL} {y * high}h{CELL}")
+    for patch, group in enumerate(groups):
+        y, x = divmod(patch, columns)
+        if group < 0:
+            area.append(f"M{x * CELL} {y * high}h{CELL}v{high}h-{CELL}z")
+        for beside, there, edge in ((patch - 1, x, f"v{high}"), (patch - columns, y, f"h{CELL}")):
+            if there and groups[beside] != group and not {patch, beside} <= alone:
+                line.append(f"M{x * CELL} {y * high}{edge}")
     return {"area": "".join(area), "line": "".join(line)}
 
 

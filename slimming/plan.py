@@ -177,6 +177,10 @@ class SlimPlan(_Strict):
         """For every block, how many of the original tokens each that it keeps stands for: ones unless tokens are merged."""
         return sizes_of(self.kept, self.tokens, self.merged_into)
 
+    def stands_for(self) -> list[list[int]]:
+        """For every block and every original token, which kept token stands for it: itself, one it went into, or -1 for none."""
+        return stands_for(self.kept, self.tokens, self.merged_into)
+
     def order(self) -> list[int]:
         """Original indices sorted by the block that drops them, longest kept first, ties by index.
 
@@ -211,21 +215,30 @@ def macs_of(
     last block's tokens go to an attention pool; None: as many as it can read. Where dropped tokens are ``merged``, every block
     but the last adds them to the kept ones by a constant matrix, once for its queries and once for its shortcut.
     """
+    reads = min(counts[-1], geometry.pool_tokens) if pool_reads is None else pool_reads
+    ends = geometry.patch_macs + geometry.head_macs + geometry.pool_macs * reads
+    return ends + sum(block_macs_of(counts, tokens, geometry, mode, layout, merged))
+
+
+def block_macs_of(
+    counts: list[int], tokens: int, geometry: Geometry, mode: Mode = "compact", layout: Layout = "split", merged: bool = False
+) -> list[int]:
+    """The part of ``macs_of`` that each block has."""
     d = geometry.embed_dim
     query = geometry.attn_dim or d
     key = geometry.key_dim or query
     mlp = geometry.mlp_macs or 2 * d * geometry.mlp_hidden_dim
-    reads = min(counts[-1], geometry.pool_tokens) if pool_reads is None else pool_reads
-    total = geometry.patch_macs + geometry.head_macs + geometry.pool_macs * reads
+    found = []
     for block, k in enumerate(counts):
         before = tokens if block == 0 else counts[block - 1]
         n_in = tokens if mode == "stale" else before
         queries = n_in if layout == "packed" else k
-        total += queries * d * query + 2 * n_in * d * key + 2 * k * n_in * query + k * query * d + k * mlp
-        total += k * d * query if geometry.gate else 0
+        macs = queries * d * query + 2 * n_in * d * key + 2 * k * n_in * query + k * query * d + k * mlp
+        macs += k * d * query if geometry.gate else 0
         if merged and block < len(counts) - 1:
-            total += k * (before - k) * (d + (query if layout == "packed" else d))
-    return total
+            macs += k * (before - k) * (d + (query if layout == "packed" else d))
+        found.append(macs)
+    return found
 
 
 def sizes_of(kept: list[list[int]], tokens: int, merged_into: list[int] | None) -> list[list[int]]:
@@ -239,6 +252,17 @@ def sizes_of(kept: list[list[int]], tokens: int, merged_into: list[int] | None) 
                 size[merged_into[token]] += size[token]
         found.append([size[token] for token in block])
         before = block
+    return found
+
+
+def stands_for(kept: list[list[int]], tokens: int, merged_into: list[int] | None) -> list[list[int]]:
+    """For every block and every original token, which kept token stands for it: itself, one it went into, or -1 for none."""
+    found, stands, there = [], list(range(tokens)), set(range(tokens))
+    for block in kept:
+        lost = there - set(block)
+        stands = [(-1 if merged_into is None else merged_into[token]) if token in lost else token for token in stands]
+        found.append(stands)
+        there = set(block)
     return found
 
 

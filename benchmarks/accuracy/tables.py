@@ -369,9 +369,7 @@ class Ours:
                 raise NotMeasured(str(error)) from error
             found = search.by_counts(counts)
             name, merged_into = self.bench.loaded.architecture, found.merged_into
-            self.plans[score, budget] = make_plan(
-                reader.model, name, found.kept, mode=features.mode, merged_into=merged_into
-            )
+            self.plans[score, budget] = make_plan(reader.model, name, found.kept, mode=features.mode, merged_into=merged_into)
         return self.plans[score, budget]
 
     def slim(self, case: Case) -> tuple[Any, dict[str, Any]]:
