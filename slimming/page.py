@@ -160,13 +160,14 @@ def _photo(image: Picture) -> tuple[str, tuple[int, int]]:
 
 
 def _maps(plan: SlimPlan, pixels: tuple[int, int] | None) -> dict[str, Any]:
-    """Kept patches of every block as SVG paths, and for every patch how many blocks keep it by itself, in the patches' shape."""
+    """Kept patches of every block as SVG paths, and how many blocks keep each patch by itself, in the patches' shape."""
     rows, columns = plan.grid
     high = CELL if pixels is None else max(1, round(CELL * (pixels[1] / rows) / (pixels[0] / columns)))
     first = plan.prefix_tokens
     groups = [[into - first if into >= first else -1 for into in stands[first:]] for stands in plan.stands_for()]
     alone = [{patch for patch, into in enumerate(each) if into >= 0 and each.count(into) == 1} for each in groups]
     depths = Counter(patch for patches in alone for patch in patches)
+    masks = [_mask_paths(each, single, columns, high) for each, single in zip(groups, alone, strict=True)]
     cells = []
     for patch in range(rows * columns):
         y, x = divmod(patch, columns)
@@ -176,9 +177,7 @@ def _maps(plan: SlimPlan, pixels: tuple[int, int] | None) -> dict[str, Any]:
         "cell": (CELL, high),
         "size": (columns * CELL, rows * high),
         "patches": rows * columns,
-        "blocks": [
-            {"kept": len({*each} - {-1}), **_mask_paths(each, alone[n], columns, high)} for n, each in enumerate(groups)
-        ],
+        "blocks": [{"kept": len({*each} - {-1}), **mask} for each, mask in zip(groups, masks, strict=True)],
         "cells": cells,
         "numbered": columns <= MOST_CELL_LABELS and plan.depth < 100,
         "legend": [(n, _colour(n, plan.depth)[0]) for n in range(plan.depth + 1)],

@@ -178,7 +178,7 @@ class SlimPlan(_Strict):
         return sizes_of(self.kept, self.tokens, self.merged_into)
 
     def stands_for(self) -> list[list[int]]:
-        """For every block and every original token, which kept token stands for it: itself, one it went into, or -1 for none."""
+        """For every block, which kept token stands for each original one: itself, the one it went into, or -1 for none."""
         return stands_for(self.kept, self.tokens, self.merged_into)
 
     def order(self) -> list[int]:
@@ -256,7 +256,7 @@ def sizes_of(kept: list[list[int]], tokens: int, merged_into: list[int] | None) 
 
 
 def stands_for(kept: list[list[int]], tokens: int, merged_into: list[int] | None) -> list[list[int]]:
-    """For every block and every original token, which kept token stands for it: itself, one it went into, or -1 for none."""
+    """For every block, which kept token stands for each original one: itself, the one it went into, or -1 for none."""
     found, stands, there = [], list(range(tokens)), set(range(tokens))
     for block in kept:
         lost = there - set(block)
