@@ -14,18 +14,18 @@ import torch
 from numpy.typing import NDArray
 
 from slimming.cuts import averages_of, cuts_of
-from slimming.features import DenseFeatures
+from slimming.features import ERROR_IMAGES, DenseFeatures
 from slimming.search import Selection, TopDownSearch, divergence_of
 
-#: Images that errors and divergences are measured on: no maps and no scores are computed, so there is time for more of them.
-MERGE_IMAGES = 128
+#: The share of the calibration images that errors and divergences are measured on: no score is computed, so there is time.
+JUDGED = 0.5
 _NEVER = float("inf")
 
 
 class MergeSearch:
     """Merges, block after block from the first, the groups of patches that are most alike. No score ranks tokens here.
 
-    Distances look at every calibration image, errors and divergences at ``MERGE_IMAGES`` of them. For heads that read single
+    Distances look at every calibration image, errors and divergences at half of them. For heads that read single
     tokens. A ``slimming.profile.Judge``.
     """
 
@@ -34,7 +34,7 @@ class MergeSearch:
         self.depth, self.tokens, self.prefix = len(self.reader.blocks), self.reader.tokens, self.reader.prefix
         self.fixed_head: int | None = len(self.reader.head.tokens)
         self.readable = len(self.reader.head.tokens)
-        self.sample = features.spread(MERGE_IMAGES)
+        self.sample = features.spread(max(ERROR_IMAGES, round(JUDGED * features.images)))
         self._distances: dict[int, NDArray[np.float64]] = {}
 
     def by_counts(self, counts: Sequence[int]) -> Selection:
