@@ -18,9 +18,9 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graph_passes.axes import UNKNOWN_BATCH, Axes, Axis, Tokens, has, size_of, token_axis
-from graph_passes.labels import NORMS, Attention, Table
+from graph_passes.labels import Attention, Table
 from graph_passes.match import MatchFailure, constant, integers, label, make_constant, replace_input
-from graph_passes.merging import WRITTEN_OUT, Merges, add_bias, ensure_mergeable
+from graph_passes.merging import Merges, add_bias, ensure_mergeable, mix_late
 from graph_passes.registry import CutForm
 from graph_passes.rows import mix_rows, take_rows
 from graph_passes.structure import Structure
@@ -71,7 +71,7 @@ class _Cutter:
     def run(self) -> None:
         self._rank_nodes()
         if self.merges is not None:
-            self._mix_late()
+            mix_late(self.labels, set(self.stream), self.merges, self.ranks)
         originals = [node for node in self.labels.nodes if self.ranks.get(id(node), STEM) != STEM]
         for tensor in self.structure.stream:
             self._put_back(tensor)
@@ -100,29 +100,6 @@ class _Cutter:
                 if self.labels.depends(tensor):
                     part = 2 * self.labels.level(tensor) if (id(node), operand) in keys_values and rank != STEM else rank
                     asked[id(tensor)] = min(part, asked.get(id(tensor), part))
-
-    def _mix_late(self) -> None:
-        """In blocks that merge, compute on all tokens the norm, and what picks the queries out of a packed projection."""
-        assert self.merges is not None
-        tables = {id(table.node) for table in self.labels.tables}
-        norms = set(self.stream)  # the stream, and what is made of it without a linear layer
-        for node in self.labels.nodes:
-            rank, level = self.ranks.get(id(node), STEM), self.labels.level(node.outputs[0])
-            if rank != 2 * level + 1 or not self.merges.at(level):
-                norms |= {id(out) for out in node.outputs if rank == 2 * level and self._is_of_norm(node, norms, tables)}
-                continue
-            (source, *_), (out, *_) = node.inputs, node.outputs
-            before = self.ranks.get(id(source.inputs[0]), STEM) if source.inputs and id(source) not in self.stream else STEM
-            picks = node.op in ("Gather", "Slice", "Squeeze") and self.labels.tokens(source) == self.labels.tokens(out)
-            if self._is_of_norm(node, norms, tables):
-                norms |= {id(out) for out in node.outputs}
-                self.ranks[id(node)] = 2 * level
-            elif picks and before == 2 * level:
-                self.ranks[id(node)] = before
-
-    def _is_of_norm(self, node: gs.Node, norms: set[int], tables: set[int]) -> bool:
-        computed = [tensor for tensor in node.inputs if self.labels.depends(tensor)]
-        return node.op in NORMS | WRITTEN_OUT and id(node) not in tables and all(id(tensor) in norms for tensor in computed)
 
     def _axes(self, tensor: gs.Tensor) -> Axes | None:
         """The axes of a tensor that holds tokens, on whatever axis."""

@@ -69,6 +69,26 @@ def add_bias(graph: gs.Graph, softmax: gs.Node, bias: NDArray[np.float64], name:
     graph.nodes.append(gs.Node("Add", name, {}, [logits, make_constant(f"{name}.log_sizes", bias.astype(dtype))], [out]))
 
 
+def mix_late(labels: Labels, stream: set[int], merges: Merges, ranks: dict[int, int]) -> None:
+    """In blocks that merge, let the norm be computed of all tokens, and the queries picked out of a packed projection of all.
+
+    ``stream`` holds the identities of the residual stream's tensors, ``ranks`` those of ``cutting`` by a node's.
+    """
+    tables = {id(table.node) for table in labels.tables}
+    normed = set(stream)  # the stream, and what is made of it without a linear layer
+    for node in labels.nodes:
+        level, rank = labels.level(node.outputs[0]), ranks.get(id(node))
+        if rank not in (2 * level, 2 * level + 1) or not merges.at(level):
+            continue
+        of_norm = node.op in NORMS | WRITTEN_OUT and id(node) not in tables
+        if of_norm and all(id(tensor) in normed for tensor in node.inputs if labels.depends(tensor)):
+            normed |= {id(tensor) for tensor in node.outputs}
+            ranks[id(node)] = 2 * level
+        elif node.op in ("Gather", "Slice", "Squeeze") and labels.tokens(node.inputs[0]) == labels.tokens(node.outputs[0]):
+            maker = node.inputs[0].inputs[0] if node.inputs[0].inputs and id(node.inputs[0]) not in stream else node
+            ranks[id(node)] = min(rank, ranks.get(id(maker), rank))
+
+
 def ensure_mergeable(labels: Labels, taken: gs.Variable, stream: gs.Variable) -> None:
     """Raise ``MatchFailure`` unless ``taken`` is affine, alike for all tokens, in the stream or in a norm of it."""
     tables = {id(table.node) for table in labels.tables}

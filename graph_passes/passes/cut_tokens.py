@@ -4,9 +4,13 @@ Queries and shortcut take the kept rows of the block's input, keys and values al
 rows. In mode ``stale`` the dropped rows are put back behind the updated ones, so that later blocks can read their last
 values. The last block is cut to what the plan says the head reads. A block that keeps all its rows gets no cut.
 
+A plan may merge dropped tokens into kept ones. Kept rows then take in the dropped ones times a constant matrix, and keys that
+stand for several tokens get the logarithm of their number before the Softmax. Where anything but linear layers lies between the
+block's norm and the rows taken, as a norm of queries and keys together, the graph is refused (``merging.py``).
+
 Before: every block computes all the rows it reads. After: block l computes ``plan.kept[l]``, by a Slice where the kept rows
 lead (after ``order_tokens``) and by a Gather of constants where they do not (``--cut`` chooses another form); a packed qkv
-projection stays packed. Site: a block.
+projection stays packed. A graph that already merges tokens is never cut again. Site: a block.
 """
 
 from __future__ import annotations

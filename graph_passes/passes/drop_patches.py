@@ -1,7 +1,7 @@
-"""Embed only those patches that the first block keeps.
+"""Embed only those patches that the first block keeps or merges.
 
 ``cut_tokens`` leaves the first block the keys and values of all tokens, so every patch is embedded. This pass is for a plan
-whose first block drops many: they leave the graph, and with them their part of the patch embedding and of the first keys and
+whose first block loses many: they leave the graph, and with them their part of the patch embedding and of the first keys and
 values. It changes the answer, and is therefore run only where it is named: what comes out is the plan's answer with those
 patches masked in the first block too (in mode ``stale``, in every block).
 
