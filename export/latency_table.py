@@ -42,6 +42,7 @@ def measure_table(
     *,
     layout: Layout,
     mode: Mode,
+    merged: bool = False,
     engine: Engine = "ort",
     precision: Precision = "fp32",
     batch: int = 8,
@@ -74,7 +75,7 @@ def measure_table(
     provider = OrtSession(dense_onnx).providers[0]  # what the engine itself would choose
     with tempfile.TemporaryDirectory(prefix="patchslim-") as folder:
         runs: list[_Run] = []
-        parts = _Parts(dense_onnx, model_plan, layout, mode, precision, batch)
+        parts = _Parts(dense_onnx, model_plan, layout, mode, merged, precision, batch)
         keys: list[Key] = [_WHOLE, _STEM, _HEAD, *counts]
         for done, key in enumerate(keys):
             path = Path(folder) / f"{done}.onnx"
@@ -94,6 +95,7 @@ def measure_table(
         geometry=model_plan.geometry,
         mode=mode,
         layout=layout,
+        merged=merged,
         engine="ort",
         engine_version=onnxruntime.__version__,
         precision=precision,
@@ -133,10 +135,13 @@ def _grid(plan: SlimPlan, mode: Mode, grid: Sequence[int] | None) -> list[tuple[
 class _Parts:
     """Cuts what is timed out of a dense model: the whole, its ends, and single blocks, as ONNX files of fixed shapes."""
 
-    def __init__(self, dense: Path, plan: SlimPlan, layout: Layout, mode: Mode, precision: Precision, batch: int) -> None:
+    def __init__(
+        self, dense: Path, plan: SlimPlan, layout: Layout, mode: Mode, merged: bool, precision: Precision, batch: int
+    ) -> None:
         from graph_passes import load_model
 
-        self.plan, self.layout, self.mode, self.precision, self.batch = plan, layout, mode, precision, batch
+        self.plan, self.layout, self.mode, self.merged = plan, layout, mode, merged
+        self.precision, self.batch = precision, batch
         self.model = load_model(dense)
         fixed = self.model.graph.input[0].type.tensor_type.shape.dim[0].dim_value
         if fixed not in (0, batch):
@@ -162,7 +167,17 @@ class _Parts:
         kept = [list(range(count)) if count >= prefix else head for count in counts]
         origin = Origin(score="none", criterion="manual", value=0.0)
         fields = self.plan.model_dump() | {"kept": kept, "mode": self.mode, "origin": origin.model_dump()}
+        fields["merged_into"] = self._merged_into(counts) if self.merged else None
         return slim(model, SlimPlan.model_validate(fields), layout=self.layout, precision=self.precision).model
+
+    def _merged_into(self, counts: list[int]) -> list[int]:
+        """Every dropped token into the first patch, as long as a block keeps one: which it is does not change the time."""
+        merged_into, before, first = [-1] * self.plan.tokens, self.plan.tokens, self.plan.prefix_tokens
+        for count in counts[:-1]:
+            if count > first:
+                merged_into[count:before] = [first] * (before - count)
+            before = count
+        return merged_into
 
     def block(self, n: int, k: int) -> OnnxModel:
         # Only the last block is ever cut to fewer than the prefix tokens; what only the head reads is hardly met elsewhere.

@@ -82,14 +82,15 @@ class Stages:
 
         options, loaded = self.options, self.session.loaded
         plan = dense_plan(loaded.module, loaded.architecture).model_copy(update={"mode": options.mode})
+        merged = options.merges(fixed_head=bool(plan.head_tokens))
         if options.latency_table is not None:
-            load_table(options.latency_table).ensure_fits(plan, options.layout)
+            load_table(options.latency_table).ensure_fits(plan, options.layout, merged)
             return options.latency_table
         dense = self.dense_onnx(loaded.module)
         folder = self.cache.path(
             "latency",
             dense=digest(dense),
-            form=(options.mode, options.layout, options.engine, options.engine_precision, options.batch_size),
+            form=(options.mode, options.layout, merged, options.engine, options.engine_precision, options.batch_size),
             machine=(platform.node(), platform.processor(), os.cpu_count(), onnxruntime_providers()),
         )
 
@@ -102,6 +103,7 @@ class Stages:
                     plan,
                     layout=options.layout,
                     mode=options.mode,
+                    merged=merged,
                     engine=options.engine,
                     precision=options.engine_precision,
                     batch=options.batch_size,

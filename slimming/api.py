@@ -102,7 +102,7 @@ class Calibrated:
         reader = self.reader
         score = resolved_score(score, reader.head.fixed, self.mode, fit, budget, summary)
         if summary:
-            check_summary(self.mode, fit, budget)
+            check_summary(self.mode, fit)
         if score == "similarity":
             check_similarity(self.mode, fit, budget, summary=summary)
         merged = summary or score == "similarity"

@@ -53,9 +53,9 @@ class Budget:
         return list(self.tokens)
 
 
-def check_summary(mode: Mode, fit: Fit, budget: Budget) -> None:
+def check_summary(mode: Mode, fit: Fit) -> None:
     """Raise ``UsageError`` where a summary of the dropped tokens does not go with the rest of what is asked."""
-    _check_merging("--summary", mode, fit, budget)
+    _check_merging("--summary", mode, fit)
 
 
 def check_similarity(mode: Mode, fit: Fit, budget: Budget, *, summary: bool = False) -> None:
@@ -64,24 +64,27 @@ def check_similarity(mode: Mode, fit: Fit, budget: Budget, *, summary: bool = Fa
         raise UsageError("--score similarity merges every token that goes, so there is nothing left for --summary: drop one")
     if budget.criterion == "tolerance":
         raise UsageError("--tolerance is the paper's, top-down by its score: pass --score paper, or --macs-reduction")
-    _check_merging("--score similarity", mode, fit, budget)
+    _check_merging("--score similarity", mode, fit)
 
 
-def _check_merging(option: str, mode: Mode, fit: Fit, budget: Budget) -> None:
+def _check_merging(option: str, mode: Mode, fit: Fit) -> None:
     if mode == "stale":
         raise UsageError(f"{option} merges tokens that are gone, and --mode stale keeps them all readable")
     if fit == "sgd":
         raise UsageError(f"--fit sgd fits blocks that lose tokens, and {option} merges them: use closed-form")
-    if budget.criterion in LATENCY:
-        raise UsageError(f"--{budget.criterion} is measured on blocks that lose tokens, and {option} merges them")
 
 
 def resolved_score(score: ScoreName, fixed_head: bool, mode: Mode, fit: Fit, budget: Budget, summary: bool) -> ScoreName:
     """What the score ``auto`` stands for; raises ``UsageError`` where another does not go with a head that pools."""
     if score == "auto":
-        plain = mode == "compact" and fit != "sgd" and not summary and budget.criterion in ("macs-reduction", "tokens")
+        plain = mode == "compact" and fit != "sgd" and not summary and budget.criterion != "tolerance"
         return "similarity" if fixed_head and plain else "paper"
     if not fixed_head and (score == "similarity" or summary):
         option = "--score similarity" if score == "similarity" else "--summary"
         raise UsageError(f"{option} merges tokens for heads that read single ones, and this model's pools: pass --score paper")
     return score
+
+
+def merges(score: ScoreName, fixed_head: bool, mode: Mode, fit: Fit, budget: Budget, summary: bool) -> bool:
+    """Whether plans of this kind merge the tokens that they drop; raises ``UsageError`` as ``resolved_score``."""
+    return resolved_score(score, fixed_head, mode, fit, budget, summary) == "similarity" or summary

@@ -47,6 +47,7 @@ class LatencyTable(_Strict):
     geometry: Geometry
     mode: Mode = Field(description="of the blocks measured; stale blocks read every token")
     layout: Layout = Field(description="of the projections in the blocks measured")
+    merged: bool = Field(default=False, description="whether the blocks merge the tokens that they drop")
     engine: Literal["ort", "trt"]
     engine_version: str
     precision: Literal["fp32", "fp16"]
@@ -119,8 +120,11 @@ class LatencyTable(_Strict):
         """Milliseconds of a batch when no token is dropped."""
         return self.of([self.tokens] * self.depth)
 
-    def ensure_fits(self, plan: SlimPlan, layout: Layout) -> None:
-        """Raise ``InputRejected`` unless the table is for the model, mode and layout of ``plan``: a plan of that model."""
+    def ensure_fits(self, plan: SlimPlan, layout: Layout, merged: bool = False) -> None:
+        """Raise ``InputRejected`` unless the table is for the model, mode and layout of ``plan``: a plan of that model.
+
+        ``merged``: whether dropped tokens are to be merged.
+        """
         wanted = {
             "model": plan.model,
             "tokens": plan.tokens,
@@ -128,10 +132,12 @@ class LatencyTable(_Strict):
             "geometry": plan.geometry,
             "mode": plan.mode,
             "layout": layout,
+            "merged": merged,
         }
         faults = [f"{key}: {getattr(self, key)}, not {value}" for key, value in wanted.items() if getattr(self, key) != value]
         if faults:
-            raise InputRejected(f"the latency table was measured for something else: {'; '.join(faults)}")
+            hint = "" if self.merged == merged else f"; --score {'similarity' if self.merged else 'paper'} goes with it"
+            raise InputRejected(f"the latency table was measured for something else: {'; '.join(faults)}{hint}")
 
     def save(self, path: Path) -> None:
         """Write the table as JSON, whole or not at all; raises ``OSError``."""

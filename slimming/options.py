@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from slimming.budget import Budget, check_similarity, check_summary
+from slimming.budget import Budget, check_similarity, check_summary, merges
 from slimming.door import UsageError
 from slimming.plan import Fit, Mode, ScoreName
 from slimming.recipe import Recipe
@@ -60,7 +60,7 @@ class ModelOptions:
     score: ScoreName = "auto"
     """Which tokens go. similarity merges those that are most alike into constant means. The others rank tokens, and those that
     rank low are lost: paper (Eq. 6), residual, attention, random (chance), uniform (paper, and one count for all blocks). auto
-    is similarity where it goes with the rest (heads that read single tokens, a MAC budget or --tokens), else paper."""
+    is similarity where it goes with the rest (heads that read single tokens, any budget but --tolerance), else paper."""
     fit: Fit = "closed-form"
     """Refit the slimmed blocks: not (none), by ridge regression (closed-form), or the paper's gradient descent (sgd)."""
     finetune_epochs: float = 0.0
@@ -110,6 +110,10 @@ class ModelOptions:
                 return Budget(name, value, snap=self.snap)
         return Budget("macs-reduction", self.macs_reduction, snap=self.snap)
 
+    def merges(self, *, fixed_head: bool) -> bool:
+        """Whether the plan will merge tokens, of a model whose head reads single tokens or not; raises ``UsageError``."""
+        return merges(self.score, fixed_head, self.mode, self.fit, self.budget, self.summary)
+
     @property
     def recipe(self) -> Recipe:
         """How the slimmed model is fine-tuned."""
@@ -131,7 +135,7 @@ class ModelOptions:
             raise UsageError(f"{' and '.join(f'--{name}' for name in asked)} contradict each other")
         self.budget.check()
         if self.summary:
-            check_summary(self.mode, self.fit, self.budget)
+            check_summary(self.mode, self.fit)
         if self.score == "similarity":
             check_similarity(self.mode, self.fit, self.budget, summary=self.summary)
         if self.finetune_epochs:

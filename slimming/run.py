@@ -164,7 +164,7 @@ def _latency(options: Options, session: Session) -> Any:
         return None
     table = load_table(options.latency_table)
     plan = dense_plan(session.loaded.module, session.loaded.architecture).model_copy(update={"mode": options.mode})
-    table.ensure_fits(plan, options.layout)
+    table.ensure_fits(plan, options.layout, options.merges(fixed_head=bool(plan.head_tokens)))
     return table
 
 

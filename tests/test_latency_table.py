@@ -280,7 +280,7 @@ def test_what_is_timed_is_the_block_of_the_slim_model(tiny: tuple[Path, SlimPlan
 
     path, plan = tiny
     for mode, outputs in (("compact", 9), ("stale", plan.tokens)):
-        parts = _Parts(path, plan, "split", mode, "fp32", 2)  # type: ignore[arg-type]
+        parts = _Parts(path, plan, "split", mode, False, "fp32", 2)  # type: ignore[arg-type]
         reads = 13 if mode == "compact" else plan.tokens
         block = parts.block(reads, 9)
         assert _shape(block.graph.input[0]) == [2, reads, 48]
@@ -294,6 +294,25 @@ def test_what_is_timed_is_the_block_of_the_slim_model(tiny: tuple[Path, SlimPlan
         assert [_shape(end.graph.output[0]) for end in ends] == [[2, plan.tokens, 48], [2, 10], [2, 10]]
         softmaxes = [[node.op_type for node in end.graph.node].count("Softmax") for end in ends]
         assert softmaxes == [0, 0, 4]
+
+
+def test_merging_blocks_are_timed_with_their_merges(tiny: tuple[Path, SlimPlan]) -> None:
+    from export.latency_table import _Parts
+
+    path, plan = tiny
+    parts = _Parts(path, plan, "split", "compact", True, "fp32", 2)
+    for reads, outputs, products, biases in ((plan.tokens, 13, 9, 0), (13, 9, 9, 1), (13, 1, 7, 1), (plan.tokens, 1, 7, 0)):
+        block = parts.block(reads, outputs)
+        assert (_shape(block.graph.input[0]), _shape(block.graph.output[0])) == ([2, reads, 48], [2, outputs, 48])
+        operators = [node.op_type for node in block.graph.node]
+        assert operators.count("MatMul") == products  # two more where tokens go into others: for queries and for the shortcut
+        softmax = next(node for node in block.graph.node if node.op_type == "Softmax")
+        made = {name: node.op_type for node in block.graph.node for name in node.output}
+        assert (made[softmax.input[0]] == "Add") == bool(biases)  # what merged tokens weigh
+    found = measure_table(path, plan, layout="split", mode="compact", merged=True, batch=1, threads=1, grid=[9], rounds=1)
+    found.ensure_fits(plan, "split", merged=True)
+    with pytest.raises(InputRejected, match="--score similarity goes with it"):
+        found.ensure_fits(plan, "split")
 
 
 def _shape(value: onnx.ValueInfoProto) -> list[int]:

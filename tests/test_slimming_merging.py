@@ -303,7 +303,7 @@ def test_the_refit_of_exact_merges_changes_nothing() -> None:
 )
 @pytest.mark.parametrize(
     ("more", "message"),
-    [({"mode": "stale"}, "stale"), ({"fit": "sgd"}, "sgd"), ({"latency_reduction": 0.3}, "latency-reduction")],
+    [({"mode": "stale"}, "stale"), ({"fit": "sgd"}, "sgd")],
 )
 def test_what_does_not_go_with_merging_is_refused_before_the_search(
     option: dict[str, Any], more: dict[str, Any], message: str
