@@ -222,6 +222,11 @@ def _counts(search: Judge, budget: Budget, cost: Cost, score: ScoreName) -> list
         counts = budget.counts(search.tokens, search.depth, search.prefix)
         if search.fixed_head is not None and counts[-1] != search.fixed_head:
             raise UsageError(f"--tokens: the last block keeps what the head reads, {search.fixed_head}, not {counts[-1]}")
+        if search.fixed_head is None and len(counts) > 1 and counts[-2] < counts[-1] + search.prefix:
+            raise UsageError(
+                f"--tokens: the last block keeps no prefix tokens for a head that pools and the others keep all {search.prefix}: "
+                f"{counts[-1]} in the last block need at least {counts[-1] + search.prefix} in the one before"
+            )
         return snapped(search, counts, budget.snap)
     within = uniform_within if score == "uniform" else profile_within
     return within(search, cost, budget.limit(cost), budget.snap)

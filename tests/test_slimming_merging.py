@@ -25,10 +25,12 @@ from slimming.cuts import averages_of
 from slimming.data import calibration_set
 from slimming.door import UsageError
 from slimming.families import ModelReader, View
-from slimming.features import DenseFeatures
+from slimming.features import ERROR_IMAGES, DenseFeatures
+from slimming.fit_sgd import unfused_attention
 from slimming.merging import MergeSearch
 from slimming.options import ModelOptions
 from slimming.plan import SlimPlan, load_plan
+from slimming.profile import profile_within
 from slimming.slim_vit import SlimViT
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -333,3 +335,31 @@ def test_the_slim_module_can_be_trained_copied_and_run_in_half_precision() -> No
     half = slim.to(torch.bfloat16)(images.bfloat16())
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), answer, rtol=0.1, atol=0.3)
+
+
+@pytest.mark.parametrize("images", [64, 128])
+def test_a_search_costs_less_than_three_dense_passes(images: int) -> None:
+    """In MACs, everything counted: dense features, distances, every trial of a profile on half of the images, and errors."""
+    model = build(depth=12, img_size=64, patch_size=8, embed_dim=96)  # 65 tokens
+    with unfused_attention(model), torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model(images_for(model, 8))
+        dense = counter.get_total_flops() / 8
+        before = counter.get_total_flops()
+        features = DenseFeatures(ModelReader(model), iter(images_for(model, images).split(8)), images, magnitudes=False)
+        search = MergeSearch(features)
+        cost = MacsCost(search.tokens, search.depth, search.reader.geometry(), merged=True)
+        counts = profile_within(search, cost, 0.55 * cost.dense())
+        search.by_counts(counts)
+        passes = (counter.get_total_flops() - before) / dense / images
+    assert cost.of(counts) <= 0.55 * cost.dense()
+    assert 1.5 < passes < (3 if images >= 2 * ERROR_IMAGES else 4)
+
+
+def test_counts_of_a_pooled_head_that_would_lose_prefix_tokens_are_refused() -> None:
+    """One prefix token and nine patches: the last block's four need five in the block before."""
+    model = build("avg_with_class")
+    images, transform = calibration_set("digits", 8), create_transform((3, 48, 48))
+    with pytest.raises(UsageError, match="4 in the last block need at least 5 in the one before"):
+        find(model, images, name="tiny", transform=transform, budget=Budget("tokens", tokens=(4, 4, 4, 4)))
+    found = find(model, images, name="tiny", transform=transform, budget=Budget("tokens", tokens=(5, 5, 5, 4)))
+    assert found.plan.counts == [5, 5, 5, 4]
