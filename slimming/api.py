@@ -224,7 +224,7 @@ def _counts(search: Judge, budget: Budget, cost: Cost, score: ScoreName) -> list
             raise UsageError(f"--tokens: the last block keeps what the head reads, {search.fixed_head}, not {counts[-1]}")
         if search.fixed_head is None and len(counts) > 1 and counts[-2] < counts[-1] + search.prefix:
             raise UsageError(
-                f"--tokens: the last block keeps no prefix tokens for a head that pools and the others keep all {search.prefix}: "
+                f"--tokens: the last block keeps no prefix tokens for a head that pools, the others keep all {search.prefix}: "
                 f"{counts[-1]} in the last block need at least {counts[-1] + search.prefix} in the one before"
             )
         return snapped(search, counts, budget.snap)

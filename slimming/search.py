@@ -229,15 +229,20 @@ def divergence_of(
     """Mean KL divergence of the answers under a plan to the dense model's on ``batches`` (None: the sample), without a fit."""
     batches = features.sample if batches is None else batches
     reader, last, found = features.reader, len(features.reader.blocks) - 1, []
-    cuts = [cut.to(features.device) for cut in cuts_of(kept, features.tokens, features.mode, merged_into)]
-    present = features.everything if features.mode == "stale" else kept[-1]
+    cuts = cuts_of(kept, features.tokens, features.mode, merged_into) if merged_into is not None else None
+    stale, everything = features.mode == "stale", features.everything
     readable = set(kept[-1]) & set(reader.head.tokens)
-    places = [position for position, token in enumerate(present) if token in readable]
+    places = [position for position, token in enumerate(everything if stale else kept[-1]) if token in readable]
     for rows in features.rows(batches):
-        tokens = features.output(-1, rows)
-        for block, cut, rope in zip(reader.blocks, cuts, features.ropes, strict=True):
-            result = block.run(cut.view(tokens, rope))
-            tokens = tokens.index_copy(1, cut.rows, result) if features.mode == "stale" else result
+        tokens, present = features.output(-1, rows), everything
+        for index, (block, wanted, rope) in enumerate(zip(reader.blocks, kept, features.ropes, strict=True)):
+            if cuts is not None:
+                view = cuts[index].to(features.device).view(tokens, rope)
+            else:
+                view = reader.view(tokens, present, wanted, rope)
+            result = block.run(view)
+            tokens = tokens.index_copy(1, torch.tensor(wanted, device=features.device), result) if stale else result
+            present = everything if stale else wanted
         slim = reader.head.logits(tokens[:, places])
         dense = reader.head.logits(features.output(last, rows)[:, reader.head.tokens])
         each = (dense.softmax(-1) * (dense.log_softmax(-1) - slim.log_softmax(-1))).sum(-1)

@@ -70,6 +70,6 @@ def read(path: Path) -> Any:
 
 def change_plan(source: Path, target: Path, kept: list[list[int]]) -> Path:
     """A plan like ``source`` that keeps other tokens, for the original's weights."""
-    plan = read(source) | {"kept": kept, "weights": None}
+    plan = read(source) | {"kept": kept, "merged_into": None, "weights": None}
     target.write_text(json.dumps(plan), encoding="utf-8")
     return target

@@ -90,7 +90,7 @@ def result(options: Options) -> dict[str, Any]:
 
 
 def test_every_model_is_exported_as_it_answers_and_timed(options: Options, result: dict[str, Any]) -> None:
-    assert [row["method"] for row in result["rows"]] == ["dense", "dense", "paper", "ToMe", "EViT"]
+    assert [row["method"] for row in result["rows"]] == ["dense", "dense", "similarity", "ToMe", "EViT"]
     for row in result["rows"]:
         assert set(row["exports"]) == ({"plain", "lean"} if row["method"] in ("ToMe", "EViT") else {"plain"})
         for export in row["exports"].values():
@@ -198,7 +198,7 @@ def test_show_prints_the_results_and_the_figure_is_the_same_each_time(
     assert main(Options(show=(options.output,), figure=tmp_path / "tiny.svg")) == 0
     shown = capsys.readouterr().out
     assert shown == markdown(result) + "\n" == markdown(json.loads(options.output.read_text())) + "\n"
-    assert "| **ours: paper, closed-form** |" in shown
+    assert "| **ours: similarity, closed-form** |" in shown
     assert shown.count("last block cut |") == 5
     draw(result, tmp_path / "again.svg")
     assert (tmp_path / "tiny.svg").read_bytes() == (tmp_path / "again.svg").read_bytes()

@@ -137,10 +137,10 @@ def test_the_rivals_are_measured_at_the_counts_that_are_told(options: Options, r
 def test_fine_tuning_starts_from_our_default_and_changes_it(result: dict[str, Any], options: Options) -> None:
     rows = [row for row in result["rows"] if row["finetune"]]
     assert [(row["method"], row["fit"], row["seed"], row["budget"]) for row in rows] == [
-        ("paper", "closed-form", 0, 0.4),
-        ("paper", "closed-form", 0, 0.5),
+        ("similarity", "closed-form", 0, 0.4),
+        ("similarity", "closed-form", 0, 0.5),
     ]
-    before = pick(result, method="paper", fit="closed-form", seed=0, finetune=None)
+    before = pick(result, method="similarity", fit="closed-form", seed=0, finetune=None)
     assert rows[0]["counts"] == before["counts"]
     assert rows[0]["kl"] != before["kl"]
     assert rows[0]["finetuned"]["steps"] == 1
@@ -166,8 +166,8 @@ def test_a_second_call_measures_only_what_is_missing_and_gives_the_same(
 
 def test_the_summary_is_over_seeds_and_takes_evits_best_form(result: dict[str, Any]) -> None:
     summary = {(e["method"], e["fit"], e["head_only"], e["budget"], e["finetune"] is None): e for e in result["summary"]}
-    ours = summary["paper", "closed-form", None, 0.4, True]
-    tops = [pick(result, method="paper", fit="closed-form", seed=seed, finetune=None)["top1"] for seed in (0, 1)]
+    ours = summary["similarity", "closed-form", None, 0.4, True]
+    tops = [pick(result, method="similarity", fit="closed-form", seed=seed, finetune=None)["top1"] for seed in (0, 1)]
     assert ours["default"]
     assert ours["seeds"] == [0, 1]
     assert (ours["top1"]["min"], ours["top1"]["max"]) == pytest.approx((min(tops), max(tops)), abs=1e-6)
@@ -180,7 +180,7 @@ def test_the_summary_is_over_seeds_and_takes_evits_best_form(result: dict[str, A
 
 def test_comparisons_count_images_one_by_one(result: dict[str, Any]) -> None:
     entry = next(e for e in result["comparisons"] if (e["method"], e["head_only"], e["seed"]) == ("ToMe", True, 1))
-    ours = correct_of(pick(result, method="paper", fit="closed-form", seed=1), 24).tolist()
+    ours = correct_of(pick(result, method="similarity", fit="closed-form", seed=1), 24).tolist()
     theirs = correct_of(pick(result, method="ToMe", head_only=True), 24).tolist()
     pairs = list(zip(ours, theirs, strict=True))
     assert (entry["only_ours"], entry["only_theirs"]) == (pairs.count((True, False)), pairs.count((False, True)))
@@ -204,7 +204,7 @@ def test_show_prints_tables_and_draws(
     assert main(Options(show=(options.output,), figure=tmp_path / "tiny.svg")) == 0
     shown = capsys.readouterr().out
     assert shown == markdown(result) + "\n"
-    row = next(line for line in shown.splitlines() if line.startswith("| **ours: paper, closed-form** |"))
+    row = next(line for line in shown.splitlines() if line.startswith("| **ours: similarity, closed-form** |"))
     ours = next(entry for entry in result["summary"] if entry["default"])
     assert f"{100 * ours['top1']['mean']:.2f} (" in row
     assert "| MACs removed | 40.0% | 50.0% |" in shown

@@ -77,7 +77,6 @@ def test_the_rungs_of_onnx_runtime(ort_export: Outcome) -> None:
         assert rung["top1_drop"] == pytest.approx(original["top1"] - rung["top1"])
         assert 0 <= rung["agreement"] <= 100
     assert original["agreement"] == 100
-    assert slim["agreement"] < 100  # random weights feel every dropped patch
     assert (slim["compared_to"], slim["tolerance"]) == ("pytorch", None)
     assert exported["compared_to"] == "pytorch-slim"
     assert 0 < exported["max_error"] < 1e-4 <= exported["tolerance"] < slim["max_error"]

@@ -152,7 +152,7 @@ def test_find_is_the_same_twice_and_says_where_the_plan_comes_from() -> None:
     assert plans[0] == plans[1]
     assert 1 - plans[0].macs() / plans[0].dense_macs() >= 0.3
     origin = plans[0].origin
-    assert (origin.score, origin.criterion, origin.value, origin.seed) == ("paper", "macs-reduction", 0.3, 2)
+    assert (origin.score, origin.criterion, origin.value, origin.seed) == ("similarity", "macs-reduction", 0.3, 2)
     assert origin.calibration is not None
     assert (origin.calibration.data, origin.calibration.images) == ("digits (train, all)", 6)
     found = find(loaded.module, images, name=VIT, transform=transform, budget=Budget("tolerance", 0.05))

@@ -203,7 +203,7 @@ def test_any_exporters_graph_is_searched_and_its_plan_means_what_pytorch_says(na
 def test_a_macs_budget_is_met_and_used(layout: Any, mode: Any, files: Any, images: Path) -> None:
     graph, original = both("plain", files("plain"), images, mode=mode)
     budget = Budget("macs-reduction", 0.4)
-    found, expected = (each.find(budget, layout=layout).plan for each in (graph, original))
+    found, expected = (each.find(budget, layout=layout, score="paper").plan for each in (graph, original))
     assert found.kept == expected.kept
     dense_macs = found.dense_macs()
     step = MacsCost(17, 4, found.geometry, mode, layout)
