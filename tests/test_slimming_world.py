@@ -43,6 +43,7 @@ def run_all():
             run(f"{score}-{mode}-budget", model, 20, Budget("macs-reduction", 0.5), score=score, mode=mode, fit="closed-form")
             run(f"{score}-{mode}-tolerance", model, 20, Budget("tolerance", 0.01), score=score, mode=mode)
     run("pooled", build(patch_size=8, depth=3, global_pool="map"), 20, Budget("tolerance", 0.05), fit="closed-form")
+    run("merged", build(patch_size=8, depth=3), 20, Budget("macs-reduction", 0.5), score="similarity", fit="closed-form")
     run("random", build(depth=3), 20, Budget("macs-reduction", 0.5), score="random")
     run("one-batch", build(depth=3), 7, Budget("macs-reduction", 0.5), fit="closed-form")
     if world.size > 1:
@@ -87,7 +88,7 @@ def answer(folder: Path, size: int, rank: int) -> dict[str, Any]:
 def test_two_processes_find_the_plans_of_one(answers: Path, rank: int) -> None:
     """To the last bit, errors and fingerprint of the calibration images included."""
     alone, shared = answer(answers, 1, 0), answer(answers, 2, rank)
-    assert len(alone) == 12
+    assert len(alone) == 13
     for label in alone.keys() - {"refused"}:
         assert shared[label] == alone[label], label
         assert len(alone[label]["origin"]["calibration"]["fingerprint"]) == 64
@@ -104,7 +105,7 @@ def test_two_processes_refit_to_the_weights_of_one(answers: Path, rank: int) -> 
         for name, value in alone.items():
             torch.testing.assert_close(shared[name], value, rtol=1e-5, atol=1e-5, msg=f"{path.name}: {name}")
         compared += 1
-    assert compared == 11
+    assert compared == 12
 
 
 def test_fitting_by_gradient_descent_is_one_processs_work(answers: Path) -> None:
