@@ -12,7 +12,7 @@ weights add up to one. So every place where rows are taken is followed back to t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -92,18 +92,29 @@ def mix_late(labels: Labels, stream: set[int], merges: Merges, ranks: dict[int, 
 def ensure_mergeable(labels: Labels, taken: gs.Variable, stream: gs.Variable) -> None:
     """Raise ``MatchFailure`` unless ``taken`` is affine, alike for all tokens, in the stream or in a norm of it."""
     tables = {id(table.node) for table in labels.tables}
-    pending: list[gs.Tensor] = [taken]
-    seen = {id(stream)}
+
+    def is_affine(node: gs.Node) -> bool:
+        return node.op in AFFINE or _is_scale(node) or _is_linear(node)
+
+    for tensor, node in _back(labels, taken, stream, tables, is_affine):
+        if not is_affine(node):
+            _ensure_norm(labels, tensor, stream, tables)
+
+
+def _back(
+    labels: Labels, start: gs.Tensor, stream: gs.Variable, tables: set[int], through: Callable[[gs.Node], bool]
+) -> Iterator[tuple[gs.Tensor, gs.Node]]:
+    """What is computed between the stream and ``start``, each tensor with its node, as far back as ``through`` goes on."""
+    pending, seen = [start], {id(stream)}
     while pending:
         tensor = pending.pop()
         if id(tensor) in seen or not labels.depends(tensor):
             continue
         seen.add(id(tensor))
         node = _node_before(labels, tensor, stream, tables)
-        if node.op in AFFINE or _is_scale(node) or _is_linear(node):
+        yield tensor, node
+        if through(node):
             pending.extend(node.inputs)
-        else:
-            _ensure_norm(labels, tensor, stream, tables)
 
 
 def _node_before(labels: Labels, tensor: gs.Tensor, stream: gs.Variable, tables: set[int]) -> gs.Node:
@@ -140,19 +151,12 @@ def _is_linear(node: gs.Node) -> bool:
 
 def _ensure_norm(labels: Labels, normed: gs.Tensor, stream: gs.Variable, tables: set[int]) -> None:
     """Raise ``MatchFailure`` unless ``normed`` is the stream after one norm, as one node or written out."""
-    last = normed.inputs[0]
-    pending, seen, roots = [normed], {id(stream)}, 0
-    while pending:
-        tensor = pending.pop()
-        if id(tensor) in seen or not labels.depends(tensor):
-            continue
-        seen.add(id(tensor))
-        node = _node_before(labels, tensor, stream, tables)
+    last, roots = normed.inputs[0], 0
+    for _, node in _back(labels, normed, stream, tables, lambda _: True):
         roots += node.op in ROOTS
         if node.op not in WRITTEN_OUT | NORMS or roots > 1:
             roots = 0
             break
-        pending.extend(node.inputs)
     if roots != 1:
         raise MatchFailure(
             label(last), "expected linear layers and at most one norm, that of the block's input, before tokens are merged"
