@@ -1,6 +1,7 @@
 """Measures the ``LatencyTable`` of a model: one block, as a plan lays it, timed over a grid of token counts on one engine.
 
-The engine is ONNX Runtime, on the execution provider that the export would run it on. Executed on CPUs only so far.
+The engine is ONNX Runtime, on the execution provider that the export would run it on, or TensorRT on this machine's GPU.
+Executed on CPUs only so far: of TensorRT the blocks have been built, not timed.
 """
 
 from __future__ import annotations
@@ -8,13 +9,13 @@ from __future__ import annotations
 import os
 import platform
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from export.block_runs import OrtRun, Run, TensorRt
 from slimming.door import InputRejected, Unavailable, UsageError
 from slimming.latency_table import LatencyPoint, LatencyTable
 from slimming.plan import Layout, Mode, Origin, SlimPlan
@@ -63,31 +64,28 @@ def measure_table(
     Raises ``Unavailable`` where the engine cannot run blocks here, ``InputRejected`` for an ONNX file that is not understood
     or that ``model_plan`` does not fit, ``UsageError`` for an impossible grid, batch, thread count or number of rounds.
     """
-    if engine == "trt":
-        raise Unavailable(_no_tensorrt())
     for name, value in {"batch": batch, "threads": 1 if threads is None else threads, "rounds": rounds}.items():
         if value < 1:
             raise UsageError(f"a latency table needs at least 1 for {name}, not {value}")
-    from export.engines.ort import OrtSession
-
     report = progress or (lambda stage, done, total: None)
     counts = _grid(model_plan, mode, grid)
-    provider = OrtSession(dense_onnx).providers[0]  # what the engine itself would choose
-    with tempfile.TemporaryDirectory(prefix="patchslim-") as folder:
-        runs: list[_Run] = []
-        parts = _Parts(dense_onnx, model_plan, layout, mode, merged, precision, batch)
-        keys: list[Key] = [_WHOLE, _STEM, _HEAD, *counts]
-        for done, key in enumerate(keys):
-            path = Path(folder) / f"{done}.onnx"
-            parts.write(key, path)
-            runs.append(_Run(path, provider, threads, batch))
-            path.unlink()
-            report("cutting blocks to time", done + 1, len(keys))
-        times = _interleaved(runs, rounds, report)
+    on = _OnTensorRt(precision, batch) if engine == "trt" else _OnOrt(dense_onnx, threads, batch)
+    try:
+        with tempfile.TemporaryDirectory(prefix="patchslim-") as folder:
+            runs: list[Run] = []
+            parts = _Parts(dense_onnx, model_plan, layout, mode, merged, precision, batch)
+            keys: list[Key] = [_WHOLE, _STEM, _HEAD, *counts]
+            for done, key in enumerate(keys):
+                path = Path(folder) / f"{done}.onnx"
+                parts.write(key, path)
+                runs.append(on.open(path))
+                path.unlink()
+                report("cutting blocks to time", done + 1, len(keys))
+            times = _interleaved(runs, rounds, report)
+    finally:
+        on.close()
     low, middle, high = np.percentile(level_rounds(times), [25, 50, 75], axis=0) * 1e3
     medians = dict(zip(keys, middle.tolist(), strict=True))
-    import onnxruntime
-
     return LatencyTable(
         model=model_plan.model,
         tokens=model_plan.tokens,
@@ -96,11 +94,11 @@ def measure_table(
         mode=mode,
         layout=layout,
         merged=merged,
-        engine="ort",
-        engine_version=onnxruntime.__version__,
+        engine=engine,
+        engine_version=on.version,
         precision=precision,
-        device=_device(provider),
-        threads=threads,
+        device=on.device,
+        threads=None if engine == "trt" else threads,
         batch=batch,
         points=[LatencyPoint(tokens_in=n, tokens_out=k, ms=medians[n, k]) for n, k in counts],
         fixed_ms=medians[_STEM] + medians[_HEAD],
@@ -110,14 +108,42 @@ def measure_table(
     )
 
 
-def _no_tensorrt() -> str:
-    from export.engines import cuda
+class _OnOrt:
+    """ONNX Runtime with the provider that the engine itself would choose for the dense model."""
 
-    here = f"this machine's GPU is {target}" if (target := cuda.local_target()) else "this machine has no CUDA driver or GPU"
-    return (
-        f"a latency budget for trt needs a latency table measured on the target GPU: {here}, and blocks are timed in ONNX "
-        "Runtime only; pass --macs-reduction instead, or a latency table that was measured elsewhere"
-    )
+    def __init__(self, dense: Path, threads: int | None, batch: int) -> None:
+        import onnxruntime
+
+        from export.engines.ort import OrtSession
+
+        self.provider, self.threads, self.batch = OrtSession(dense).providers[0], threads, batch
+        self.version: str = onnxruntime.__version__
+
+    @property
+    def device(self) -> str:
+        return _device(self.provider)
+
+    def open(self, path: Path) -> Run:
+        return OrtRun(path, self.provider, self.threads, self.batch)
+
+    def close(self) -> None:
+        pass
+
+
+class _OnTensorRt(TensorRt):
+    """TensorRT on this machine's GPU; raises ``Unavailable``, with what to do instead, where there is none."""
+
+    def __init__(self, precision: Precision, batch: int) -> None:
+        from export.engines import cuda
+
+        target = cuda.local_target()
+        if target is None:
+            raise Unavailable(
+                "a latency budget for trt needs a latency table measured on the target GPU, and this machine has no CUDA "
+                "driver or GPU; pass --macs-reduction instead, or a latency table that was measured elsewhere"
+            )
+        super().__init__(target, precision, batch)
+        self.device = f"{target} ({self.backend.name})"
 
 
 def _grid(plan: SlimPlan, mode: Mode, grid: Sequence[int] | None) -> list[tuple[int, int]]:
@@ -226,37 +252,7 @@ def _first_blocks(model: OnnxModel, depth: int) -> OnnxModel:
     return export_model(graph, like=model)
 
 
-class _Run:
-    """An ONNX file in ONNX Runtime with its input, random, already where it is read: copies are not part of a block."""
-
-    def __init__(self, path: Path, provider: str, threads: int | None, batch: int) -> None:
-        import onnxruntime
-
-        from validate.runtime import interface, open_session
-
-        self._session: Any = open_session(path, provider=provider, threads=threads or 0)
-        (name, kind, shape), (output, _, _) = interface(self._session)
-        values = np.random.default_rng(0).standard_normal([batch, *shape[1:]])  # type: ignore[list-item]
-        device = "cuda" if provider.startswith("CUDA") else "cpu"
-        self._input = onnxruntime.OrtValue.ortvalue_from_numpy(
-            values.astype(np.float16 if kind == "tensor(float16)" else np.float32), device, 0
-        )
-        self._binding: Any = self._session.io_binding()
-        self._binding.bind_ortvalue_input(name, self._input)
-        self._binding.bind_output(output, device)
-
-        # ONNX Runtime's only thread is then the calling one. Its own clock stands still while other processes have its core:
-        # they would hold up long runs more often than short ones, so that no average of wall times is fair to both.
-        self._clock = time.thread_time if threads == 1 and device == "cpu" else time.perf_counter
-
-    def seconds(self) -> float:
-        """Time of one run, until its output is there: of one thread on a CPU its CPU time, else wall time."""
-        start = self._clock()
-        self._session.run_with_iobinding(self._binding)
-        return self._clock() - start
-
-
-def _interleaved(runs: list[_Run], rounds: int, report: Progress) -> NDArray[np.float64]:
+def _interleaved(runs: list[Run], rounds: int, report: Progress) -> NDArray[np.float64]:
     """Seconds (rounds, runs) of every run in every round; each round has an order of its own."""
     shuffle = np.random.default_rng(0)
     times = np.empty((rounds, len(runs)))

@@ -389,6 +389,21 @@ def test_tensorrt_blocks_are_refused_with_what_to_do_instead(tmp_path: Path) -> 
         measure_table(tmp_path / "any.onnx", plan, layout="packed", mode="compact", engine="trt")
 
 
+def test_tensorrt_builds_the_parts_that_it_would_time(tiny: tuple[Path, SlimPlan], tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    from export.block_runs import TensorRt
+    from export.latency_table import _Parts
+
+    path, plan = tiny
+    parts = _Parts(path, plan, "packed", "compact", True, "fp16", 2)
+    engine = TensorRt("sm89", "fp16", 2)
+    for number, key in enumerate(("stem", "head", (plan.tokens, 9))):
+        parts.write(key, tmp_path / f"{number}.onnx")  # type: ignore[arg-type]
+        assert engine.build(tmp_path / f"{number}.onnx").stat().st_size > 1000
+    assert engine.version
+    engine.close()
+
+
 def test_costs_and_tables_load_neither_torch_nor_onnx() -> None:
     names = "slimming.costs, slimming.latency_table, export.latency_table"
     code = f"import sys, {names}; print(*{{'torch', 'onnx', 'onnxruntime', 'timm'}} & set(sys.modules))"

@@ -79,7 +79,29 @@ class Stream:
         destination = ctypes.c_void_p(array.ctypes.data)
         size, stream = ctypes.c_size_t(array.nbytes), ctypes.c_void_p(self.handle)
         _check(self._driver.cuMemcpyDtoHAsync_v2(destination, ctypes.c_uint64(address), size, stream), "cuMemcpyDtoHAsync")
-        _check(self._driver.cuStreamSynchronize(stream), "cuStreamSynchronize")
+        self.wait()
+
+    def wait(self) -> None:
+        """Wait until the stream has done all its work."""
+        _check(self._driver.cuStreamSynchronize(ctypes.c_void_p(self.handle)), "cuStreamSynchronize")
+
+    def event(self) -> int:
+        """Return a new event, which takes the time when it is recorded; the context's end destroys it."""
+        event = ctypes.c_void_p()
+        _check(self._driver.cuEventCreate(ctypes.byref(event), 0), "cuEventCreate")
+        return event.value or 0
+
+    def record(self, event: int) -> None:
+        """Let the GPU take the time in ``event`` when the stream has done what it was given so far."""
+        _check(self._driver.cuEventRecord(ctypes.c_void_p(event), ctypes.c_void_p(self.handle)), "cuEventRecord")
+
+    def seconds_between(self, start: int, end: int) -> float:
+        """Return the seconds between two recorded events, waiting until the second one is reached."""
+        _check(self._driver.cuEventSynchronize(ctypes.c_void_p(end)), "cuEventSynchronize")
+        milliseconds = ctypes.c_float()
+        status = self._driver.cuEventElapsedTime(ctypes.byref(milliseconds), ctypes.c_void_p(start), ctypes.c_void_p(end))
+        _check(status, "cuEventElapsedTime")
+        return milliseconds.value / 1e3
 
     def close(self) -> None:
         """Destroy the stream and release the context; the object cannot be used afterwards."""

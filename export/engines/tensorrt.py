@@ -88,6 +88,51 @@ def build(
 ) -> EngineResult:
     """Build one engine per target, each in its own process; see ``export.engines.build_engine``."""
     backend = choose_backend(targets, precision)
+    built = build_files(onnx_path, output_dir, facts, backend, precision=precision, batch=batch, progress=progress)
+    done, files = built.done, built.files
+    executed, reason = _try(dict(zip(backend.targets, files, strict=True)), backend, facts, batch)
+    return EngineResult(
+        backend=backend.name,
+        version=built.version,
+        targets=list(backend.targets),
+        precision=precision,
+        batch=batch,
+        files=files,
+        layers_file=built.layers_file,
+        attentions=len(facts.attentions),
+        executed=executed,
+        reason=reason,
+        kernels={target: outcome["kernels"] for target, outcome in done.items() if "kernels" in outcome},
+        fused={target: outcome["fused_attentions"] for target, outcome in done.items() if "fused_attentions" in outcome},
+        seconds={target: round(outcome["seconds"], 2) for target, outcome in done.items()},
+    )
+
+
+@dataclass(frozen=True)
+class Built:
+    """Engine files, one per target in the backend's order, the list of their layers, and what each build reported."""
+
+    files: list[Path]
+    layers_file: Path | None
+    done: dict[str, dict[str, Any]]
+
+    @property
+    def version(self) -> str:
+        """Of TensorRT or TensorRT-RTX."""
+        return str(next(iter(self.done.values()))["version"])
+
+
+def build_files(
+    onnx_path: Path,
+    output_dir: Path,
+    facts: OnnxFacts,
+    backend: Backend,
+    *,
+    precision: Precision,
+    batch: Batch,
+    progress: ProgressCallback,
+) -> Built:
+    """Build one engine per target of ``backend``, each in its own process, without running any: all of them, or none."""
     output_dir.mkdir(parents=True, exist_ok=True)
     done: dict[str, dict[str, Any]] = {}
     layers: dict[str, Any] = {}
@@ -119,22 +164,7 @@ def build(
             part = Path(staging) / "engine_layers.json"
             part.write_text(json.dumps(layers, indent=1) + "\n")
             part.replace(layers_file)
-    executed, reason = _try(dict(zip(backend.targets, files, strict=True)), backend, facts, batch)
-    return EngineResult(
-        backend=backend.name,
-        version=next(iter(done.values()))["version"],
-        targets=list(backend.targets),
-        precision=precision,
-        batch=batch,
-        files=files,
-        layers_file=layers_file,
-        attentions=len(facts.attentions),
-        executed=executed,
-        reason=reason,
-        kernels={target: outcome["kernels"] for target, outcome in done.items() if "kernels" in outcome},
-        fused={target: outcome["fused_attentions"] for target, outcome in done.items() if "fused_attentions" in outcome},
-        seconds={target: round(outcome["seconds"], 2) for target, outcome in done.items()},
-    )
+    return Built(files, layers_file, done)
 
 
 def _run_worker(request: BuildRequest, work: Path, target: str, progress: ProgressCallback) -> dict[str, Any]:

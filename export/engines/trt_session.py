@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,8 @@ class TrtSession:
         if len(inputs) != 1 or not self._outputs:
             raise InputRejected(f"{path}: expected one input and an output, found {names}")
         self.path, self.input_name = Path(path), inputs[0]
+        self.input_shape = tuple(self._engine.get_tensor_shape(self.input_name))  # -1 where it is dynamic
+        self._held: list[int] = []  # what lies on the GPU until the session is closed
         self.dtype = np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(self.input_name)))
 
     def run(self, images: NDArray[Any]) -> NDArray[np.float32]:
@@ -72,31 +74,65 @@ class TrtSession:
             InputRejected: the shape lies outside the engine's optimisation profile.
             Unavailable: the GPU failed.
         """
-        source = np.ascontiguousarray(images, dtype=self.dtype)
-        if not self._context.set_input_shape(self.input_name, source.shape):
-            raise InputRejected(f"{self.path}: images of shape {source.shape} lie outside the engine's optimisation profile")
-        results = {
-            name: np.empty(
-                tuple(self._context.get_tensor_shape(name)), dtype=self._trt.nptype(self._engine.get_tensor_dtype(name))
-            )
-            for name in self._outputs
-        }
-        buffers: list[int] = []
+        results, addresses = self._bound(images)
         try:
-            for name, array in {self.input_name: source, **results}.items():
-                buffers.append(self._stream.allocate(array.nbytes))
-                self._context.set_tensor_address(name, buffers[-1])
-            self._stream.upload(buffers[0], source)
-            if not self._context.execute_async_v3(self._stream.handle):
-                raise Unavailable(f"{self.path}: the engine failed on the GPU")
-            for (_, array), address in zip(results.items(), buffers[1:], strict=True):
+            self._execute()
+            for array, address in zip(results, addresses[1:], strict=True):
                 self._stream.download(array, address)
         finally:
-            for address in buffers:
+            for address in addresses:
                 self._stream.free(address)
-        return np.asarray(results[self._outputs[0]], dtype=np.float32)
+        return np.asarray(results[0], dtype=np.float32)
+
+    def timed(self, values: NDArray[Any]) -> Callable[[], float]:
+        """Return what runs the engine on ``values``, which are already on the GPU, and gives the GPU's seconds for one run.
+
+        The time is the one between two events around the run: copies, and what the CPU does before, are not in it.
+
+        Raises:
+            InputRejected: the shape lies outside the engine's optimisation profile.
+            Unavailable: the GPU failed; the returned function raises it too.
+        """
+        self._held.extend(self._bound(values)[1])
+        start, end = self._stream.event(), self._stream.event()
+
+        def seconds() -> float:
+            self._stream.record(start)
+            self._execute()
+            self._stream.record(end)
+            return self._stream.seconds_between(start, end)
+
+        return seconds
+
+    def _bound(self, values: NDArray[Any]) -> tuple[list[NDArray[Any]], list[int]]:
+        """Arrays for the outputs of a run on ``values``, and where its input and these are on the GPU, in this order."""
+        source = np.ascontiguousarray(values, dtype=self.dtype)
+        if not self._context.set_input_shape(self.input_name, source.shape):
+            raise InputRejected(f"{self.path}: an input of shape {source.shape} lies outside the engine's optimisation profile")
+        results = [
+            np.empty(tuple(self._context.get_tensor_shape(name)), dtype=self._trt.nptype(self._engine.get_tensor_dtype(name)))
+            for name in self._outputs
+        ]
+        addresses: list[int] = []
+        try:
+            for name, array in zip([self.input_name, *self._outputs], [source, *results], strict=True):
+                addresses.append(self._stream.allocate(array.nbytes))
+                self._context.set_tensor_address(name, addresses[-1])
+            self._stream.upload(addresses[0], source)
+            self._stream.wait()  # until then the source must stay
+        except Unavailable:
+            for address in addresses:
+                self._stream.free(address)
+            raise
+        return results, addresses
+
+    def _execute(self) -> None:
+        if not self._context.execute_async_v3(self._stream.handle):
+            raise Unavailable(f"{self.path}: the engine failed on the GPU")
 
     def close(self) -> None:
         """Give back the GPU's memory; the session cannot be used afterwards."""
+        for address in self._held:
+            self._stream.free(address)
         del self._context, self._engine, self._runtime
         self._stream.close()

@@ -1,0 +1,113 @@
+"""Runs of one ONNX file on an engine, timed alone: what a latency table is made of."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from export.config import Precision
+
+
+class Run(Protocol):
+    """One ONNX file, ready to run on an engine."""
+
+    def seconds(self) -> float:
+        """Time of one run, until its output is there."""
+
+
+def random_values(batch: int, shape: list[Any]) -> NDArray[np.float64]:
+    """A batch of standard normal numbers for an input of ``shape``, always the same."""
+    return np.random.default_rng(0).standard_normal([batch, *shape[1:]])
+
+
+class OrtRun:
+    """An ONNX file in ONNX Runtime with its input, random, already where it is read: copies are not part of a block."""
+
+    def __init__(self, path: Path, provider: str, threads: int | None, batch: int) -> None:
+        import onnxruntime
+
+        from validate.runtime import interface, open_session
+
+        self._session: Any = open_session(path, provider=provider, threads=threads or 0)
+        (name, kind, shape), (output, _, _) = interface(self._session)
+        values = random_values(batch, list(shape))
+        device = "cuda" if provider.startswith("CUDA") else "cpu"
+        self._input = onnxruntime.OrtValue.ortvalue_from_numpy(
+            values.astype(np.float16 if kind == "tensor(float16)" else np.float32), device, 0
+        )
+        self._binding: Any = self._session.io_binding()
+        self._binding.bind_ortvalue_input(name, self._input)
+        self._binding.bind_output(output, device)
+
+        # ONNX Runtime's only thread is then the calling one. Its own clock stands still while other processes have its core:
+        # they would hold up long runs more often than short ones, so that no average of wall times is fair to both.
+        self._clock = time.thread_time if threads == 1 and device == "cpu" else time.perf_counter
+
+    def seconds(self) -> float:
+        """Time of one run, until its output is there: of one thread on a CPU its CPU time, else wall time."""
+        start = self._clock()
+        self._session.run_with_iobinding(self._binding)
+        return self._clock() - start
+
+
+class TensorRt:
+    """The TensorRT that builds and runs parts of a model on this machine's GPU.
+
+    Building is executed (by TensorRT-RTX, also without a GPU), running is not yet. ``close`` gives the GPU's memory back.
+    Raises ``Unavailable`` where none can build for ``target``.
+    """
+
+    def __init__(self, target: str, precision: Precision, batch: int) -> None:
+        from export.engines.tensorrt import choose_backend
+
+        self.backend = choose_backend((target,), precision)
+        self.precision, self.batch, self.version = precision, batch, ""
+        self._sessions: list[Any] = []
+
+    def build(self, path: Path) -> Path:
+        """The engine of an ONNX file whose one input has a static shape, beside it; raises as ``build_engine`` does."""
+        import onnx
+
+        from export.engines.base import OnnxFacts
+        from export.engines.tensorrt import build_files
+
+        name = onnx.load(str(path), load_external_data=False).graph.input[0].name
+        facts = OnnxFacts(name, (0, 0, 0), self.batch, [], self.precision)  # a static shape: no size of images is needed
+        built = build_files(
+            path,
+            path.parent,
+            facts,
+            self.backend,
+            precision=self.precision,
+            batch=(self.batch,) * 3,
+            progress=lambda report: None,
+        )
+        self.version = built.version
+        return built.files[0]
+
+    def open(self, path: Path) -> Run:
+        """Build an ONNX file and load its engine; raises as ``build_engine`` and ``TrtSession`` do."""
+        from export.engines.trt_session import TrtSession
+
+        session = TrtSession(self.build(path), self.backend.name)
+        self._sessions.append(session)
+        return _TrtRun(session.timed(random_values(self.batch, list(session.input_shape))))
+
+    def close(self) -> None:
+        """Give back the GPU's memory; no run that was opened here can be used afterwards."""
+        while self._sessions:
+            self._sessions.pop().close()
+
+
+class _TrtRun:
+    """A loaded engine; its time is the GPU's own."""
+
+    def __init__(self, run: Callable[[], float]) -> None:
+        self.seconds = run
