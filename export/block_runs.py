@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,11 +17,8 @@ if TYPE_CHECKING:
     from export.config import Precision
 
 
-class Run(Protocol):
-    """One ONNX file, ready to run on an engine."""
-
-    def seconds(self) -> float:
-        """Time of one run, until its output is there."""
+#: One run of an ONNX file that is ready on its engine; gives the seconds that it took.
+Run = Callable[[], float]
 
 
 def random_values(batch: int, shape: list[Any]) -> NDArray[np.float64]:
@@ -27,7 +26,27 @@ def random_values(batch: int, shape: list[Any]) -> NDArray[np.float64]:
     return np.random.default_rng(0).standard_normal([batch, *shape[1:]])
 
 
-class OrtRun:
+class OnnxRuntime:
+    """ONNX Runtime with the provider that the engine itself would choose for the dense model."""
+
+    def __init__(self, dense: Path, threads: int | None, batch: int) -> None:
+        import onnxruntime
+
+        from export.engines.ort import OrtSession
+
+        self.provider, self.threads, self.batch = OrtSession(dense).providers[0], threads, batch
+        self.version: str = onnxruntime.__version__
+        self.device = _processor(self.provider)
+
+    def open(self, path: Path) -> Run:
+        """Load an ONNX file; it is not needed afterwards."""
+        return _OrtRun(path, self.provider, self.threads, self.batch).seconds
+
+    def close(self) -> None:
+        """Nothing to give back: sessions end with their runs."""
+
+
+class _OrtRun:
     """An ONNX file in ONNX Runtime with its input, random, already where it is read: copies are not part of a block."""
 
     def __init__(self, path: Path, provider: str, threads: int | None, batch: int) -> None:
@@ -68,7 +87,10 @@ class TensorRt:
         from export.engines.tensorrt import choose_backend
 
         self.backend = choose_backend((target,), precision)
-        self.precision, self.batch, self.version = precision, batch, ""
+        self.precision, self.batch = precision, batch
+        self.version = ""  # known once something is built
+        self.device = f"{target} ({self.backend.name})"
+        self.threads = None
         self._sessions: list[Any] = []
 
     def build(self, path: Path) -> Path:
@@ -98,7 +120,7 @@ class TensorRt:
 
         session = TrtSession(self.build(path), self.backend.name)
         self._sessions.append(session)
-        return _TrtRun(session.timed(random_values(self.batch, list(session.input_shape))))
+        return session.timed(random_values(self.batch, list(session.input_shape)))
 
     def close(self) -> None:
         """Give back the GPU's memory; no run that was opened here can be used afterwards."""
@@ -106,8 +128,16 @@ class TensorRt:
             self._sessions.pop().close()
 
 
-class _TrtRun:
-    """A loaded engine; its time is the GPU's own."""
+def _processor(provider: str) -> str:
+    """The processor's name; on a GPU its architecture."""
+    if provider != "CPUExecutionProvider":
+        from export.engines import cuda
 
-    def __init__(self, run: Callable[[], float]) -> None:
-        self.seconds = run
+        return f"{cuda.local_target()} ({provider})"
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    name = next(named, "") or platform.processor() or platform.machine() or "unknown processor"
+    return f"{name}, {os.cpu_count()} logical cores"

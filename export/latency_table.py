@@ -6,8 +6,6 @@ Executed on CPUs only so far: of TensorRT the blocks have been built, not timed.
 
 from __future__ import annotations
 
-import os
-import platform
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from export.block_runs import OrtRun, Run, TensorRt
+from export.block_runs import OnnxRuntime, Run, TensorRt
 from slimming.door import InputRejected, Unavailable, UsageError
 from slimming.latency_table import LatencyPoint, LatencyTable
 from slimming.plan import Layout, Mode, Origin, SlimPlan
@@ -69,7 +67,7 @@ def measure_table(
             raise UsageError(f"a latency table needs at least 1 for {name}, not {value}")
     report = progress or (lambda stage, done, total: None)
     counts = _grid(model_plan, mode, grid)
-    on = _OnTensorRt(precision, batch) if engine == "trt" else _OnOrt(dense_onnx, threads, batch)
+    on = _tensorrt(precision, batch) if engine == "trt" else OnnxRuntime(dense_onnx, threads, batch)
     try:
         with tempfile.TemporaryDirectory(prefix="patchslim-") as folder:
             runs: list[Run] = []
@@ -98,7 +96,7 @@ def measure_table(
         engine_version=on.version,
         precision=precision,
         device=on.device,
-        threads=None if engine == "trt" else threads,
+        threads=on.threads,
         batch=batch,
         points=[LatencyPoint(tokens_in=n, tokens_out=k, ms=medians[n, k]) for n, k in counts],
         fixed_ms=medians[_STEM] + medians[_HEAD],
@@ -108,42 +106,17 @@ def measure_table(
     )
 
 
-class _OnOrt:
-    """ONNX Runtime with the provider that the engine itself would choose for the dense model."""
-
-    def __init__(self, dense: Path, threads: int | None, batch: int) -> None:
-        import onnxruntime
-
-        from export.engines.ort import OrtSession
-
-        self.provider, self.threads, self.batch = OrtSession(dense).providers[0], threads, batch
-        self.version: str = onnxruntime.__version__
-
-    @property
-    def device(self) -> str:
-        return _device(self.provider)
-
-    def open(self, path: Path) -> Run:
-        return OrtRun(path, self.provider, self.threads, self.batch)
-
-    def close(self) -> None:
-        pass
-
-
-class _OnTensorRt(TensorRt):
+def _tensorrt(precision: Precision, batch: int) -> TensorRt:
     """TensorRT on this machine's GPU; raises ``Unavailable``, with what to do instead, where there is none."""
+    from export.engines import cuda
 
-    def __init__(self, precision: Precision, batch: int) -> None:
-        from export.engines import cuda
-
-        target = cuda.local_target()
-        if target is None:
-            raise Unavailable(
-                "a latency budget for trt needs a latency table measured on the target GPU, and this machine has no CUDA "
-                "driver or GPU; pass --macs-reduction instead, or a latency table that was measured elsewhere"
-            )
-        super().__init__(target, precision, batch)
-        self.device = f"{target} ({self.backend.name})"
+    target = cuda.local_target()
+    if target is None:
+        raise Unavailable(
+            "a latency budget for trt needs a latency table measured on the target GPU, and this machine has no CUDA driver or "
+            "GPU; pass --macs-reduction instead, or a latency table that was measured elsewhere"
+        )
+    return TensorRt(target, precision, batch)
 
 
 def _grid(plan: SlimPlan, mode: Mode, grid: Sequence[int] | None) -> list[tuple[int, int]]:
@@ -258,7 +231,7 @@ def _interleaved(runs: list[Run], rounds: int, report: Progress) -> NDArray[np.f
     times = np.empty((rounds, len(runs)))
     for number in range(-_WARMUP, rounds):
         for index in shuffle.permutation(len(runs)):
-            taken = runs[index].seconds()
+            taken = runs[index]()
             if number >= 0:
                 times[number, index] = taken
         report("timing blocks", number + _WARMUP + 1, rounds + _WARMUP)
@@ -277,18 +250,3 @@ def level_rounds(times: NDArray[np.float64]) -> NDArray[np.float64]:
         typical = np.median(logs - slowness, axis=0, keepdims=True)
         slowness = np.median(logs - typical, axis=1, keepdims=True)
     return np.asarray(np.exp(logs - slowness + np.median(slowness)))
-
-
-def _device(provider: str) -> str:
-    """The processor's name; on a GPU its architecture."""
-    if provider != "CPUExecutionProvider":
-        from export.engines import cuda
-
-        return f"{cuda.local_target()} ({provider})"
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    name = next(named, "") or platform.processor() or platform.machine() or "unknown processor"
-    return f"{name}, {os.cpu_count()} logical cores"
