@@ -76,9 +76,7 @@ def interrupt(arguments: list[str], when: Callable[[], bool], *, transient: bool
             assert time.monotonic() < deadline
             time.sleep(0.01)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the command
-        if (
-            transient
-        ):  # a Ctrl-C that meets a fork can be swallowed by it (CPython ignores it there): press again while the stage goes on
+        if transient:  # a Ctrl-C that meets a fork can be swallowed by it (CPython ignores it there): press again meanwhile
             time.sleep(0.3)
             while process.poll() is None and when():
                 os.killpg(process.pid, signal.SIGINT)
@@ -107,7 +105,8 @@ def test_an_interrupted_run_leaves_nothing_half_done_and_continues(tmp_path: Pat
 
     code, stderr = interrupt(arguments, measuring)
     assert code == 130, stderr
-    assert "Traceback" not in stderr
+    assert "interrupted; nothing was half-written, and the same command resumes" in stderr
+    assert f'File "{ROOT}/export' not in stderr, stderr  # threads of multiprocessing may grumble, our own code may not
     finished = stages_in(work)
     assert {name.partition("-")[0] for name in finished} == {"plan", "dense", "slim", "engine"}
     assert [path.name for path in tmp_path.iterdir()] == ["work"]

@@ -126,7 +126,8 @@ def test_a_flipped_pickle_is_read_or_refused_and_never_crashes(tmp_path: Path, d
     path = tmp_path / "w.pth"
     torch.save({"a": torch.zeros(2)}, path, _use_new_zipfile_serialization=not old)
     content = bytearray(path.read_bytes())
-    content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+    place = data.draw(st.integers(0, 2**16)) % len(content)  # an old file's length is not always the same: it holds addresses
+    content[place] ^= data.draw(st.integers(1, 255))
     path.write_bytes(content)
     with contextlib.suppress(InputRejected):
         assert all(isinstance(value, Tensor) for value in read_weights(path)[0].values())
