@@ -23,7 +23,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from timm.layers import build_sincos2d_pos_embed, set_fused_attn
+from timm.layers import build_sincos2d_pos_embed
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor
@@ -110,10 +110,11 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     rng = torch.Generator().manual_seed(args.seed)
-    set_fused_attn(False)  # several times faster than CPU SDPA's backward at these sizes
     device = "cuda" if torch.cuda.is_available() else "cpu"
     images, targets = read_tar(args.data)
     model = timm.create_model(ARCHITECTURE, num_classes=len(CLASSES), drop_path_rate=0.05, **ARGUMENTS).to(device)
+    for block in model.blocks:
+        block.attn.fused_attn = False  # several times faster than CPU SDPA's backward at these sizes
     with torch.no_grad():
         side = model.patch_embed.grid_size[0]
         model.pos_embed[0, 1:] = build_sincos2d_pos_embed([side, side], dim=model.embed_dim).to(model.pos_embed)

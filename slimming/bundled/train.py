@@ -20,7 +20,7 @@ import numpy as np
 import timm
 import torch
 from safetensors.torch import save_file
-from timm.layers import build_sincos2d_pos_embed, set_fused_attn
+from timm.layers import build_sincos2d_pos_embed
 from timm.optim import create_optimizer_v2
 
 from slimming.data.digits import CLASSES, SIZE, render
@@ -152,9 +152,10 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     rng = torch.Generator().manual_seed(args.seed)
-    set_fused_attn(False)  # several times faster than CPU SDPA's backward at these sizes
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = timm.create_model(ARCHITECTURE, num_classes=len(CLASSES), drop_path_rate=0.0).to(device)
+    for block in model.blocks:
+        block.attn.fused_attn = False  # several times faster than CPU SDPA's backward at these sizes
     model.patch_embed.strict_img_size = False
     initialise(model)
     helper = torch.nn.Linear(model.embed_dim, len(CLASSES)).to(device)  # reads the patches' mean; thrown away afterwards
