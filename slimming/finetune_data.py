@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,7 +16,7 @@ from timm.data.transforms import str_to_interp_mode
 from torchvision import transforms
 
 from slimming.data import ImageSet
-from slimming.data.source import fingerprint_of
+from slimming.data.source import fingerprint_of, workers_for
 from slimming.door import InputRejected
 
 #: Up to this many pixels a side, DeiT crops a padded image rather than resize a random part of it.
@@ -107,14 +106,13 @@ def seeded(*key: int) -> Iterator[None]:
 
 def loader_of(draws: Draws, batch_size: int, *, cuda: bool) -> Any:
     """Draws in their order, in batches; worker processes decode ahead where there are more than a few batches."""
-    workers = 0 if len(draws) <= 4 * batch_size else min(8, max(1, (os.cpu_count() or 1) // 2)) if cuda else 1
     # A generator of its own: else each new iterator would take a number from the global one, and a resumed run has one more.
     generator = torch.Generator()
     return torch.utils.data.DataLoader(
         draws,  # type: ignore[arg-type]
         batch_size,
         drop_last=True,
-        num_workers=workers,
+        num_workers=workers_for(len(draws), batch_size),
         generator=generator,
         pin_memory=cuda,
     )

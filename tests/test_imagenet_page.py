@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from doors import door_here
 from safetensors.torch import save_file
 
@@ -23,11 +24,11 @@ SMALLER = {
     "--eval-images": "8",
     "--finetune-epochs": "0.5",
     "--finetune-batch-size": "2",
-    "--finetune-precision": "no",
-    "--device": "cpu",
-    "--nproc-per-node": "2",
+    "--nproc-per-node": str(min(2, torch.cuda.device_count() or 2)),
     "--max-top1-drop": "100",
 }
+if not torch.cuda.is_available():
+    SMALLER |= {"--finetune-precision": "no", "--device": "cpu"}
 
 
 def smaller(command: str) -> list[str]:
@@ -48,7 +49,6 @@ def smaller(command: str) -> list[str]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import timm
-    import torch
     from PIL import Image
 
     folder = tmp_path_factory.mktemp("imagenet")

@@ -235,6 +235,7 @@ class Bench:
                 done += len(batch)
                 update(done, len(self.images))
         self.digests = {digest_of(image) for image in self.pixels}
+        self.found_unseen: set[str] = set()
         self.dense = self.logits(self.model, "dense")
 
     def described(self) -> dict[str, Any]:
@@ -324,6 +325,14 @@ class Bench:
                 raise InputRejected(f"{images.address}: an image of it is among the held-out images of {self.options.data}")
             yield batch
 
+    def check_unseen(self, images: Any) -> None:
+        """Raise ``InputRejected`` where one of ``images`` is measured on; the same images are looked at once."""
+        described = json.dumps([images.describe(), images.indices])
+        if described not in self.found_unseen:
+            for _ in self.unseen(images, 64):
+                pass
+            self.found_unseen.add(described)
+
 
 def digest_of(image: Any) -> bytes:
     """SHA-256 over a preprocessed image."""
@@ -393,8 +402,7 @@ class Ours:
 
         bench, options = self.bench, self.bench.options
         images = bench.others(options.train_address(), options.finetune_images, self.seed)
-        for _ in bench.unseen(images, 64):
-            pass
+        bench.check_unseen(images)
         folder = options.output.with_suffix(".finetune.part")
         with bench.reporter.stages("steps") as progress:
             report = finetune(

@@ -79,13 +79,12 @@ def evaluation_set(address: str, count: int | None) -> ImageSet:
 
 
 def load_tensors(images: ImageSet, transform: Callable[[Any], Any], batch_size: int = 8) -> Iterator[tuple[Any, Any]]:
-    """Batches of (float tensor (b, 3, h, w), class tensor (b,)), in order; one worker process decodes ahead."""
+    """Batches of (float tensor (b, 3, h, w), class tensor (b,)), in order; worker processes decode ahead."""
     import torch
 
     images.samples.transform = transform
     subset = torch.utils.data.Subset(images.samples, images.indices)
-    workers = 1 if len(images) > 4 * batch_size else 0
-    loader = torch.utils.data.DataLoader(subset, batch_size=batch_size, num_workers=workers)
+    loader = torch.utils.data.DataLoader(subset, batch_size=batch_size, num_workers=workers_for(len(images), batch_size))
     iterator = iter(loader)
     while True:
         try:
@@ -96,6 +95,12 @@ def load_tensors(images: ImageSet, transform: Callable[[Any], Any], batch_size: 
             cause = (str(error).strip() or type(error).__name__).splitlines()[-1].rpartition("InputRejected: ")[2]
             raise InputRejected(f"{images.address}: an image cannot be read: {cause}") from error
         yield batch
+
+
+def workers_for(images: int, batch_size: int) -> int:
+    """Worker processes that decode so many images: none for a few batches, else half of this process's share of the cores."""
+    share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return 0 if images <= 4 * batch_size else min(8, max(1, share // 2))
 
 
 def fingerprint_of(images: ImageSet) -> str:
