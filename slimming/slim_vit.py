@@ -31,6 +31,7 @@ class SlimViT(nn.Module):
         self.head_rows: Tensor
         given = set(plan.kept[-1]) & set(reads)
         self.register_buffer("head_rows", split(everything if self.stale else plan.kept[-1], given)[0], persistent=False)
+        self.to(next(model.parameters()).device)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (b, 3, h, w) -> logits (b, classes)."""

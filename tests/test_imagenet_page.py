@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -75,7 +76,11 @@ def test_the_page_has_its_commands_and_says_that_none_was_executed() -> None:
 def test_a_command_of_the_page_runs_small(number: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = smaller(COMMANDS[number])
     monkeypatch.chdir(folder)
-    for name, value in {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATCHSLIM_WORK": str(folder / "work")}.items():
+    for name, value in {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "PATCHSLIM_WORK": str(folder / "work"),
+    }.items():
         monkeypatch.setenv(name, value)
     if "torch.distributed.run" in words:
         found = subprocess.run(words, capture_output=True, text=True, timeout=300)

@@ -60,6 +60,8 @@ class Options:
     """Fractions of the dense multiply-accumulates to remove."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each draws its own calibration images, and its own random score."""
+    scores: tuple[ScoreName, ...] = SCORES
+    """The scores that plans are made by."""
     modes: tuple[Mode, ...] = ("compact",)
     """What later blocks see of a dropped token."""
     default_score: ScoreName = "similarity"
@@ -149,7 +151,7 @@ def cases(options: Options) -> list[Case]:
     for budget, cut in itertools.product(options.budgets, (False, True)):
         rows.append(Case("ToMe", budget, head_only=cut))
         rows += [Case("EViT", budget, head_only=cut, form=form) for form in EVIT_FORMS]
-    ours = itertools.product(options.modes, options.seeds, options.budgets, SCORES, FITS)
+    ours = itertools.product(options.modes, options.seeds, options.budgets, options.scores, FITS)
     rows += [Case(score, budget, fit, mode, seed) for mode, seed, budget, score, fit in ours]
     if options.finetune_epochs:
         recipe = {"epochs": options.finetune_epochs, "images": options.finetune_images, "data": public(options.train_address())}
