@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import shutil
 import tarfile
 from pathlib import Path
@@ -169,6 +170,29 @@ def test_data_that_cannot_be_used(tmp_path: Path, prepare: Any, fault: str) -> N
     with pytest.raises(InputRejected, match=fault) as raised:
         evaluation_set(str(tmp_path / "data"), 5)
     assert str(tmp_path / "data") in str(raised.value)
+
+
+def test_workers_that_read_one_tar_file_do_not_move_each_others_place(tmp_path: Path) -> None:
+    path, colours = tmp_path / "data.tar", np.random.default_rng(0).integers(0, 256, size=(60, 8, 8, 3), dtype=np.uint8)
+    with tarfile.open(path, "w") as tar:
+        for number, colour in enumerate(colours):
+            content = io.BytesIO()
+            Image.fromarray(colour).save(content, "png")
+            info = tarfile.TarInfo(f"{'ab'[number % 2]}/{number:02}.png")
+            info.size = len(content.getvalue())
+            content.seek(0)
+            tar.addfile(info, content)
+    images = calibration_set(str(path), 60, apart=True)
+    images.samples[0]  # opens the file here, before the workers are forked
+    images.samples.transform = lambda image: torch.from_numpy(np.array(image))
+    order = np.random.default_rng(0).permutation(np.tile(np.arange(60), 10)).tolist()
+    loader = torch.utils.data.DataLoader(torch.utils.data.Subset(images.samples, order), num_workers=4, batch_size=5)
+    found = torch.cat([pixels for pixels, _ in loader])
+    names = [int(Path(images.samples.reader.filename(index)).stem) for index in order]
+    assert np.array_equal(found.numpy(), colours[names])
+    images.samples.transform = None
+    again = pickle.loads(pickle.dumps(images.samples))
+    assert np.array_equal(np.array(again[7][0]), np.array(images.samples[7][0]))
 
 
 @pytest.mark.parametrize("content", [b"", b"not a tar", None], ids=["empty", "garbage", "no images"])

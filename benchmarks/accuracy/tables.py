@@ -76,6 +76,8 @@ class Options:
     """Images per step of fine-tuning."""
     finetune_lr: float | None = None
     """Peak learning rate of fine-tuning; None is slimming.run's default for the batch."""
+    finetune_precision: Literal["no", "bf16"] = "no"
+    """Mixed precision of fine-tuning."""
     finetune_reductions: tuple[float, ...] = (0.462,)
     """Budgets that fine-tuning is measured at, besides --budgets."""
     batch_size: int | None = None
@@ -156,6 +158,7 @@ def cases(options: Options) -> list[Case]:
     if options.finetune_epochs:
         recipe = {"epochs": options.finetune_epochs, "images": options.finetune_images, "data": public(options.train_address())}
         recipe |= {"batch_size": options.finetune_batch_size, "lr": options.finetune_lr}
+        recipe |= {} if options.finetune_precision == "no" else {"precision": options.finetune_precision}
         for budget in sorted({*options.finetune_reductions, *options.budgets}):
             rows.append(
                 Case(options.default_score, budget, options.default_fit, options.modes[0], options.seeds[0], finetune=recipe)
@@ -416,6 +419,7 @@ class Ours:
                     epochs=options.finetune_epochs,
                     batch_size=options.finetune_batch_size,
                     lr=options.finetune_lr,
+                    precision=options.finetune_precision,
                     seed=self.seed,
                 ),
                 checkpoint=folder,

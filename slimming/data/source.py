@@ -9,6 +9,7 @@ is divided once and for good: a fifth of its images, drawn by a fixed permutatio
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import tarfile
@@ -223,6 +224,10 @@ class _Read:
     def __init__(self, reader: Any) -> None:
         self.reader = reader
         self.transform: Callable[[Any], Any] | None = None
+        self._process = os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"reader": _unopened(self.reader)}
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -230,6 +235,8 @@ class _Read:
     def __getitem__(self, index: int) -> tuple[Any, int]:
         from PIL import Image, UnidentifiedImageError
 
+        if self._process != os.getpid():  # a forked worker
+            self.reader, self._process = _unopened(self.reader), os.getpid()
         try:
             stream, target = self.reader[index]
             with stream:
@@ -239,6 +246,23 @@ class _Read:
         except Exception as error:
             raise InputRejected(f"{self.reader.filename(index)}: {error}") from error
         return (image if self.transform is None else self.transform(image)), int(target)
+
+
+def _unopened(reader: Any) -> Any:
+    """A reader of timm's without the tar files that it holds open: processes that share one move each other's place in it."""
+    from timm.data.readers.reader_image_in_tar import TarState
+
+    def again(state: Any) -> Any:
+        fresh = TarState(ti=state.ti)
+        fresh.children = {name: again(child) for name, child in state.children.items()}
+        return fresh
+
+    state = getattr(reader, "tar_state", None)
+    if state is None:
+        return reader
+    unopened = copy.copy(reader)
+    unopened.tar_state = again(state) if isinstance(state, TarState) else {name: again(each) for name, each in state.items()}
+    return unopened
 
 
 def _labels(samples: Any) -> list[str]:
