@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import shutil
 import tarfile
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 
 from slimming.data import ImageSet, calibration_set, evaluation_set, fingerprint_of, load_tensors
+from slimming.data.source import workers_for
 from slimming.door import InputRejected
 
 
@@ -170,6 +172,18 @@ def test_data_that_cannot_be_used(tmp_path: Path, prepare: Any, fault: str) -> N
     with pytest.raises(InputRejected, match=fault) as raised:
         evaluation_set(str(tmp_path / "data"), 5)
     assert str(tmp_path / "data") in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "images", "workers"),
+    [(2, 1, 1000, 1), (16, 1, 1000, 8), (64, 1, 1000, 8), (64, 8, 1000, 4), (16, 1, 32, 0)],
+)
+def test_loader_workers_are_half_of_a_process_s_share_of_the_cores(
+    cores: int, processes: int, images: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert workers_for(images, 8) == workers
 
 
 def test_workers_that_read_one_tar_file_do_not_move_each_others_place(tmp_path: Path) -> None:
