@@ -15,6 +15,7 @@ from models_factory import TINY, build, images_for
 from safetensors.torch import save_file
 
 from benchmarks.accuracy import latency, tables
+from benchmarks.accuracy.bench import Bench
 from benchmarks.accuracy.latency import (
     Options,
     Workshop,
@@ -29,7 +30,7 @@ from benchmarks.accuracy.latency import (
 )
 from benchmarks.accuracy.rivals import EViT, Rival, ToMeViT
 from benchmarks.accuracy.rivals_onnx import lean
-from benchmarks.accuracy.tables import Bench, Case
+from benchmarks.accuracy.rows import Case
 from slimming.door import InputRejected, UsageError
 
 SMALL = {**TINY, "depth": 2, "num_classes": 10, "patch_size": 8}

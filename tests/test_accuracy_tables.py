@@ -16,9 +16,10 @@ from models_factory import TINY, build
 from safetensors.torch import save_file
 from timm.data import create_transform
 
-from benchmarks.accuracy import tables
+from benchmarks.accuracy.bench import Bench, Ours, held_out
 from benchmarks.accuracy.plot import correct_of, difference_error, draw, markdown, mcnemar
-from benchmarks.accuracy.tables import EVIT_FORMS, FITS, SCORES, Options, main, measure
+from benchmarks.accuracy.rows import EVIT_FORMS, FITS, SCORES, Case, Options, public
+from benchmarks.accuracy.tables import main, measure
 from slimming.api import find
 from slimming.budget import Budget
 from slimming.data import calibration_set, evaluation_set, load_tensors
@@ -217,9 +218,9 @@ def test_what_is_written_names_no_place_of_this_machine(options: Options, result
     assert str(options.output.parent) not in text
     assert "--weights tiny.safetensors" in result["command"]
     assert "--budgets 0.4 --seeds 0 1" in result["command"]
-    assert tables.public("../elsewhere/images.tar") == "images.tar"
-    assert tables.public(str(Path.cwd() / "a/b.tar")) == "a/b.tar"
-    assert tables.public("hfds/name") == "hfds/name"
+    assert public("../elsewhere/images.tar") == "images.tar"
+    assert public(str(Path.cwd() / "a/b.tar")) == "a/b.tar"
+    assert public("hfds/name") == "hfds/name"
 
 
 def test_results_of_another_model_are_not_mixed_in(options: Options, result: dict[str, Any]) -> None:
@@ -247,9 +248,9 @@ def test_held_out_images_are_kept_out_of_calibration_and_training(options: Optio
     with pytest.raises(InputRejected, match="among the held-out images"):
         measure(same_pixels)
     trained = dataclasses.replace(fresh, train_data=str(copied), finetune_images=30)
-    bench = tables.Bench(trained)
+    bench = Bench(trained)
     with pytest.raises(InputRejected, match="among the held-out images"):
-        tables.Ours(bench, "compact", 0).slim(tables.Case("paper", 0.4, "none", "compact", 0, finetune={"epochs": 1}))
+        Ours(bench, "compact", 0).slim(Case("paper", 0.4, "none", "compact", 0, finetune={"epochs": 1}))
     nested = dataclasses.replace(fresh, data=str(copied), calibration_data=str(copied / "0"))
     with pytest.raises(InputRejected, match="one is within the other"):
         measure(nested)
@@ -257,12 +258,12 @@ def test_held_out_images_are_kept_out_of_calibration_and_training(options: Optio
 
 def test_data_that_has_no_splits_is_divided_only_where_it_must_be(options: Options, tmp_path: Path) -> None:
     copied = str(folder_of(evaluation_set("digits", 40), tmp_path / "copy"))
-    same = tables.held_out(dataclasses.replace(options, data=copied, eval_images=None))
+    same = held_out(dataclasses.replace(options, data=copied, eval_images=None))
     assert len(same) == 32
     assert not set(same.indices) & set(calibration_set(copied, 100).indices)
     apart = dataclasses.replace(options, data=copied, calibration_data="digits", eval_images=None)
-    assert tables.held_out(apart).indices == list(range(40))
-    some = tables.held_out(dataclasses.replace(apart, eval_images=10)).indices
+    assert held_out(apart).indices == list(range(40))
+    some = held_out(dataclasses.replace(apart, eval_images=10)).indices
     assert len(set(some)) == 10
     assert max(some) >= 36
 

@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from benchmarks.accuracy import tables
-from benchmarks.accuracy.tables import EVIT_FORMS, FITS, Bench, Case, NotMeasured, Ours
-from benchmarks.accuracy.tables import Options as TableOptions
+from benchmarks.accuracy.bench import Bench, NotMeasured, Ours
+from benchmarks.accuracy.rows import EVIT_FORMS, FITS, Case, public
+from benchmarks.accuracy.rows import Options as TableOptions
 from slimming.door import InputRejected, UsageError, atomic_path, open_door
 from slimming.plan import Fit, ScoreName
 
@@ -115,7 +116,7 @@ class Options:
             value = getattr(self, field.name)
             if value != field.default and field.name not in ("figure", "work"):
                 values = value if isinstance(value, tuple) else (value,)
-                words += [f"--{field.name.replace('_', '-')}", *(tables.public(str(each)) for each in values)]
+                words += [f"--{field.name.replace('_', '-')}", *(public(str(each)) for each in values)]
         return shlex.join(["python", "-m", "benchmarks.accuracy.latency", *words])
 
 

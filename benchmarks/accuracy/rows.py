@@ -1,0 +1,168 @@
+"""What the accuracy tables have: the options of ``benchmarks.accuracy.tables``, and the list of rows that they ask for."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import shlex
+from pathlib import Path
+from typing import Any, Literal
+
+from slimming.door import InputRejected, UsageError
+from slimming.plan import Fit, Mode, ScoreName
+
+SCORES: tuple[ScoreName, ...] = ("similarity", "paper", "residual", "attention", "random", "uniform")
+FITS: tuple[Fit, ...] = ("none", "closed-form")
+#: EViT's ways with the tokens that it does not keep; the paper's text leaves room for all of them.
+EVIT_FORMS: dict[str, dict[str, bool]] = {"summed": {}, "averaged": {"normalised": True}, "dropped": {"fuse": False}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of ``benchmarks.accuracy.tables``."""
+
+    name: str = "digits"
+    """What the table is called."""
+    model: str = "vit_ti"
+    """A preset or any timm model name."""
+    model_arg: tuple[str, ...] = ()
+    """key=value pairs for timm.create_model."""
+    weights: str = "bundled"
+    """bundled, pretrained, random or a weights file."""
+    data: str = "digits"
+    """Held-out images: digits, a folder, FILE.tar, hfds/NAME or wds/PATH."""
+    calibration_data: str | None = None
+    """Images that plans and fits are made from; by default the part of --data that is not held out."""
+    train_data: str | None = None
+    """Images to fine-tune on; by default those of --calibration-data."""
+    eval_images: int | None = 2000
+    """How many held-out images; None is all."""
+    calibration_images: int = 256
+    """How many images a plan is made from."""
+    budgets: tuple[float, ...] = (0.30, 0.45, 0.60)
+    """Fractions of the dense multiply-accumulates to remove."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each draws its own calibration images, and its own random score."""
+    scores: tuple[ScoreName, ...] = SCORES
+    """The scores that plans are made by."""
+    modes: tuple[Mode, ...] = ("compact",)
+    """What later blocks see of a dropped token."""
+    default_score: ScoreName = "similarity"
+    """The score that is marked as ours."""
+    default_fit: Fit = "closed-form"
+    """The fit that is marked as ours."""
+    finetune_epochs: float = 0
+    """Epochs of fine-tuning of our default, for the first seed; 0 skips it."""
+    finetune_images: int = 10_000
+    """How many images an epoch has."""
+    finetune_batch_size: int = 64
+    """Images per step of fine-tuning."""
+    finetune_lr: float | None = None
+    """Peak learning rate of fine-tuning; None is slimming.run's default for the batch."""
+    finetune_precision: Literal["no", "bf16"] = "no"
+    """Mixed precision of fine-tuning."""
+    finetune_reductions: tuple[float, ...] = (0.462,)
+    """Budgets that fine-tuning is measured at, besides --budgets."""
+    batch_size: int | None = None
+    """Images at once; by default 100, and 16 where an image has more than 100 tokens."""
+    threads: int = 1
+    """Threads of PyTorch on the CPU."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where PyTorch runs."""
+    output: Path = Path("tables.json")
+    """The JSON file of results; what it holds already is not measured again."""
+    show: tuple[Path, ...] = ()
+    """Instead of measuring: print these results as Markdown."""
+    figure: Path | None = None
+    """Draw the results, or the first of those shown, here: SVG or PNG."""
+
+    def check(self) -> None:
+        """Raise ``UsageError`` for values that no run could use."""
+        if not self.budgets or not all(0 <= value < 1 for value in (*self.budgets, *self.finetune_reductions)):
+            raise UsageError("--budgets and --finetune-reductions are fractions from 0 to below 1")
+        if not self.seeds or min(self.seeds) < 0 or not self.modes:
+            raise UsageError("--seeds and --modes need at least one value, and seeds are not negative")
+        if min(self.calibration_images, self.finetune_images, self.threads, self.batch_size or 1, self.eval_images or 1) < 1:
+            raise UsageError("--eval-images, --calibration-images, --finetune-images, --batch-size, --threads: at least 1")
+        if self.default_fit not in FITS:
+            raise UsageError(f"--default-fit {self.default_fit}: the tables have {' and '.join(FITS)}")
+        if self.finetune_epochs < 0:
+            raise UsageError("--finetune-epochs must not be negative")
+
+    def calibration_address(self) -> str:
+        """Where plans and fits are made from."""
+        return self.calibration_data or self.data
+
+    def train_address(self) -> str:
+        """What is fine-tuned on."""
+        return self.train_data or self.calibration_address()
+
+    def command(self) -> str:
+        """The command line that these options come from; of a path outside this folder only the name is told."""
+        words = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value != field.default and field.name != "figure":
+                values = value if isinstance(value, tuple) else (value,)
+                words += [f"--{field.name.replace('_', '-')}", *(public(str(each)) for each in values)]
+        return shlex.join(["python", "-m", "benchmarks.accuracy.tables", *words])
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row to measure; ``budget`` is the fraction of the dense multiply-accumulates to remove."""
+
+    method: str  # dense, a score, ToMe or EViT
+    budget: float = 0.0
+    fit: str | None = None
+    mode: Mode | None = None
+    seed: int | None = None
+    head_only: bool | None = None  # of a rival: whether its last block is cut to the class token, as ours is
+    form: str | None = None  # of EViT
+    finetune: dict[str, Any] | None = None
+
+    def title(self) -> str:
+        """What a log line calls it."""
+        parts = [self.method, self.fit, self.mode, self.form, "last block cut" if self.head_only else None]
+        parts += ["fine-tuned"] if self.finetune else []
+        return ", ".join([*(part for part in parts if part), f"-{self.budget:.1%}"]) + (
+            "" if self.seed is None else f", seed {self.seed}"
+        )
+
+
+def cases(options: Options) -> list[Case]:
+    """Every row that the options ask for, in the order in which they are measured."""
+    rows = [Case("dense")]
+    for budget, cut in itertools.product(options.budgets, (False, True)):
+        rows.append(Case("ToMe", budget, head_only=cut))
+        rows += [Case("EViT", budget, head_only=cut, form=form) for form in EVIT_FORMS]
+    ours = itertools.product(options.modes, options.seeds, options.budgets, options.scores, FITS)
+    rows += [Case(score, budget, fit, mode, seed) for mode, seed, budget, score, fit in ours]
+    if options.finetune_epochs:
+        recipe = {"epochs": options.finetune_epochs, "images": options.finetune_images, "data": public(options.train_address())}
+        recipe |= {"batch_size": options.finetune_batch_size, "lr": options.finetune_lr}
+        recipe |= {} if options.finetune_precision == "no" else {"precision": options.finetune_precision}
+        for budget in sorted({*options.finetune_reductions, *options.budgets}):
+            rows.append(
+                Case(options.default_score, budget, options.default_fit, options.modes[0], options.seeds[0], finetune=recipe)
+            )
+    return rows
+
+
+def public(word: str) -> str:
+    """A word of the command line without the places of this machine: of a path outside this folder only the name."""
+    path = Path(word)
+    if not path.is_absolute() and ".." not in path.parts:
+        return word
+    here = Path.cwd()
+    return str(path.resolve().relative_to(here)) if path.resolve().is_relative_to(here) else path.name
+
+
+def are_apart(data: str, other: str) -> bool:
+    """Whether two addresses are of different data; raises ``InputRejected`` where one holds the other."""
+    here, there = Path(data).resolve(), Path(other).resolve()
+    if here in there.parents or there in here.parents:
+        raise InputRejected(
+            f"{data} and {other}: one is within the other; give both as the same address, or two that are apart"
+        )
+    return here != there
