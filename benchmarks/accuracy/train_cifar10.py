@@ -144,9 +144,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="cifar10-train.tar")
     parser.add_argument("--output", type=Path, required=True, help="the safetensors file to write")
     parser.add_argument("--model", choices=tuple(TRAININGS), default="small")
-    parser.add_argument("--epochs", type=float, help="by default 40 (small) or 100 (vit_ti)")
-    parser.add_argument("--batch-size", type=int, help="by default 128 (small) or 256 (vit_ti)")
-    parser.add_argument("--lr", type=float, help="by default 0.0015 (small) or 0.001 (vit_ti)")
+    for name, kind in (("epochs", float), ("batch_size", int), ("lr", float)):
+        defaults = ", ".join(f"{getattr(each, name):g} ({model})" for model, each in TRAININGS.items())
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"by default {defaults}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=math.inf, help="end the schedule after this long at the latest")
     args = parser.parse_args()
