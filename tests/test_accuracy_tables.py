@@ -210,7 +210,10 @@ def test_show_prints_tables_and_draws(
     assert f"{100 * ours['top1']['mean']:.2f} (" in row
     assert "| MACs removed | 40.0% | 50.0% |" in shown
     assert "<svg" in (tmp_path / "tiny.svg").read_text()
+    draw(result, tmp_path / "again.svg")
+    assert (tmp_path / "again.svg").read_bytes() == (tmp_path / "tiny.svg").read_bytes()
     draw(result, tmp_path / "tiny.png")
+    assert (tmp_path / "tiny.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_is_written_names_no_place_of_this_machine(options: Options, result: dict[str, Any]) -> None:

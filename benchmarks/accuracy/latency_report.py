@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from benchmarks.accuracy.plot import save
 from slimming.door import InputRejected, atomic_path
 
 
@@ -129,19 +130,14 @@ def draw(result: dict[str, Any], path: Path) -> None:
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in (row for row in rows if row["fit"]):
         lines.setdefault(f"{title_of(row).strip('*')}, seed {row['seed']}", []).append(row)
-    with pyplot.rc_context({"svg.hashsalt": "patchslim"}):
-        figure, axes = pyplot.subplots(figsize=(7, 4.5))
-        for title, line in (lines | lines_of(rows)).items():
-            line = sorted(line, key=lambda row: float(row["latency_ms"]))
-            points = [row["latency_ms"] for row in line], [100 * row["top1"] for row in line]
-            axes.plot(*points, marker="o", markersize=4, linewidth=2.2 if title.startswith("ours") else 1.2, label=title)
-        axes.plot(rows[0]["latency_ms"], 100 * rows[0]["top1"], marker="s", color="0.3", linestyle="", label="dense")
-        axes.set_xlabel(f"ONNX Runtime, ms for {result['timing']['batch']} images, {result['timing']['threads']} thread(s)")
-        axes.set_ylabel("top-1, %")
-        axes.set_title(f"{result['name']}: {result['model']['name']}, {result['evaluation']['images']} held-out images")
-        axes.legend(fontsize=7)
-        figure.tight_layout()
-        with atomic_path(path) as part:
-            kind: Literal["png", "svg"] = "png" if path.suffix == ".png" else "svg"
-            figure.savefig(part, format=kind, metadata={"Date": None} if kind == "svg" else None)
-        pyplot.close(figure)
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for title, line in (lines | lines_of(rows)).items():
+        line = sorted(line, key=lambda row: float(row["latency_ms"]))
+        points = [row["latency_ms"] for row in line], [100 * row["top1"] for row in line]
+        axes.plot(*points, marker="o", markersize=4, linewidth=2.2 if title.startswith("ours") else 1.2, label=title)
+    axes.plot(rows[0]["latency_ms"], 100 * rows[0]["top1"], marker="s", color="0.3", linestyle="", label="dense")
+    axes.set_xlabel(f"ONNX Runtime, ms for {result['timing']['batch']} images, {result['timing']['threads']} thread(s)")
+    axes.set_ylabel("top-1, %")
+    axes.set_title(f"{result['name']}: {result['model']['name']}, {result['evaluation']['images']} held-out images")
+    axes.legend(fontsize=7)
+    save(figure, path)

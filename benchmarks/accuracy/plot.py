@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from slimming.door import atomic_path
+
 #: What a summary tells methods apart by; the rows that differ in the seed alone are averaged.
 LINE = ("method", "fit", "mode", "head_only", "finetune")
 
@@ -175,8 +177,6 @@ def draw(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from slimming.door import atomic_path
-
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     axes.axhline(100 * result["model"]["top1"], color="0.6", linestyle=":", label="dense")
     lines: dict[str, list[dict[str, Any]]] = {}
@@ -204,9 +204,15 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes.set_ylabel("top-1, %")
     axes.set_title(f"{result['name']}: {result['model']['name']}, {result['evaluation']['images']} held-out images")
     axes.legend(fontsize=7)
+    save(figure, path)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure whole and close it, PNG where the name says so, else SVG; always the same bytes."""
+    from matplotlib import pyplot
+
+    kind = "png" if path.suffix == ".png" else "svg"
     figure.tight_layout()
-    with atomic_path(path) as part:
-        figure.savefig(
-            part, format=path.suffix.lstrip(".") or "svg", metadata={"Date": None} if path.suffix == ".svg" else None
-        )
+    with pyplot.rc_context({"svg.hashsalt": "patchslim"}), atomic_path(path) as part:
+        figure.savefig(part, format=kind, metadata={"Date": None} if kind == "svg" else None)
     pyplot.close(figure)
