@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 from graph_passes.axes import Axes, Batch, Pixels, Tokens
 from graph_passes.cutting import lay
-from graph_passes.labels import SPATIAL, Labels
+from graph_passes.labels import Labels
 from graph_passes.match import MatchFailure, constant, integers, is_unpadded, label, make_constant, replace_input
+from graph_passes.rearranging import SPATIAL
 from graph_passes.registry import Settings, graph_pass
 from graph_passes.structure import find_structure
 from graph_passes.tokens import embedded_by, ensure_fit, same_for_all
