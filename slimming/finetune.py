@@ -1,13 +1,17 @@
 """Whole-network fine-tuning of a slimmed ViT: DeiT's recipe scaled to a short schedule, the dense original as the teacher.
 
 What is DeiT's and kept: AdamW; weight decay 0.05 on matrices alone; label smoothing 0.1; cosine decay to 1/50 of the learning
-rate; a learning rate proportional to the total batch over 512; a padded random crop where images are small. What is scaled:
+rate; a learning rate proportional to the total batch over 512. What is scaled:
 
 - the learning rate: a slimmed model starts near where it should end; see ``slimming.recipe.LR_SHARE``.
 - EMA: DeiT's decay of 0.99996 averages over 25,000 of its 375,000 steps; here over the same share, a fifteenth, of the steps.
 - warm-up: a twentieth of the steps (DeiT: a sixtieth), so that Adam's moments settle in a short run too.
-- augmentation: crops of at least half the image, not of 8 %, and no RandAugment, erasing, mixup or cutmix unless asked for:
-  they keep 300 epochs from overfitting, and a strong crop moves the subject away from where the plan expects it.
+- augmentation: the image as in evaluation, mirrored and moved by up to an eighth over a reflected border (DeiT: for small
+  images; DeiT III: for all, by less); no RandAugment, erasing, mixup or cutmix unless asked for. Those, and crops of 8 % of an
+  image, keep 300 epochs from overfitting, and a strong crop moves the subject away from where the plan expects it. Measured on
+  ViT-Ti at 224 px, 46 % of its MACs cut, 40 steps on CIFAR-10 training images: the KL divergence to the original, on 1,000
+  others, went from .059 to .066 with crops of half the image or more, and to .060 as it is now (learning rate 2.5e-5, batch
+  32, teacher alone).
 
 Stochastic depth is off: ``SlimViT`` has none. The soft teacher, at temperature 1 and weight 0.5, is DynamicViT's.
 """
@@ -152,7 +156,7 @@ def _train(
     average = ModelEmaV3(slim, decay=decay)
     position = _Position(accelerator.device)
     hflip = recipe.hflip if recipe.hflip is not None else 0.0 if images.address == "digits" else 0.5
-    transform = train_transform(data_config, scale=recipe.scale, hflip=hflip, auto_augment=recipe.auto_augment)
+    transform = train_transform(data_config, hflip=hflip, auto_augment=recipe.auto_augment)
     classes = int(network.num_classes)
     draws = Draws(images, transform, count=steps * total, classes=classes, seed=recipe.seed)
     loader = loader_of(draws, recipe.batch_size, cuda=accelerator.device.type == "cuda")
@@ -253,6 +257,8 @@ def _parts(
         "weights": state_digest(slim.state_dict()),
         "teacher": None if teacher is None else state_digest(teacher.state_dict()),
         "images": identity_of(images),
-        "preprocessing": {key: data_config.get(key) for key in ("input_size", "interpolation", "mean", "std", "crop_pct")},
+        "preprocessing": {
+            key: data_config.get(key) for key in ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+        },
         "processes": processes,
     }

@@ -12,31 +12,27 @@ from typing import Any
 import numpy as np
 import torch
 from timm.data import create_transform
-from timm.data.transforms import str_to_interp_mode
+from timm.data.transforms import MaybeToTensor
 from torchvision import transforms
 
 from slimming.data import ImageSet
 from slimming.data.source import fingerprint_of, workers_for
 from slimming.door import InputRejected
 
-#: Up to this many pixels a side, DeiT crops a padded image rather than resize a random part of it.
-SMALL = 64
 _FINGERPRINTED = 256  # images whose bytes are hashed; every index is
 
 
-def train_transform(
-    data_config: dict[str, Any], *, scale: tuple[float, float], hflip: float, auto_augment: str | None = None
-) -> Any:
-    """timm's training transform for a model's ``data_config``: PIL image -> float tensor (3, h, w).
+def train_transform(data_config: dict[str, Any], *, hflip: float, auto_augment: str | None = None) -> Any:
+    """The training transform for a model's ``data_config`` (timm's): PIL image -> float tensor (3, h, w).
 
-    Images of at most ``SMALL`` pixels a side are resized as in evaluation and then cropped from a reflected border of an
-    eighth; larger ones are cropped to a random share ``scale`` of their area, and resized. Colours are left alone.
+    Resized and cropped as in evaluation, so that the subject is where the plan expects it; then moved by up to an eighth of a
+    side over a reflected border, and mirrored with probability ``hflip``. Colours are left alone unless ``auto_augment`` says.
     """
     height, width = (int(side) for side in data_config["input_size"][-2:])
+    as_evaluated = create_transform(**data_config).transforms
     transform = create_transform(
         input_size=(3, height, width),
         is_training=True,
-        scale=scale,
         hflip=hflip,
         color_jitter=None,
         auto_augment=auto_augment,
@@ -44,15 +40,12 @@ def train_transform(
         mean=tuple(data_config["mean"]),
         std=tuple(data_config["std"]),
     )
-    if max(height, width) <= SMALL:
-        share = min(1.0, data_config.get("crop_pct") or 1.0)
-        resized = (int(height / share), int(width / share))
-        transform.transforms[0] = transforms.Compose(
-            [
-                transforms.Resize(resized, interpolation=str_to_interp_mode(data_config["interpolation"])),
-                transforms.RandomCrop((height, width), padding=(width // 8, height // 8), padding_mode="reflect"),
-            ]
-        )
+    transform.transforms[0] = transforms.Compose(
+        [
+            *(step for step in as_evaluated if not isinstance(step, (MaybeToTensor, transforms.Normalize))),
+            transforms.RandomCrop((height, width), padding=(width // 8, height // 8), padding_mode="reflect"),
+        ]
+    )
     return transform
 
 

@@ -17,7 +17,9 @@ import pytest
 import torch
 from models_factory import KINDS, build, images_for, random_plan
 from PIL import Image
+from timm.data import create_transform
 from torch import Tensor
+from torch.nn import functional
 
 from slimming import finetune_state
 from slimming.data.source import ImageSet
@@ -96,7 +98,7 @@ def test_it_learns_the_labels_and_leaves_the_teacher_alone(kind: str, mode: Any)
     recipe = Recipe(epochs=20, batch_size=8, lr=3e-3, distill=0.1)
     report = run(slim, teacher, recipe, progress=lambda *call: calls.append(call))
     given = images()
-    given.samples.transform = train_transform(DATA_CONFIG, scale=(1.0, 1.0), hflip=0.0)
+    given.samples.transform = train_transform(DATA_CONFIG, hflip=0.0)
     with torch.no_grad():
         right = [int(slim(given.samples[index][0][None]).argmax()) == given.samples[index][1] for index in range(IMAGES)]
     assert sum(right) > 0.7 * IMAGES
@@ -337,7 +339,7 @@ def test_draws_cover_every_image_once_an_epoch_in_new_orders() -> None:
 
 
 def test_a_draw_is_the_same_whatever_was_drawn_before() -> None:
-    draws = Draws(images(), train_transform(DATA_CONFIG, scale=(0.5, 1.0), hflip=0.5), count=100, classes=CLASSES, seed=0)
+    draws = Draws(images(), train_transform(DATA_CONFIG, hflip=0.5), count=100, classes=CLASSES, seed=0)
     first = draws[57]
     draws[3]
     torch.rand(5)
@@ -347,12 +349,26 @@ def test_a_draw_is_the_same_whatever_was_drawn_before() -> None:
     assert not torch.equal(draws[other - 40][0], first[0])  # the same image in another epoch is cropped anew
 
 
-@pytest.mark.parametrize(("side", "padded"), [((48, 64), True), ((65, 48), False)])
-def test_small_images_are_padded_and_cropped_large_ones_resized(side: tuple[int, int], padded: bool) -> None:
-    transform = train_transform({**DATA_CONFIG, "input_size": [3, *side]}, scale=(0.5, 1.0), hflip=0.0)
-    assert ("RandomCrop(" in repr(transform)) is padded
-    assert ("RandomResizedCrop" in repr(transform)) is not padded
-    assert transform(Image.new("RGB", (90, 70))).shape == (3, *side)
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("side", [(48, 64), (96, 96)])
+def test_images_are_those_of_evaluation_moved_by_an_eighth_and_mirrored(side: tuple[int, int], crop_mode: str) -> None:
+    config = {**DATA_CONFIG, "input_size": (3, *side), "crop_mode": crop_mode}
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3)).astype(np.uint8)
+    image, evaluated = Image.fromarray(pixels), create_transform(**config)(Image.fromarray(pixels))
+    down, right = side[0] // 8, side[1] // 8
+    bordered = functional.pad(evaluated[None], (right, right, down, down), mode="reflect")[0]
+    places = {}
+    for hflip in (0.0, 1.0):
+        transform = train_transform(config, hflip=hflip)
+        torch.manual_seed(0)
+        for _ in range(8):
+            drawn = transform(image)
+            drawn = drawn.flip(-1) if hflip else drawn
+            windows = bordered.unfold(1, side[0], 1).unfold(2, side[1], 1).permute(1, 2, 0, 3, 4)
+            found = [(y, x) for y in range(2 * down + 1) for x in range(2 * right + 1) if torch.equal(windows[y, x], drawn)]
+            assert len(found) == 1
+            places[found[0]] = hflip
+    assert len(places) > 8  # of 16 draws
 
 
 WORKER = """
