@@ -79,8 +79,11 @@ def evaluation_set(address: str, count: int | None) -> ImageSet:
     return replace(opened, indices=indices)
 
 
-def load_tensors(images: ImageSet, transform: Callable[[Any], Any], batch_size: int = 8) -> Iterator[tuple[Any, Any]]:
-    """Batches of (float tensor (b, 3, h, w), class tensor (b,)), in order; worker processes decode ahead."""
+def load_tensors(images: ImageSet, transform: Callable[[Any], Any] | None, batch_size: int = 8) -> Iterator[tuple[Any, Any]]:
+    """Batches of (float tensor (b, 3, h, w), class tensor (b,)), in order; worker processes decode ahead.
+
+    ``transform``: PIL image -> float tensor (3, h, w); None where the samples are such tensors already.
+    """
     import torch
 
     images.samples.transform = transform
