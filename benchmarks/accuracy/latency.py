@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import shlex
 import sys
 import tempfile
 import time
@@ -26,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.accuracy import tables
 from benchmarks.accuracy.bench import Bench, NotMeasured, Ours
 from benchmarks.accuracy.latency_report import draw, markdown, read, summarised, write
-from benchmarks.accuracy.rows import EVIT_FORMS, FITS, Case, public
+from benchmarks.accuracy.rows import EVIT_FORMS, FITS, Case, Subject
 from benchmarks.accuracy.rows import Options as TableOptions
 from slimming.door import UsageError, atomic_path, open_door
 from slimming.plan import Fit, ScoreName
@@ -42,27 +41,9 @@ _WARMUP = 2
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """Options of ``benchmarks.accuracy.latency``."""
+class Options(Subject):
+    """Options of ``benchmarks.accuracy.latency``; of several threads the wall time counts, of one its CPU time."""
 
-    name: str = "digits"
-    """What the results are called."""
-    model: str = "vit_ti"
-    """A preset or any timm model name."""
-    model_arg: tuple[str, ...] = ()
-    """key=value pairs for timm.create_model."""
-    weights: str = "bundled"
-    """bundled, pretrained, random or a weights file."""
-    data: str = "digits"
-    """Held-out images: digits, a folder, FILE.tar, hfds/NAME or wds/PATH."""
-    calibration_data: str | None = None
-    """Images that plans and fits are made from; by default the part of --data that is not held out."""
-    eval_images: int | None = 2000
-    """How many held-out images; None is all."""
-    calibration_images: int = 256
-    """How many images a plan is made from."""
-    budgets: tuple[float, ...] = (0.30, 0.45, 0.60)
-    """Fractions of the dense multiply-accumulates that we remove."""
     rival_budgets: tuple[float, ...] = (0.30, 0.45, 0.60, 0.70, 0.80)
     """Those that the rivals remove: as they lose time to choosing, they need more for the same latency."""
     head_only: tuple[bool, ...] = (False, True)
@@ -75,8 +56,6 @@ class Options:
     """The fit of our plans."""
     batch: int = 8
     """Images per timed run."""
-    threads: int = 1
-    """Threads of ONNX Runtime and of PyTorch. One is timed by its CPU time, several by wall time."""
     rounds: int = 40
     """How often each model is timed."""
     tables: Path | None = None
@@ -106,19 +85,12 @@ class Options:
 
     def of_tables(self) -> TableOptions:
         """The options of the tables' bench that measures accuracy."""
-        names = ("name", "model", "model_arg", "weights", "data", "calibration_data", "eval_images", "calibration_images")
-        shared = {name: getattr(self, name) for name in (*names, "budgets", "seeds", "threads")}
-        return TableOptions(**shared, default_score=self.score, default_fit=self.fit)
+        shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(Subject)}
+        return TableOptions(**shared, seeds=self.seeds, default_score=self.score, default_fit=self.fit)
 
     def command(self) -> str:
-        """The command line that these options come from; of a path outside this folder only the name is told."""
-        words = []
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value != field.default and field.name not in ("figure", "work"):
-                values = value if isinstance(value, tuple) else (value,)
-                words += [f"--{field.name.replace('_', '-')}", *(public(str(each)) for each in values)]
-        return shlex.join(["python", "-m", "benchmarks.accuracy.latency", *words])
+        """The command line that these options come from."""
+        return self.command_of("benchmarks.accuracy.latency", ("figure", "work"))
 
 
 def cases(options: Options) -> list[Case]:

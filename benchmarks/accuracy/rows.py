@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import shlex
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,11 +19,11 @@ EVIT_FORMS: dict[str, dict[str, bool]] = {"summed": {}, "averaged": {"normalised
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """Options of ``benchmarks.accuracy.tables``."""
+class Subject:
+    """What is measured: the options that every accuracy benchmark has."""
 
     name: str = "digits"
-    """What the table is called."""
+    """What the results are called."""
     model: str = "vit_ti"
     """A preset or any timm model name."""
     model_arg: tuple[str, ...] = ()
@@ -33,14 +34,32 @@ class Options:
     """Held-out images: digits, a folder, FILE.tar, hfds/NAME or wds/PATH."""
     calibration_data: str | None = None
     """Images that plans and fits are made from; by default the part of --data that is not held out."""
-    train_data: str | None = None
-    """Images to fine-tune on; by default those of --calibration-data."""
     eval_images: int | None = 2000
     """How many held-out images; None is all."""
     calibration_images: int = 256
     """How many images a plan is made from."""
     budgets: tuple[float, ...] = (0.30, 0.45, 0.60)
-    """Fractions of the dense multiply-accumulates to remove."""
+    """Fractions of the dense multiply-accumulates that we remove."""
+    threads: int = 1
+    """Threads; of PyTorch on the CPU, and of ONNX Runtime."""
+
+    def command_of(self, module: str, unnamed: Collection[str]) -> str:
+        """The command line of these options, but for those ``unnamed``; of a path outside this folder only the name is told."""
+        words = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value != field.default and field.name not in unnamed:
+                values = value if isinstance(value, tuple) else (value,)
+                words += [f"--{field.name.replace('_', '-')}", *(public(str(each)) for each in values)]
+        return shlex.join(["python", "-m", module, *words])
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(Subject):
+    """Options of ``benchmarks.accuracy.tables``."""
+
+    train_data: str | None = None
+    """Images to fine-tune on; by default those of --calibration-data."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each draws its own calibration images, and its own random score."""
     scores: tuple[ScoreName, ...] = SCORES
@@ -65,8 +84,6 @@ class Options:
     """Budgets that fine-tuning is measured at, besides --budgets."""
     batch_size: int | None = None
     """Images at once; by default 100, and 16 where an image has more than 100 tokens."""
-    threads: int = 1
-    """Threads of PyTorch on the CPU."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where PyTorch runs."""
     output: Path = Path("tables.json")
@@ -98,14 +115,8 @@ class Options:
         return self.train_data or self.calibration_address()
 
     def command(self) -> str:
-        """The command line that these options come from; of a path outside this folder only the name is told."""
-        words = []
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value != field.default and field.name != "figure":
-                values = value if isinstance(value, tuple) else (value,)
-                words += [f"--{field.name.replace('_', '-')}", *(public(str(each)) for each in values)]
-        return shlex.join(["python", "-m", "benchmarks.accuracy.tables", *words])
+        """The command line that these options come from."""
+        return self.command_of("benchmarks.accuracy.tables", ("figure",))
 
 
 @dataclasses.dataclass(frozen=True)
