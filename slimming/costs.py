@@ -27,7 +27,7 @@ class Cost(Protocol):
 
 @dataclass(frozen=True)
 class MacsCost:
-    """Multiply-accumulates of one image, by ``slimming.plan.macs_of``."""
+    """Multiply-accumulates of one image, by ``macs_of``; ``merged``: every block but the last merges what it drops."""
 
     tokens: int
     depth: int
@@ -44,7 +44,8 @@ class MacsCost:
     def of(self, counts: Sequence[int]) -> float:
         """MACs when block l outputs ``counts[l]`` tokens; raises ``ValueError`` for counts that no plan can have."""
         check_counts(counts, self.tokens, self.depth)
-        return float(macs_of(list(counts), self.tokens, self.geometry, self.mode, self.layout, merged=self.merged))
+        merging = range(self.depth - 1) if self.merged else ()
+        return float(macs_of(list(counts), self.tokens, self.geometry, self.mode, self.layout, merging=merging))
 
     def dense(self) -> float:
         """MACs of the unslimmed model."""

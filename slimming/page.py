@@ -118,8 +118,7 @@ def write_page(
 
 def block_macs(plan: SlimPlan, layout: Layout, counts: Sequence[int] | None = None) -> list[int]:
     """Multiply-accumulates of every block for one image, under the plan's token counts or others; patches and head aside."""
-    merged = plan.merged_into is not None
-    return block_macs_of(list(counts or plan.counts), plan.tokens, plan.geometry, plan.mode, layout, merged)
+    return block_macs_of(list(counts or plan.counts), plan.tokens, plan.geometry, plan.mode, layout, plan.merging)
 
 
 def _unit(most: int) -> tuple[str, float, int]:

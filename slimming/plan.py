@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Collection
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
@@ -163,11 +164,18 @@ class SlimPlan(_Strict):
         """Whether no block drops anything."""
         return all(count == self.tokens for count in self.counts)
 
+    @property
+    def merging(self) -> list[int]:
+        """The blocks that merge any of the tokens that they drop."""
+        into = self.merged_into or [-1] * self.tokens
+        before = [range(self.tokens), *self.kept]
+        return [block for block, kept in enumerate(self.kept) if any(into[token] >= 0 for token in {*before[block]} - {*kept})]
+
     def macs(self, layout: Layout = "split") -> int:
         """Multiply-accumulates of one image under the plan; see ``macs_of``."""
         readable = self.tokens - self.geometry.pool_tokens  # prefix tokens lead, and are what a pool may not read
         reads = sum(token >= readable for token in self.kept[-1])
-        return macs_of(self.counts, self.tokens, self.geometry, self.mode, layout, reads, self.merged_into is not None)
+        return macs_of(self.counts, self.tokens, self.geometry, self.mode, layout, reads, self.merging)
 
     def dense_macs(self) -> int:
         """Multiply-accumulates of one image through the unslimmed model."""
@@ -206,22 +214,27 @@ def macs_of(
     mode: Mode = "compact",
     layout: Layout = "split",
     pool_reads: int | None = None,
-    merged: bool = False,
+    merging: Collection[int] = (),
 ) -> int:
     """Multiply-accumulates of one image whose block l outputs ``counts[l]`` of ``tokens`` tokens; biases and norms count zero.
 
     ``layout`` says how a cut block's projections are laid: ``split`` queries kept tokens only, ``packed`` keeps one qkv
     projection over every token that the block reads, and so also spends the dropped tokens' queries. ``pool_reads`` of the
-    last block's tokens go to an attention pool; None: as many as it can read. Where dropped tokens are ``merged``, every block
-    but the last adds them to the kept ones by a constant matrix, once for its queries and once for its shortcut.
+    last block's tokens go to an attention pool; None: as many as it can read. The blocks ``merging`` add what they drop to what
+    they keep by a constant matrix, once for the queries and once for the shortcut.
     """
     reads = min(counts[-1], geometry.pool_tokens) if pool_reads is None else pool_reads
     ends = geometry.patch_macs + geometry.head_macs + geometry.pool_macs * reads
-    return ends + sum(block_macs_of(counts, tokens, geometry, mode, layout, merged))
+    return ends + sum(block_macs_of(counts, tokens, geometry, mode, layout, merging))
 
 
 def block_macs_of(
-    counts: list[int], tokens: int, geometry: Geometry, mode: Mode = "compact", layout: Layout = "split", merged: bool = False
+    counts: list[int],
+    tokens: int,
+    geometry: Geometry,
+    mode: Mode = "compact",
+    layout: Layout = "split",
+    merging: Collection[int] = (),
 ) -> list[int]:
     """The part of ``macs_of`` that each block has."""
     d = geometry.embed_dim
@@ -235,7 +248,7 @@ def block_macs_of(
         queries = n_in if layout == "packed" else k
         macs = queries * d * query + 2 * n_in * d * key + 2 * k * n_in * query + k * query * d + k * mlp
         macs += k * d * query if geometry.gate else 0
-        if merged and block < len(counts) - 1:
+        if block in merging:
             macs += k * (before - k) * (d + (query if layout == "packed" else d))
         found.append(macs)
     return found

@@ -144,6 +144,7 @@ def test_some_tokens_may_be_lost_while_others_are_merged(seed: int) -> None:
     model, graph = dense("distilled")
     plan = merging_plan(model, seed, lost=0.5)
     result = slim(graph, plan)
+    assert total_macs(result.model) == plan.macs()
     np.testing.assert_allclose(ort_logits(result.model, IMAGES), logits_under(model, plan, IMAGES), atol=1e-4)
     assert not slim(result.model, plan).modified
 
@@ -160,7 +161,9 @@ def test_fp16_stays_close(layout: Layout) -> None:
 
 def test_a_plan_whose_tokens_are_all_lost_is_cut_as_if_it_merged_none() -> None:
     graph, plan = dense("plain")[1], plan_of(merged_into=None)
-    nothing = slim(graph, plan_of(merged_into=[-1] * 17)).model.to_proto()
+    lost = plan_of(merged_into=[-1] * 17)
+    nothing = slim(graph, lost).model.to_proto()
+    assert lost.macs() == plan.macs()
     assert nothing.SerializeToString() == slim(graph, plan).model.to_proto().SerializeToString()
 
 
