@@ -301,7 +301,6 @@ def test_a_run_that_diverges_is_refused_and_undone() -> None:
         ({"epochs": 0}, "epochs 0"),
         ({"lr": float("nan")}, "lr nan"),
         ({"distill": 1.5}, "distill 1.5"),
-        ({"scale": (0.9, 0.5)}, "scale"),
         ({"precision": "fp8"}, "precision 'fp8'"),
         ({"precision": "fp16"}, "fp16 needs a GPU"),
         ({"batch_size": 7}, "batch_size 7 is odd"),
