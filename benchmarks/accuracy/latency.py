@@ -42,7 +42,7 @@ _WARMUP = 2
 
 @dataclasses.dataclass(frozen=True)
 class Options(Subject):
-    """Options of ``benchmarks.accuracy.latency``; of several threads the wall time counts, of one its CPU time."""
+    """Options of ``benchmarks.accuracy.latency``."""
 
     rival_budgets: tuple[float, ...] = (0.30, 0.45, 0.60, 0.70, 0.80)
     """Those that the rivals remove: as they lose time to choosing, they need more for the same latency."""
@@ -57,7 +57,7 @@ class Options(Subject):
     batch: int = 8
     """Images per timed run."""
     rounds: int = 40
-    """How often each model is timed."""
+    """How often each model is timed: by its CPU time with one thread, by wall time with several."""
     tables: Path | None = None
     """Results of benchmarks.accuracy.tables: rivals that are in them are not evaluated again."""
     work: Path | None = None
