@@ -40,7 +40,7 @@ def linear_at(tensor: gs.Tensor) -> Linear | None:
         node is not None
         and node.op == "Add"
         and (parts := operands(node)) is not None
-        and parts[1].size == parts[1].shape[-1:][0]
+        and parts[1].shape[-1:] == (parts[1].size,)
     ):
         add, (source, bias) = node, parts
         node = source.inputs[0] if source.inputs and len(source.outputs) == 1 else None
@@ -122,6 +122,26 @@ def back_to_roots(columns: Sequence[Columns], labels: Labels) -> tuple[list[Colu
             root = before
         roots[id(root.tensor)] = root
     return list(roots.values()), passed
+
+
+def exits_of(labels: Labels, operand: tuple[gs.Node, int]) -> list[Columns]:
+    """The tensors, furthest from the attention, that hold nothing but columns of a linear layer that feed its operand."""
+    node, index = operand
+    found: dict[int, Columns] = {}
+    pending, seen = [node.inputs[index]], set()
+    while pending:
+        tensor = pending.pop()
+        if id(tensor) in seen or not labels.depends(tensor) or labels.tokens(tensor) is None:
+            continue
+        seen.add(id(tensor))
+        columns = columns_of(tensor, labels)
+        if columns is not None:
+            found[id(tensor)] = columns
+        elif tensor.inputs and tensor.inputs[0].op != "LayerNormalization":
+            pending.extend(tensor.inputs[0].inputs)
+        elif tensor.inputs:
+            pending.append(tensor.inputs[0].inputs[0])
+    return back_to_roots(list(found.values()), labels)[0]
 
 
 def _shape(labels: Labels, tensor: gs.Tensor) -> tuple[int, ...] | None:

@@ -8,7 +8,8 @@ from math import prod
 import onnx_graphsurgeon as gs
 
 from graph_passes.axes import Axes, Batch, size_of
-from graph_passes.labels import Labels
+from graph_passes.labels import Attention, Labels
+from graph_passes.linear import exits_of, union
 from graph_passes.match import MatchFailure
 from graph_passes.structure import Structure
 from slimming.plan import Geometry
@@ -90,6 +91,7 @@ def geometry_of(structure: Structure) -> Geometry:
     reading = [node for node in head if any(labels.tokens(tensor) is not None for tensor in node.inputs)]
     pooled = sum(node_macs(labels, node) for node in reading) if structure.pools else 0
     pool_tokens = tokens if pooled else 0
+    packings = [_packing(labels, attention) for attention in first.attentions]
     return Geometry(
         embed_dim=width,
         mlp_hidden_dim=hidden,
@@ -97,6 +99,18 @@ def geometry_of(structure: Structure) -> Geometry:
         head_macs=sum(node_macs(labels, node) for node in head) - pooled,
         attn_dim=None if queries == width else queries,
         mlp_macs=None if mlp == 2 * width * hidden else max(1, mlp),
+        packed_qkv=all(elsewhere is not None for elsewhere in packings),
+        packed_mlp_dim=sum(elsewhere or 0 for elsewhere in packings),
         pool_macs=pooled // tokens if pooled else 0,
         pool_tokens=pool_tokens,
     )
+
+
+def _packing(labels: Labels, attention: Attention) -> int | None:
+    """How many columns of the projection of queries and keys go elsewhere; None where they have projections of their own."""
+    leaves = [exits_of(labels, operand) for operand in (attention.queries, attention.keys, attention.values)]
+    products = [{id(leaf.linear.product) for leaf in found} for found in leaves]
+    if not all(products) or not products[0] & (products[1] | products[2]):
+        return None
+    taken = union([leaf for found in leaves for leaf in found])
+    return int(leaves[0][0].linear.weight.shape[1]) - len(taken)

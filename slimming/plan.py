@@ -37,6 +37,13 @@ class Geometry(_Strict):
     key_dim: _Count | None = Field(default=None, description="width of all keys and of all values, where it is not attn_dim")
     mlp_macs: _Count | None = Field(default=None, description="MACs of the MLP per token, where they are not 2 d d'")
     gate: bool = Field(default=False, description="whether the attention's output is gated")
+    packed_qkv: bool = Field(default=True, description="whether queries, keys and values come from one projection")
+    packed_mlp_dim: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="width of that projection which goes to the MLP's hidden layer"
+    )
+    attention_norms: Annotated[int, Field(ge=0)] = Field(
+        default=1, description="norms in front of a block's attentions: none where they come after, several side by side"
+    )
     pool_macs: Annotated[int, Field(ge=0)] = Field(default=0, description="MACs of an attention pool per token that it reads")
     pool_tokens: Annotated[int, Field(ge=0)] = Field(default=0, description="tokens that the attention pool can read")
 
@@ -219,9 +226,10 @@ def macs_of(
     """Multiply-accumulates of one image whose block l outputs ``counts[l]`` of ``tokens`` tokens; biases and norms count zero.
 
     ``layout`` says how a cut block's projections are laid: ``split`` queries kept tokens only, ``packed`` keeps one qkv
-    projection over every token that the block reads, and so also spends the dropped tokens' queries. ``pool_reads`` of the
-    last block's tokens go to an attention pool; None: as many as it can read. The blocks ``merging`` add what they drop to what
-    they keep by a constant matrix, once for the queries and once for the shortcut.
+    projection over every token that the block reads, and so also spends the dropped tokens' queries (and what of the MLP is
+    projected with them). ``pool_reads`` of the last block's tokens go to an attention pool; None: as many as it can read. The
+    blocks ``merging`` add what they drop to what they keep by a constant matrix, for the shortcut and for what is read at the
+    queries alone: behind a packed projection, else behind each norm.
     """
     reads = min(counts[-1], geometry.pool_tokens) if pool_reads is None else pool_reads
     ends = geometry.patch_macs + geometry.head_macs + geometry.pool_macs * reads
@@ -245,11 +253,14 @@ def block_macs_of(
     for block, k in enumerate(counts):
         before = tokens if block == 0 else counts[block - 1]
         n_in = tokens if mode == "stale" else before
-        queries = n_in if layout == "packed" else k
+        packed = layout == "packed" and geometry.packed_qkv
+        queries = n_in if packed else k
         macs = queries * d * query + 2 * n_in * d * key + 2 * k * n_in * query + k * query * d + k * mlp
         macs += k * d * query if geometry.gate else 0
+        macs += (n_in - k) * d * geometry.packed_mlp_dim if packed else 0
         if block in merging:
-            macs += k * (before - k) * (d + (query if layout == "packed" else d))
+            projected = query + geometry.packed_mlp_dim + (d if geometry.gate else 0)
+            macs += k * (before - k) * (d + (projected if packed else d * geometry.attention_norms))
         found.append(macs)
     return found
 

@@ -292,4 +292,7 @@ def test_every_kind_is_taken_and_its_geometry_is_said_in_the_shortest_way(kind: 
     assert (geometry.attn_dim is None) is (kind != "parallel_things")
     assert (geometry.key_dim is None) is (kind != "grouped_query")
     assert geometry.gate is (kind == "gated")
+    assert geometry.packed_qkv is (kind not in ("grouped_query", "eva02_inner_norms"))
+    assert geometry.packed_mlp_dim == (4 * 48 if kind.startswith("parallel_scaling") else 0)
+    assert geometry.attention_norms == {"res_post": 0, "eva_post_norm": 0, "parallel_things": 2}.get(kind, 1)
     assert (geometry.pool_macs > 0) is (geometry.pool_tokens > 0) is (model.attn_pool is not None)

@@ -42,6 +42,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "eva02_rope": {"global_pool": "token"},
     "gated": {},
     "res_post": {},
+    "parallel_things": {},
+    "grouped_query": {},
 }
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
@@ -119,6 +121,7 @@ def test_merging_in_the_export_equals_the_merging_module(kind: str, layout: Layo
     expected = logits_under(model, plan, images)
     np.testing.assert_allclose(ort_logits(result.model, images), expected, atol=1e-4)
     assert np.abs(logits_under(model, plan.model_copy(update={"merged_into": None}), images) - expected).max() > 1e-2
+    assert total_macs(result.model) == plan.macs(layout)
     onnx.checker.check_model(result.model.to_proto(), full_check=True)
     again = slim(result.model, plan, layout=layout, cut=form)
     assert not again.modified

@@ -18,7 +18,7 @@ import onnx_graphsurgeon as gs
 
 from graph_passes.axes import Batch, Tokens, has, size_of, token_axis
 from graph_passes.labels import Attention, Labels
-from graph_passes.linear import MOVES, Columns, Linear, back_to_roots, columns_of
+from graph_passes.linear import MOVES, Columns, Linear, columns_of, exits_of
 from graph_passes.match import make_constant, replace_input
 from graph_passes.registry import Settings, graph_pass
 from graph_passes.structure import find_structure
@@ -45,8 +45,8 @@ def run(graph: gs.Graph, settings: Settings) -> int:
 
 def _split(graph: gs.Graph, labels: Labels, attention: Attention, name: str) -> bool:
     """Give queries a projection of their own, where they share one with keys or values; returns whether they did."""
-    queries = _exits(labels, attention.queries)
-    others = [leaf for operand in (attention.keys, attention.values) for leaf in _exits(labels, operand)]
+    queries = exits_of(labels, attention.queries)
+    others = [leaf for operand in (attention.keys, attention.values) for leaf in exits_of(labels, operand)]
     if not queries or not others or queries[0].linear.product is not others[0].linear.product:
         return False
     linear = queries[0].linear
@@ -95,26 +95,6 @@ def _image_axis(labels: Labels, tensor: gs.Tensor) -> int | None:
     images = [index for index, axis in enumerate(axes) if has(axis, Batch)]
     empty = [index for index, axis in enumerate(axes) if axis == () and labels.batch == Batch(1)]
     return next(iter(images + empty), None)
-
-
-def _exits(labels: Labels, operand: tuple[gs.Node, int]) -> list[Columns]:
-    """The tensors, furthest from the attention, that hold nothing but columns of a linear layer that feed its operand."""
-    node, index = operand
-    found: dict[int, Columns] = {}
-    pending, seen = [node.inputs[index]], set()
-    while pending:
-        tensor = pending.pop()
-        if id(tensor) in seen or not labels.depends(tensor) or labels.tokens(tensor) is None:
-            continue
-        seen.add(id(tensor))
-        columns = columns_of(tensor, labels)
-        if columns is not None:
-            found[id(tensor)] = columns
-        elif tensor.inputs and tensor.inputs[0].op != "LayerNormalization":
-            pending.extend(tensor.inputs[0].inputs)
-        elif tensor.inputs:
-            pending.append(tensor.inputs[0].inputs[0])
-    return back_to_roots(list(found.values()), labels)[0]
 
 
 def _source(labels: Labels, linear: Linear) -> gs.Tensor | None:

@@ -64,6 +64,11 @@ class AttentionReader:
         self.head_dim = int(module.head_dim)
         self.output: nn.Linear = module.proj
 
+    @property
+    def packed(self) -> bool:
+        """Whether queries, keys and values come from one projection."""
+        return self.module.qkv is not None
+
     def _projected(self, tokens: Tensor, part: int) -> Tensor:
         """q (part 0), k (1) or v (2) of ``tokens`` before norms and rotation: (b, n, width)."""
         module = self.module
@@ -124,7 +129,7 @@ class AttentionReader:
         """Widths of the queries (and of the mix), and of the keys (and the values)."""
         module = self.module
         width = self.heads * self.head_dim
-        return width, width if module.qkv is not None else int(module.k_proj.out_features)
+        return width, width if self.packed else int(module.k_proj.out_features)
 
 
 class ParallelReader(AttentionReader):
@@ -134,6 +139,11 @@ class ParallelReader(AttentionReader):
         self.module = block
         self.heads = int(block.num_heads)
         self.head_dim = int(block.head_dim)
+
+    @property
+    def packed(self) -> bool:
+        """They do, and the MLP's hidden layer with them."""
+        return True
 
     def _projected(self, tokens: Tensor, part: int) -> Tensor:
         hidden, width = self.module.in_split[:2]

@@ -55,6 +55,7 @@ class BlockReader:
     attentions: list[tuple[Tokens, AttentionReader]]
     mlp_macs: int
     mlp_hidden_dim: int
+    packed_mlp_dim: int = 0  # width of the projection of q, k and v that goes to the MLP's hidden layer
 
     def maps(self, view: View) -> Tensor:
         """Softmax matrices P (b, heads, k, n); parallel attentions side by side."""
@@ -76,6 +77,11 @@ class BlockReader:
     def can_refit(self) -> bool:
         """Whether every output projection is a plain linear layer in front of at most a LayerScale."""
         return all(branch.projection is not None for stage in self.stages for branch in stage.branches)
+
+    @property
+    def norms(self) -> int:
+        """How many norms are in front of attentions."""
+        return sum(norm is not _same for norm, _ in self.attentions)
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -185,7 +191,7 @@ def _parallel_scaling(block: Any) -> BlockReader:
     else:
         branches = [_branch(lambda view: torch.cat([mixed(view), activated(view)], dim=-1), block.out_proj, block.ls)]
     width = int(block.in_norm.normalized_shape[0])
-    return BlockReader(block, [Stage(branches)], [(block.in_norm, attention)], 2 * width * hidden, hidden)
+    return BlockReader(block, [Stage(branches)], [(block.in_norm, attention)], 2 * width * hidden, hidden, hidden)
 
 
 #: How each kind of block is read, by its exact type.

@@ -111,6 +111,9 @@ class ModelReader:
             key_dim=None if key == query else key,
             mlp_macs=None if block.mlp_macs == plain else block.mlp_macs,
             gate=any(getattr(reader.module, "gate", None) is not None for _, reader in block.attentions),
+            packed_qkv=all(reader.packed for _, reader in block.attentions),
+            packed_mlp_dim=block.packed_mlp_dim,
+            attention_norms=block.norms,
             pool_macs=per_token,
             pool_tokens=len(self.head.tokens) if per_token else 0,
         )
