@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import os
 import sys
 from pathlib import Path
@@ -21,6 +22,16 @@ if sys.dont_write_bytecode:  # PYTHONDONTWRITEBYTECODE: every process that a tes
 
 if TYPE_CHECKING:
     from export.pipeline import Outcome
+
+
+def pytest_collection_finish() -> None:
+    """What the tests import stays to the end: Python's collector need not walk over it at every export."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # libraries complain of what is not collected in the end
 
 
 @pytest.fixture(scope="session", autouse=True)
