@@ -197,15 +197,19 @@ class SlimPlan(_Strict):
         return stands_for(self.kept, self.tokens, self.merged_into)
 
     def order(self) -> list[int]:
-        """Original indices sorted by the block that drops them, longest kept first, ties by index.
+        """Original indices: prefix tokens, then patches by the block that drops them, longest kept first, ties by index.
 
-        Under this order every cut is a prefix slice: block l keeps the first ``counts[l]`` tokens. Prefix tokens lead, unless
-        the head pools and the last block drops one of them.
+        Under this order every cut takes one run of rows: block l keeps the first ``counts[l]`` tokens, but where a head that
+        pools needs no prefix token any more. Those that the last block drops there are the first of all.
         """
         survived = Counter(token for kept in self.kept for token in kept)
         head = set(self.head_tokens)
-        leading = self.prefix_tokens if set(range(self.prefix_tokens)) <= set(self.kept[-1]) or head else 0
-        return sorted(range(self.tokens), key=lambda token: (token not in head, token >= leading, -survived[token], token))
+
+        def rank(token: int) -> tuple[bool, bool, int, int]:
+            prefix = token < self.prefix_tokens
+            return token not in head, not prefix, survived[token] if prefix and not head else -survived[token], token
+
+        return sorted(range(self.tokens), key=rank)
 
     def save(self, path: Path) -> None:
         """Write ``plan.json`` whole or not at all; raises ``OSError``."""

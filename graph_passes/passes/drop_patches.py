@@ -51,10 +51,7 @@ def run(graph: gs.Graph, settings: Settings) -> int:
         )
     patches = _by_product(graph, structure.labels)
     structure = find_structure(graph)
-    order, prefix = plan.order(), list(range(plan.prefix_tokens))
-    if sorted(order[: len(prefix)]) != prefix:  # a head that pools may drop prefix tokens, but they are joined as a whole
-        order = sorted(order)
-    kept = same_for_all(structure, [token for token in order if token in embedded])
+    kept = same_for_all(structure, [token for token in plan.order() if token in embedded])
     lay(graph, replace(structure, stream=[patches, *structure.stream[1:]]), kept, settings.cut)
     return 1
 

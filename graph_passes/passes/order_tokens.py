@@ -1,7 +1,7 @@
-"""Order the tokens once, so that every later cut is a prefix slice.
+"""Order the tokens once, so that every later cut is one slice.
 
 Blocks do not care about the order of their tokens once positions are added. Where they enter the first block, the tokens are
-put in the plan's order (longest kept first, prefix tokens at the front), and every constant that has one row per token, as
+put in the plan's order (prefix tokens, then patches, longest kept first), and every constant that has one row per token, as
 rotary tables and biases between tokens have, is put in that order too.
 
 Before: patches row by row. After: ``plan.order()``; where that is the order they are in already, nothing is inserted. Site: the
