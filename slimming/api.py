@@ -110,8 +110,6 @@ class Calibrated:
             cost = MacsCost(reader.tokens, len(reader.blocks), reader.geometry(), self.mode, layout, merged)
         elif cost is None:
             raise UsageError(f"--{budget.criterion} is solved on a measured latency table: pass --latency-table")
-        if fit == "sgd" and self.world.size > 1:
-            raise UsageError("--fit sgd works in one process; across processes use closed-form, or --finetune-epochs")
         if fit == "closed-form" and not can_compensate(self.model):
             fit = "none"
         fitter = BlockFitter(self.features, progress=self.progress) if fit == "sgd" else None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from slimming.families import ModelReader, View
 from slimming.features import DenseFeatures
-from slimming.fit_sgd import fit_block, unfused_attention
+from slimming.fit_sgd import LR, fit_block, unfused_attention
 
 #: The paper's epochs of fitting per step.
 EPOCHS = 3.0
@@ -29,7 +29,7 @@ class BlockFitter:
         features: DenseFeatures,
         *,
         epochs: float = EPOCHS,
-        lr: float = 1e-4,
+        lr: float = LR,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
         self.features, self.epochs, self.lr = features, epochs, lr
@@ -59,9 +59,19 @@ class BlockFitter:
                 view = reader.view(output, kept, above, rope)
             return reader.blocks[block + 1].run(view)
 
-        def batches() -> Iterator[tuple[Tensor, Tensor]]:
-            for rows in features.rows(features.all_batches):
+        def batches(numbers: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+            for rows in features.rows(numbers):
                 yield features.output(block - 1, rows), features.output(block + 1, rows)[:, above]
 
+        images = [features.count([number]) for number in features.all_batches]
         with unfused_attention(self.model):
-            return fit_block(run, module.parameters(), batches, epochs=self.epochs, lr=self.lr, progress=self.progress)
+            return fit_block(
+                run,
+                module.parameters(),
+                batches,
+                images,
+                epochs=self.epochs,
+                lr=self.lr,
+                world=features.world,
+                progress=self.progress,
+            )

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
 
 import torch
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
-Batches = Callable[[], Iterator[tuple[Tensor, Tensor]]]
+from slimming.world import ALONE, World
+
+#: (inputs (b, n, d), targets (b, rows, d)) of this process's share of the batches asked for, in their order.
+Batches = Callable[[list[int]], Iterator[tuple[Tensor, Tensor]]]
 Progress = Callable[[str, int, int], None]
 
+#: Batches whose gradients make one step: that many processes can share it.
+STEP_BATCHES = 4
+#: Measured on two blocks of ViT-Ti, 32 images a step: E falls from .0116 to .0113, .0109 and .0105 at 2e-4, 4e-4 and 8e-4 in
+#: block 5, from .0030 to .0026, .0024 and .0024 in block 10, after 3 epochs of 256 images; the middle, to be safe elsewhere.
+LR = 4e-4
 _TINY = 1e-30  # an image whose target is all zero has no relative error
 
 
@@ -38,34 +48,39 @@ def fit_block(
     block_run: Callable[[Tensor], Tensor],
     parameters: Iterable[nn.Parameter],
     batches: Batches,
+    images: Sequence[int],
     *,
     epochs: float = 3,
-    lr: float = 1e-4,
+    lr: float = LR,
+    world: World = ALONE,
     progress: Progress | None = None,
 ) -> float:
     """Minimise a slimmed block's mean relative error E over ``parameters`` alone; returns the E that it ends at.
 
-    ``block_run`` maps inputs (b, n, d) to the block's output at its kept rows (b, rows, d); ``batches`` starts a new pass over
-    (inputs, targets (b, rows, d)), the same batches in the same order each time, and ``epochs`` counts such passes (3 in the
-    paper; may be fractional). The paper names no optimiser for this step: AdamW without weight decay, since the block is to
-    stay near the dense one, cosine to zero and gradients clipped to norm 1. E is measured before and after; parameters that did
-    not lower it are put back, and the first E is returned. ``progress`` is called with ("fitting", steps done, steps). On a
-    CPU run it under ``unfused_attention``. Raises ``ValueError`` for no batches, or epochs or a learning rate not above 0.
+    ``block_run`` maps inputs (b, n, d) to the block's output at its kept rows (b, rows, d). ``images`` says how many images
+    each batch has, over all processes, and ``batches`` reads those of ``world``'s share; gradients are added in the order of
+    the batches, so that several processes learn what one would. ``epochs`` counts passes (3 in the paper; may be fractional).
+    The paper names no optimiser for this step: AdamW without weight decay, since the block is to stay near the dense one,
+    cosine to zero and gradients clipped to norm 1; ``STEP_BATCHES`` batches a step. E is measured before and after;
+    parameters that did not lower it are put back, and the first E is returned. ``progress`` is called with ("fitting", steps
+    done, steps). On a CPU run it under ``unfused_attention``. Raises ``ValueError`` for no batches, or epochs or a learning
+    rate not above 0.
     """
     if not (epochs > 0 and lr > 0):
         raise ValueError(f"epochs {epochs} and lr {lr} must be above 0")
+    if not images:
+        raise ValueError("no batches to fit a block on")
     own = list(parameters)
     required = [parameter.requires_grad for parameter in own]
     before = [parameter.detach().clone() for parameter in own]
-    start, count = _measure(block_run, batches)
-    steps = max(1, round(epochs * count))
-    end = start
+    end = start = _measure(block_run, batches, images, world)
+    descent = _Descent(block_run, own, batches, images, world)
     try:
         with torch.inference_mode(False), torch.enable_grad():
             for parameter in own:
                 parameter.requires_grad_(True)
-            _descend(block_run, own, batches, steps, lr, progress or (lambda stage, done, total: None))
-        end, _ = _measure(block_run, batches)
+            descent.run(epochs, lr, progress or (lambda stage, done, total: None))
+        end = _measure(block_run, batches, images, world)
     finally:
         with torch.no_grad():
             for parameter, found, flag in zip(own, before, required, strict=True):
@@ -76,37 +91,45 @@ def fit_block(
     return end if end < start else start
 
 
-def _descend(
-    block_run: Callable[[Tensor], Tensor], own: list[nn.Parameter], batches: Batches, steps: int, lr: float, progress: Progress
-) -> None:
-    optimizer = torch.optim.AdamW(own, lr=lr, weight_decay=0.0)
-    scheduler, _ = create_scheduler_v2(optimizer, "cosine", num_epochs=steps, step_on_epochs=False, updates_per_epoch=1)
-    step = 0
-    while step < steps:
-        for inputs, target in batches():
-            error = relative_error(block_run(_plain(inputs)), _plain(target)).mean()
-            # Not backward(): parameters of others must not gather gradients.
-            for parameter, gradient in zip(own, torch.autograd.grad(error, own, allow_unused=True), strict=True):
-                parameter.grad = gradient
-            nn.utils.clip_grad_norm_(own, 1.0)
+@dataclass(frozen=True)
+class _Descent:
+    block_run: Callable[[Tensor], Tensor]
+    own: list[nn.Parameter]
+    batches: Batches
+    images: Sequence[int]
+    world: World
+
+    def run(self, epochs: float, lr: float, progress: Progress) -> None:
+        numbers = range(len(self.images))
+        groups = [list(numbers[start : start + STEP_BATCHES]) for start in numbers[::STEP_BATCHES]]
+        steps = max(1, round(epochs * len(groups)))
+        optimizer = torch.optim.AdamW(self.own, lr=lr, weight_decay=0.0)
+        scheduler, _ = create_scheduler_v2(optimizer, "cosine", num_epochs=steps, step_on_epochs=False, updates_per_epoch=1)
+        for step, group in enumerate(islice(cycle(groups), steps), start=1):
+            mean = self.world.total(list(self._gradients(group)), group) / sum(self.images[number] for number in group)
+            parts = torch.split(mean, [parameter.numel() for parameter in self.own])
+            for parameter, part in zip(self.own, parts, strict=True):
+                parameter.grad = part.to(parameter).view_as(parameter)
+            nn.utils.clip_grad_norm_(self.own, 1.0)
             optimizer.step()
-            step += 1
             scheduler.step_update(step)
             progress("fitting", step, steps)
-            if step == steps:
-                return
+
+    def _gradients(self, group: list[int]) -> Iterator[Tensor]:
+        """Of each of this process's batches the gradient of its images' errors, added up: one float64 vector."""
+        for inputs, target in self.batches(group):
+            error = relative_error(self.block_run(_plain(inputs)), _plain(target)).sum()
+            # Not backward(): parameters of others must not gather gradients.
+            found = torch.autograd.grad(error, self.own, allow_unused=True, materialize_grads=True)
+            yield torch.cat([gradient.reshape(-1).double() for gradient in found])
 
 
 @torch.no_grad()
-def _measure(block_run: Callable[[Tensor], Tensor], batches: Batches) -> tuple[float, int]:
-    """Mean E over all images, and the number of batches."""
-    total, images, count = 0.0, 0, 0
-    for inputs, target in batches():
-        errors = relative_error(block_run(inputs), target)
-        total, images, count = total + float(errors.double().sum()), images + len(errors), count + 1
-    if not images:
-        raise ValueError("no batches to fit a block on")
-    return total / images, count
+def _measure(block_run: Callable[[Tensor], Tensor], batches: Batches, images: Sequence[int], world: World) -> float:
+    """Mean E over all images."""
+    every = list(range(len(images)))
+    found = [relative_error(block_run(inputs), target).double().sum() for inputs, target in batches(every)]
+    return float(world.total(found, every)) / sum(images)
 
 
 def _plain(tensor: Tensor) -> Tensor:
