@@ -16,7 +16,6 @@ from export.bundle import check_place, publish
 from export.cache import StageCache, tool_versions
 from export.config import Options
 from export.engines import EngineResult
-from export.families import check_exportable
 from export.onnx_export import INPUT, OUTPUT
 from export.stages import ENGINE, ONNX_FP16, ONNX_SLIM, PYTORCH, PYTORCH_SLIM, Stages
 from slimming.budget import LATENCY
@@ -78,7 +77,6 @@ def export_bundle(options: Options) -> Outcome:
         reporter.say(f"engine: {backend.name} for {', '.join(backend.targets)}")
     images = evaluation_images(options)
     session = open_session(options, images)
-    check_exportable(session.loaded.module, options.model)
     stages = Stages(options, session, StageCache(options.work_folder), reporter)
     plan = stages.plan()
     fitted = stages.fitted(plan)
@@ -118,7 +116,6 @@ def describe(options: Options) -> dict[str, Any]:
         backend, targets = chosen.name, list(chosen.targets)
     images = evaluation_images(options)
     session = open_session(options, images)
-    check_exportable(session.loaded.module, options.model)
     stages = Stages(options, session, StageCache(options.work_folder), Reporter())
     if options.plan is not None or options.dense:
         stages.plan()  # read and compared with the model
