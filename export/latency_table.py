@@ -19,6 +19,7 @@ from slimming.latency_table import LatencyPoint, LatencyTable
 from slimming.plan import Layout, Mode, Origin, SlimPlan
 
 if TYPE_CHECKING:
+    import onnx_graphsurgeon as gs
     from numpy.typing import NDArray
 
     from export.config import Engine, Precision
@@ -198,6 +199,7 @@ class _Parts:
 
         graph = import_graph(with_shapes(model))
         blocks = find_structure(graph).blocks
+        _batch_is_known(graph, self.batch)
         if isinstance(part, int):
             graph.inputs, graph.outputs = [blocks[part].input], [blocks[part].output]
         elif part == _STEM:
@@ -209,6 +211,21 @@ class _Parts:
         for tensor in (*graph.inputs, *graph.outputs):
             tensor.shape = [self.batch, *tensor.shape[1:]]
         return export_model(graph, like=model)
+
+
+def _batch_is_known(graph: gs.Graph, batch: int) -> None:
+    """Put constants for the shape of the images, which an attention pool's query takes its batch from, far behind them."""
+    from graph_passes.match import make_constant, replace_input
+
+    images = graph.inputs[0]
+    shape = [batch, *images.shape[1:]]
+    if not all(isinstance(length, int) for length in shape):
+        return
+    for node in [reader for reader in images.outputs if reader.op == "Shape"]:
+        output = node.outputs[0]
+        known = make_constant(f"{output.name}.known", shape[slice(node.attrs.get("start"), node.attrs.get("end"))])
+        for reader in list(output.outputs):
+            replace_input(reader, output, known)
 
 
 def _first_blocks(model: OnnxModel, depth: int) -> OnnxModel:

@@ -135,6 +135,24 @@ def test_other_prefix_tokens(export_work: Path, model: str, more: tuple[str, ...
     assert check_bundle(outcome.bundle).passed
 
 
+@pytest.mark.parametrize(
+    ("model", "more", "pooling"),
+    [
+        ("vit_base_patch16_siglip_224", (), "map"),
+        ("vit_small_patch16_dinov3", ("img_size=64", "dynamic_img_size=False"), "avg"),  # rotary positions, registers
+    ],
+)
+def test_other_families(export_work: Path, model: str, more: tuple[str, ...], pooling: str) -> None:
+    arguments = (*ARGUMENTS, "depth=2", *more)
+    outcome = export_bundle(tiny(export_work, pooling, model=model, model_arg=arguments, macs_reduction=0.3))
+    assert outcome.plan.pooling == pooling
+    assert outcome.parity.macs.reduction >= 0.3
+    exported = outcome.parity.rungs[2]
+    assert exported.max_error is not None
+    assert exported.max_error < 1e-4
+    assert check_bundle(outcome.bundle).passed
+
+
 def test_preprocessing_of_ones_own_reaches_the_manifest(export_work: Path) -> None:
     options = tiny(
         export_work, "grey", dense=True, mean=(0.4,), std=(0.2,), crop_pct=1.0, interpolation="bilinear", eval_images=8
