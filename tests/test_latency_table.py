@@ -15,9 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from models_factory import build
-from onnx_models import dense, export_dense, plan_for
+from onnx_models import dense, plan_for
 
 from export.latency_table import level_rounds, measure_table
+from export.onnx_export import export_dense
 from graph_passes import OnnxModel, load_model, save_model
 from slimming.api import dense_plan
 from slimming.costs import Cost, MacsCost, snap
@@ -352,7 +353,7 @@ def test_a_shallow_model_is_measured(depth: int, tmp_path: Path) -> None:
 
 def test_a_head_that_takes_its_batch_from_the_images_is_measured(tmp_path: Path) -> None:
     model = build("siglip", depth=2)
-    save_model(export_dense(model, 48), tmp_path / "dense.onnx")
+    export_dense(model, (3, 48, 48), tmp_path / "dense.onnx")
     plan = dense_plan(model, "tiny")
     found = measure_table(tmp_path / "dense.onnx", plan, layout="split", mode="compact", batch=2, threads=1, grid=[5], rounds=1)
     assert {point.tokens_in for point in found.points} == {9, 5, 1}
