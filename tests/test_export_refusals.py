@@ -66,7 +66,6 @@ def refused(tmp_path: Path, **changes: Any) -> DoorError:
         ({"model_arg": ("depth=0",)}, 3, "no blocks"),
         ({"model_arg": (*ARGUMENTS[1:], "img_size=5")}, 3, "holds no patch"),
         ({"model_arg": (*ARGUMENTS, "num_classes=7")}, 3, "digits has 10 classes, the model 7"),
-        ({"model_arg": (*ARGUMENTS, "global_pool='avg'", "class_token=False")}, 3, MODEL),
         ({"model": "deit_s", "weights": "bundled"}, 4, "no weights are bundled for deit_s"),
         ({"weights": "/nowhere/weights.safetensors"}, 3, "no such weights file"),
         ({"data": "/nowhere/images"}, 3, "/nowhere/images: no such data"),
