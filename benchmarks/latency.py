@@ -6,7 +6,8 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from validate.door import InputRejected, UsageError, open_door
+from patchslim.cli import run_command
+from patchslim.errors import InputRejected, UsageError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +79,8 @@ def _slim_and_ratio(options: Options) -> tuple[Path, float | None]:
         slim = slim or options.bundle / next(record.path for record in manifest.onnx if record.max_error is not None)
         ratio = manifest.macs.dense / max(manifest.macs.slim, 1)
     elif options.plan is not None:
-        from slimming.door import InputRejected as PlanRejected
-        from slimming.plan import load_plan
+        from patchslim.errors import InputRejected as PlanRejected
+        from patchslim.plan import load_plan
 
         if options.layout not in ("split", "packed"):
             raise UsageError("--layout must be split or packed")
@@ -97,4 +98,4 @@ def _slim_and_ratio(options: Options) -> tuple[Path, float | None]:
 
 if __name__ == "__main__":
     description = "Measure a dense and a slim ONNX file side by side in ONNX Runtime."
-    sys.exit(open_door(Options, main, prog="benchmarks.latency", description=description))
+    sys.exit(run_command(Options, main, prog="benchmarks.latency", description=description))

@@ -85,7 +85,8 @@ def export(size: Size, path: Path) -> None:
 
 def random_plan(size: Size, share: float, seed: int = 0) -> Any:
     """A nested plan of random tokens with about ``share`` of the dense MACs; the last block keeps the class token alone."""
-    from slimming.plan import Geometry, Origin, SlimPlan, macs_of
+    from patchslim.macs import Geometry, macs_of
+    from patchslim.plan import Origin, SlimPlan
 
     side = size.image // size.patch
     tokens = side * side + 1
@@ -144,7 +145,7 @@ def memory(field: str) -> int:
 def measure(dense: Path, plan_file: Path, slim_file: Path) -> dict[str, Any]:
     """Load, run all default passes and save, in this process, which has done nothing else."""
     from graph_passes import Settings, default_passes, load_model, run_passes, save_model, slim
-    from slimming.plan import load_plan
+    from patchslim.plan import load_plan
 
     plan = load_plan(plan_file)
     before = memory("RssAnon")

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from slimming.plan import Fit
+from patchslim.choices import Fit
 
 CLOCKS = ("cpu", "wall")
 Times = tuple[float, float]

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 from graph_passes.report import report_schema
-from slimming.latency_table import latency_table_schema
-from slimming.plan import plan_schema
-from validate.schema import manifest_schema, parity_schema
+from patchslim.latency_table import latency_table_schema
+from patchslim.plan import plan_schema
+from validate.manifest import manifest_schema, parity_schema
 
 FOLDER = Path(__file__).parent / "schemas"
 SCHEMAS = {

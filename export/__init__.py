@@ -8,8 +8,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from patchslim.lazy import lazy_names
 
 if TYPE_CHECKING:
     from export.config import Options
@@ -17,10 +18,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Options", "Outcome", "export_bundle"]
 
-_HOME = {"Options": "config", "Outcome": "pipeline", "export_bundle": "pipeline"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'export' has no attribute '{name}'")
-    return getattr(import_module(f"export.{_HOME[name]}"), name)
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "Options": "export.config",
+        "Outcome": "export.pipeline",
+        "export_bundle": "export.pipeline",
+    },
+)

@@ -52,7 +52,7 @@ class _OrtRun:
     def __init__(self, path: Path, provider: str, threads: int | None, batch: int) -> None:
         import onnxruntime
 
-        from validate.runtime import interface, open_session
+        from patchslim.ort_runner import interface, open_session
 
         self._session: Any = open_session(path, provider=provider, threads=threads or 0)
         (name, kind, shape), (output, _, _) = interface(self._session)

@@ -9,8 +9,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from slimming.door import UsageError
-from validate.schema import Manifest
+from patchslim.errors import UsageError
+from validate.manifest import Manifest
 
 MANIFEST = "manifest.json"
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
-from slimming.door import Unavailable
+from patchslim.errors import Unavailable
 
 
 class StageCache:
@@ -50,7 +50,7 @@ def code_digest() -> str:
     """SHA-256 over this project's code and its libraries' versions: a stage made by other code is made again."""
     digest = hashlib.sha256()
     root = Path(__file__).parent.parent
-    for room in ("export", "graph_passes", "slimming", "validate"):
+    for room in ("export", "graph_passes", "patchslim", "slimming", "validate"):
         for path in sorted((root / room).rglob("*.py")):
             digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     digest.update(json.dumps(tool_versions()).encode())

@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from slimming.door import UsageError
+from patchslim.choices import Layout
+from patchslim.errors import UsageError
 from slimming.options import ModelOptions
-from slimming.plan import Layout
 
 Engine = Literal["ort", "trt"]
 Precision = Literal["fp32", "fp16"]

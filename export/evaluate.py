@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from slimming.door import InputRejected
+from patchslim.errors import InputRejected
 
 Array = npt.NDArray[Any]
 #: (b, 3, h, w) float32 images -> (b, classes) float32 logits.

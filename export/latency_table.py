@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from export.block_runs import OnnxRuntime, Run, TensorRt
-from slimming.door import InputRejected, Unavailable, UsageError
-from slimming.latency_table import LatencyPoint, LatencyTable
-from slimming.plan import Layout, Mode, Origin, SlimPlan
+from patchslim.choices import Layout, Mode
+from patchslim.errors import InputRejected, Unavailable, UsageError
+from patchslim.latency_table import LatencyPoint, LatencyTable
+from patchslim.plan import Origin, SlimPlan
 
 if TYPE_CHECKING:
     import onnx_graphsurgeon as gs

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from slimming.plan import Layout, SlimPlan
+from patchslim.choices import Layout
+from patchslim.plan import SlimPlan
 
 
 def draw_kept_patches(plan: SlimPlan, layout: Layout, image: npt.NDArray[Any], path: Path) -> None:

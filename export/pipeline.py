@@ -18,12 +18,12 @@ from export.config import Options
 from export.engines import EngineResult
 from export.onnx_export import INPUT, OUTPUT
 from export.stages import ENGINE, ONNX_FP16, ONNX_SLIM, PYTORCH, PYTORCH_SLIM, Stages
+from patchslim.errors import ParityFailed
+from patchslim.plan import SlimPlan
+from patchslim.progress import Reporter
 from slimming.budget import LATENCY
-from slimming.door import ParityFailed
-from slimming.plan import SlimPlan
-from slimming.progress import Reporter
 from slimming.session import open_session
-from validate import schema
+from validate import manifest as schema
 from validate.bundle import digest, record_files, write_parity
 from validate.golden import Golden, write_golden
 from validate.parity import gate, not_executed, rung
@@ -64,8 +64,8 @@ def fp32_tolerance(logits: Array) -> float:
 def export_bundle(options: Options) -> Outcome:
     """Run the whole export and publish the bundle.
 
-    Raises ``DoorError``; in particular ``GateFailed`` when a stage fails its gate: then nothing is published, and the bundle
-    stays in the work folder under a name that ends in ``.failed``.
+    Raises ``PatchslimError``; in particular ``GateFailed`` when a stage fails its gate: then nothing is published, and the
+    bundle stays in the work folder under a name that ends in ``.failed``.
     """
     options.check()
     check_place(options.bundle)
@@ -103,7 +103,7 @@ def export_bundle(options: Options) -> Outcome:
 def describe(options: Options) -> dict[str, Any]:
     """What ``export_bundle`` would do with these options, and which of its slow stages are in the work folder already.
 
-    Raises the ``DoorError`` that the run would meet before its first slow stage.
+    Raises the ``PatchslimError`` that the run would meet before its first slow stage.
     """
     options.check()
     check_place(options.bundle)

@@ -7,11 +7,12 @@ import sys
 from typing import Any
 
 from export.config import Options
-from slimming.door import EXIT_DONE, open_door
+from patchslim.cli import run_command
+from patchslim.errors import EXIT_DONE
 
 
 def run(options: Options) -> int:
-    """Export, or say what an export would do; returns the exit code. Raises ``DoorError``."""
+    """Export, or say what an export would do; returns the exit code. Raises ``PatchslimError``."""
     if options.dry_run:
         print_dry_run(options)
         return EXIT_DONE
@@ -53,7 +54,7 @@ def print_dry_run(options: Options) -> None:
 
 def main() -> int:
     """The command line's entry point; returns the exit code."""
-    return open_door(Options, run, prog="python -m export.run", description=Options.__doc__ or "")
+    return run_command(Options, run, prog="python -m export.run", description=Options.__doc__ or "")
 
 
 if __name__ == "__main__":

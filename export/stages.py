@@ -20,10 +20,10 @@ from export.engines import EngineResult, build_engine
 from export.engines import Progress as EngineProgress
 from export.evaluate import Runner, measure, torch_runner
 from export.onnx_export import export_dense
+from patchslim.errors import InputRejected
+from patchslim.plan import SlimPlan, load_plan
+from patchslim.progress import Reporter
 from slimming.budget import LATENCY
-from slimming.door import InputRejected
-from slimming.plan import SlimPlan, load_plan
-from slimming.progress import Reporter
 from slimming.session import Session, search
 from validate.bundle import digest
 
@@ -77,8 +77,8 @@ class Stages:
 
     def latency_table(self) -> Path:
         """The latency table that a latency budget is solved on: the given one, or measured once on the dense graph."""
+        from patchslim.latency_table import load_table
         from slimming.api import dense_plan
-        from slimming.latency_table import load_table
 
         options, loaded = self.options, self.session.loaded
         plan = dense_plan(loaded.module, loaded.architecture).model_copy(update={"mode": options.mode})
@@ -135,8 +135,8 @@ class Stages:
         folder = self.plan_folder()
 
         def build(part: Path) -> None:
+            from patchslim.latency_table import load_table
             from slimming.fitted import save_fitted
-            from slimming.latency_table import load_table
 
             cost = load_table(self.latency_table()) if options.budget.criterion in LATENCY else None
             checkpoint = folder.with_name(f"{folder.name}.checkpoint")

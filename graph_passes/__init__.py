@@ -3,7 +3,7 @@
 - ``slim(model, plan, layout=..., precision=...) -> SlimResult(model, results)``: all passes, in order.
 - ``run_passes(model, names, settings)``: chosen passes, refusals reported rather than raised.
 - ``to_fp16(model)``: the model typed as FP16.
-- ``load_model(path)``, ``save_model(model, path)``: ONNX files of any size; faults are ``slimming.door.InputRejected``.
+- ``load_model(path)``, ``save_model(model, path)``: ONNX files of any size; faults are ``patchslim.errors.InputRejected``.
 - ``OnnxModel``: what these give and take, large weights left where they are; ``from_proto(model)`` and ``to_proto()``.
 - ``PASSES``, ``PassResult``, ``Refusal``, ``Settings``: the registry.
 
@@ -12,8 +12,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from patchslim.lazy import lazy_names
 
 if TYPE_CHECKING:
     from graph_passes.files import load_model, save_model
@@ -37,12 +38,21 @@ __all__ = [
     "to_fp16",
 ]
 
-_HOME = {"load_model": "files", "save_model": "files", "OnnxModel": "model", "Weight": "model"} | dict.fromkeys(
-    ["SlimResult", "default_passes", "run_passes", "slim", "to_fp16", "PASSES"], "manager"
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "OnnxModel": "graph_passes.model",
+        "PASSES": "graph_passes.registry",
+        "PassResult": "graph_passes.registry",
+        "Refusal": "graph_passes.registry",
+        "Settings": "graph_passes.registry",
+        "SlimResult": "graph_passes.manager",
+        "Weight": "graph_passes.model",
+        "default_passes": "graph_passes.manager",
+        "load_model": "graph_passes.files",
+        "run_passes": "graph_passes.manager",
+        "save_model": "graph_passes.files",
+        "slim": "graph_passes.manager",
+        "to_fp16": "graph_passes.manager",
+    },
 )
-
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module 'graph_passes' has no attribute '{name}'")
-    return getattr(import_module(f"graph_passes.{_HOME.get(name, 'registry')}"), name)

@@ -19,7 +19,8 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped,u
 
 from graph_passes import wire
 from graph_passes.model import Bytes, OnnxModel, Weight, as_model, assemble, copy_fields, size_of
-from slimming.door import InputRejected, atomic_path
+from patchslim.errors import InputRejected
+from patchslim.records import atomic_path
 
 #: A model that is larger gets its weights in a file beside it: protobuf ends at 2 GiB. In bytes.
 PROTOBUF_LIMIT = 2**31 - 2**20

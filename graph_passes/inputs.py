@@ -8,7 +8,7 @@ import onnx
 
 from graph_passes.model import OnnxModel
 from graph_passes.proto import export_model, import_graph, with_shapes
-from slimming.door import UsageError
+from patchslim.errors import UsageError
 
 
 def with_image_size(model: OnnxModel, height: int, width: int) -> OnnxModel:

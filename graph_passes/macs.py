@@ -12,7 +12,7 @@ from graph_passes.labels import Attention, Labels
 from graph_passes.linear import exits_of, union
 from graph_passes.match import MatchFailure
 from graph_passes.structure import Structure
-from slimming.plan import Geometry
+from patchslim.macs import Geometry
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from graph_passes.match import MatchFailure
 from graph_passes.model import OnnxModel, as_model
 from graph_passes.proto import export_model, import_graph, with_shapes
 from graph_passes.registry import PASSES, CutForm, ImageForm, PassResult, Refusal, Settings
-from slimming.door import InputRejected, UsageError
-from slimming.plan import Layout, SlimPlan
+from patchslim.choices import Layout
+from patchslim.errors import InputRejected, UsageError
+from patchslim.plan import SlimPlan
 
 Precision = Literal["fp32", "fp16"]
 

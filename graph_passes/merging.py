@@ -23,7 +23,8 @@ from graph_passes.labels import NORMS, Labels
 from graph_passes.linear import MOVES
 from graph_passes.match import MatchFailure, constant, label, make_constant, operands, replace_input
 from graph_passes.structure import Structure
-from slimming.plan import SlimPlan, mixing_of
+from patchslim.plan import SlimPlan
+from patchslim.token_groups import mixing_of
 
 AFFINE = MOVES | {"Add", "Sub", "Concat", "Dropout", "Neg"}
 #: What exporters write a norm with, where it is not one node.

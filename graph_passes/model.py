@@ -13,7 +13,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
-from slimming.door import InputRejected
+from patchslim.errors import InputRejected
 
 Bytes = NDArray[np.uint8]
 

@@ -18,7 +18,7 @@ from onnx import checker, defs, helper, shape_inference
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from graph_passes.model import OnnxModel, Weight, as_model, is_storable
-from slimming.door import InputRejected
+from patchslim.errors import InputRejected
 
 SHAPE_LIMIT = 2**31 - 1
 #: The first IR version in which an initializer need not be an input as well.

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from slimming.plan import Layout, SlimPlan
+from patchslim.choices import Layout
+from patchslim.plan import SlimPlan
 
 #: How rows are taken: see ``graph_passes.cutting.take_rows``.
 CutForm = Literal["auto", "slice", "gather", "matmul"]

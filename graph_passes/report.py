@@ -18,8 +18,8 @@ from graph_passes.model import OnnxModel
 from graph_passes.proto import import_graph, with_shapes
 from graph_passes.registry import CutForm, ImageForm, PassResult, Settings
 from graph_passes.structure import Structure, find_structure
-from slimming.door import InputRejected
-from slimming.plan import Layout
+from patchslim.choices import Layout
+from patchslim.errors import InputRejected
 
 if TYPE_CHECKING:
     from rich.table import Table

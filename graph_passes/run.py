@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from slimming.door import EXIT_DONE, DoorError, InputRejected, UsageError, atomic_path, open_door
+from patchslim.cli import run_command
+from patchslim.errors import EXIT_DONE, InputRejected, PatchslimError, UsageError
+from patchslim.records import atomic_path
 
 if TYPE_CHECKING:
     from graph_passes.manager import SlimResult
     from graph_passes.model import OnnxModel
     from graph_passes.registry import PassResult
     from graph_passes.report import Picture, RefusedSite
-    from slimming.plan import SlimPlan
+    from patchslim.plan import SlimPlan
 
 PROG = "graph_passes.run"
 
@@ -68,13 +70,13 @@ class Options:
 
 
 def run(options: Options) -> int:
-    """Do what the options ask; returns the exit code. Raises ``DoorError``."""
+    """Do what the options ask; returns the exit code. Raises ``PatchslimError``."""
     if options.list or options.explain is not None:
         return _describe(options)
     if options.model is None:
         raise UsageError("MODEL missing; see --help")
     size = _image_size(options.image_size)
-    from slimming.plan import load_plan
+    from patchslim.plan import load_plan
 
     plan = None if options.plan is None else load_plan(options.plan)
     _ensure_chosen(options, plan)
@@ -158,7 +160,7 @@ def _load(options: Options, path: Path, size: tuple[int, int] | None) -> OnnxMod
             from graph_passes.inputs import with_image_size
 
             model = with_image_size(model, *size)
-    except DoorError as error:
+    except PatchslimError as error:
         raise type(error)(f"{path}: {error}") from error
     return model
 
@@ -245,7 +247,7 @@ def _describe(options: Options) -> int:
 
 def main() -> int:
     """The command line's entry point; returns the exit code."""
-    return open_door(Options, run, prog=PROG, description=Options.__doc__ or "")
+    return run_command(Options, run, prog=PROG, description=Options.__doc__ or "")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ from graph_passes.cutting import Layout
 from graph_passes.match import MatchFailure, label
 from graph_passes.merging import Merges, ensure_merged
 from graph_passes.structure import Structure
-from slimming.door import InputRejected
-from slimming.plan import SlimPlan
+from patchslim.errors import InputRejected
+from patchslim.plan import SlimPlan
 
 
 class PlanMismatch(InputRejected):

@@ -12,15 +12,16 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from patchslim.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from patchslim.plan import SlimPlan, load_plan
     from slimming.api import Calibrated, Found, dense_plan, find, make_plan
     from slimming.budget import Budget
     from slimming.data import calibration_set, evaluation_set
     from slimming.models import load_model
-    from slimming.plan import SlimPlan, load_plan
     from slimming.slim_vit import SlimViT
 
 __all__ = [
@@ -38,23 +39,20 @@ __all__ = [
     "make_plan",
 ]
 
-_HOME = {
-    "Budget": "budget",
-    "Calibrated": "api",
-    "Found": "api",
-    "SlimPlan": "plan",
-    "SlimViT": "slim_vit",
-    "calibration_set": "data",
-    "dense_plan": "api",
-    "evaluation_set": "data",
-    "find": "api",
-    "load_model": "models",
-    "load_plan": "plan",
-    "make_plan": "api",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'slimming' has no attribute '{name}'")
-    return getattr(import_module(f"slimming.{_HOME[name]}"), name)
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "Budget": "slimming.budget",
+        "Calibrated": "slimming.api",
+        "Found": "slimming.api",
+        "SlimPlan": "patchslim.plan",
+        "SlimViT": "slimming.slim_vit",
+        "calibration_set": "slimming.data",
+        "dense_plan": "slimming.api",
+        "evaluation_set": "slimming.data",
+        "find": "slimming.api",
+        "load_model": "slimming.models",
+        "load_plan": "patchslim.plan",
+        "make_plan": "slimming.api",
+    },
+)

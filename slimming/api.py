@@ -11,16 +11,17 @@ from typing import Any
 
 from torch import Tensor
 
+from patchslim.choices import Fit, Layout, Mode, ScoreName
+from patchslim.errors import UsageError
+from patchslim.plan import Calibration, Origin, SlimPlan
 from slimming.blockwise import BlockFitter
 from slimming.budget import LATENCY, Budget, check_similarity, check_summary, resolved_score
 from slimming.compensate import can_compensate, compensate
 from slimming.costs import Cost, MacsCost
 from slimming.data import ImageSet, load_tensors
-from slimming.door import UsageError
 from slimming.families import ModelReader, check_supported, reader_of
 from slimming.features import BATCH, DenseFeatures, Progress
 from slimming.merging import MergeSearch, SummarySearch, with_summary
-from slimming.plan import Calibration, Fit, Layout, Mode, Origin, ScoreName, SlimPlan
 from slimming.profile import Judge, profile_within, snapped, uniform_within
 from slimming.scores import score_named
 from slimming.search import Selection, TopDownSearch

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from slimming.costs import Cost, check_counts
-from slimming.door import UsageError
-from slimming.plan import Criterion, Fit, Mode, ScoreName
+from patchslim.choices import Criterion, Fit, Mode, ScoreName
+from patchslim.errors import UsageError
+from patchslim.macs import check_counts
+from slimming.costs import Cost
 
 #: The criteria that are solved on a measured latency table.
 LATENCY: tuple[Criterion, ...] = ("latency-reduction", "latency-budget-ms")

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patchslim.errors import InputRejected
+from patchslim.plan import SlimPlan
 from slimming.cuts import Cut, averages_of, cuts_of
-from slimming.door import InputRejected
 from slimming.families import ModelReader, Stage, View
 from slimming.features import DenseFeatures
-from slimming.plan import SlimPlan
 from slimming.store import TensorStore
 
 #: Ridge strength, a fraction of the mean diagonal of the inputs' second moments.

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from slimming.plan import Geometry, Layout, Mode, macs_of
+from patchslim.choices import Layout, Mode
+from patchslim.macs import Geometry, check_counts, macs_of
 
 Rounding = Literal["down", "up", "nearest"]
 
@@ -50,17 +51,6 @@ class MacsCost:
     def dense(self) -> float:
         """MACs of the unslimmed model."""
         return self.of([self.tokens] * self.depth)
-
-
-def check_counts(counts: Sequence[int], tokens: int, depth: int) -> None:
-    """Raise ``ValueError`` unless ``counts`` are ``depth`` nested token counts, from ``tokens`` down to at least 1."""
-    if len(counts) != depth:
-        raise ValueError(f"{len(counts)} token counts for {depth} blocks")
-    before = tokens
-    for block, count in enumerate(counts):
-        if not 1 <= count <= before:
-            raise ValueError(f"block {block} cannot output {count} tokens when it is given {before}")
-        before = count
 
 
 def snap(counts: Sequence[int], multiple: int, tokens: int, prefix: int, rounding: Rounding = "nearest") -> list[int]:

@@ -8,9 +8,10 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor, nn
 
+from patchslim.choices import Mode
+from patchslim.token_groups import mixing_of, sizes_of, stands_for
 from slimming.families import View
 from slimming.families.attention import Mix
-from slimming.plan import Mode, mixing_of, sizes_of, stands_for
 
 
 def split(present: Sequence[int], kept: Collection[int]) -> tuple[Tensor, Tensor]:
@@ -24,7 +25,7 @@ def split(present: Sequence[int], kept: Collection[int]) -> tuple[Tensor, Tensor
 class Cut(nn.Module):
     """One block's cut: it reads the tokens ``present`` and computes those ``kept``.
 
-    ``mixing`` is how the kept ones take in the dropped ones (``slimming.plan.mixing_of``), None where those are lost. A token
+    ``mixing`` is how the kept ones take in the dropped ones (``patchslim.plan.mixing_of``), None where those are lost. A token
     that stands for c of the original ones is read with log(c) added to the logits of its key, so that it weighs as much as c
     copies of it would (proportional attention, after ToMe): ``sizes`` are those of the tokens present.
     """

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from slimming.door import InputRejected
+from patchslim.choices import Mode
+from patchslim.errors import InputRejected
 from slimming.families import ModelReader, View
-from slimming.plan import Mode
 from slimming.scores import input_magnitude
 from slimming.store import TensorStore
 from slimming.world import ALONE, World, chunks

@@ -40,8 +40,8 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional
 
+from patchslim.errors import InputRejected, UsageError
 from slimming.data import ImageSet
-from slimming.door import InputRejected, UsageError
 from slimming.finetune_data import Draws, identity_of, loader_of, read, train_transform
 from slimming.finetune_state import as_found, resume, save
 from slimming.fit_sgd import unfused_attention

@@ -15,9 +15,9 @@ from timm.data import create_transform
 from timm.data.transforms import MaybeToTensor
 from torchvision import transforms
 
+from patchslim.errors import InputRejected
 from slimming.data import ImageSet
 from slimming.data.source import fingerprint_of, workers_for
-from slimming.door import InputRejected
 
 _FINGERPRINTED = 256  # images whose bytes are hashed; every index is
 

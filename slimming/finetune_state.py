@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from slimming.door import InputRejected
+from patchslim.errors import InputRejected
 
 _RUN = "run.json"
 _STEP = re.compile(r"step-(\d+)")

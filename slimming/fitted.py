@@ -6,9 +6,11 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from slimming.door import InputRejected, atomic_path
+from patchslim.choices import Fit
+from patchslim.errors import InputRejected
+from patchslim.plan import FittedWeights, SlimPlan
+from patchslim.records import atomic_path
 from slimming.models import apply_weights, read_weights, state_digest
-from slimming.plan import Fit, FittedWeights, SlimPlan
 
 
 def save_fitted(

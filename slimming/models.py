@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slimming.door import InputRejected, Unavailable, UsageError
+from patchslim.errors import InputRejected, Unavailable, UsageError
 
 PRESETS = {
     "vit_ti": "vit_tiny_patch16_224",

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from patchslim.choices import Fit, Mode, ScoreName
+from patchslim.errors import UsageError
 from slimming.budget import Budget, check_similarity, check_summary, merges
-from slimming.door import UsageError
-from slimming.plan import Fit, Mode, ScoreName
 from slimming.recipe import Recipe
 
 _INSTEAD = ("tolerance", "tokens", "latency-reduction", "latency-budget-ms")

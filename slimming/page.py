@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimming.door import atomic_path
-from slimming.plan import Layout, SlimPlan, block_macs_of
+from patchslim.choices import Layout
+from patchslim.macs import block_macs_of
+from patchslim.plan import SlimPlan
+from patchslim.records import atomic_path
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from patchslim.errors import BudgetUnreachable
 from slimming.costs import Cost, Rounding, snap
-from slimming.door import BudgetUnreachable
 
 #: Values of p that are tried, from tokens dropped early to tokens dropped late.
 POWERS = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8)

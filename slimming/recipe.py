@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from slimming.door import UsageError
+from patchslim.errors import UsageError
 
 #: DeiT's learning rate from scratch, for a total batch of 512, and the share of it that fine-tuning takes: 2e-4.
 #: That is between what others take for a converged DeiT-S and 30 epochs of ImageNet (EViT 2e-5, DynamicViT 5e-6) and what was

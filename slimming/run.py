@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from patchslim.choices import Layout
+from patchslim.cli import run_command
+from patchslim.errors import EXIT_DONE, UsageError
+from patchslim.plan import SlimPlan
 from slimming.budget import LATENCY
-from slimming.door import EXIT_DONE, UsageError, open_door
 from slimming.options import ModelOptions
-from slimming.plan import Layout, SlimPlan
 
 if TYPE_CHECKING:
     from slimming.page import SweepPoint
@@ -86,7 +88,7 @@ class Options(ModelOptions):
 
 
 def run(options: Options) -> int:
-    """Find and save the plan; returns the exit code. Raises ``DoorError``."""
+    """Find and save the plan; returns the exit code. Raises ``PatchslimError``."""
     options.check()
     options.check_output()
     if options.onnx is not None:
@@ -101,10 +103,10 @@ def run(options: Options) -> int:
 
 
 def _run(options: Options, world: World) -> int:
+    from patchslim.progress import Reporter
     from slimming.data import evaluation_set
     from slimming.fitted import save_fitted
     from slimming.onnx.run import calibrate_graph
-    from slimming.progress import Reporter
     from slimming.session import calibrate, open_session, search
 
     reporter = Reporter(quiet=not world.leads)
@@ -157,8 +159,8 @@ def _open_graph(options: Options, images: Any, reporter: Any) -> Session:
 
 def _latency(options: Options, session: Session) -> Any:
     """The latency table that a latency budget is solved on, checked against the model; None for the other budgets."""
+    from patchslim.latency_table import load_table
     from slimming.api import dense_plan
-    from slimming.latency_table import load_table
 
     if options.latency_table is None or options.budget.criterion not in LATENCY:
         return None
@@ -172,8 +174,8 @@ def _sweep(
     options: Options, session: Session, calibrated: Any, found: Any, images: Any, world: World, progress: Any
 ) -> tuple[list[SweepPoint], float | None]:
     """The plan itself and every reduction of the sweep, measured; and the dense model's top-1, where there are images."""
+    from patchslim.errors import BudgetUnreachable
     from slimming.budget import Budget
-    from slimming.door import BudgetUnreachable
     from slimming.evaluate import evaluate
     from slimming.onnx.run import slimmed
     from slimming.page import SweepPoint
@@ -274,7 +276,7 @@ def _print(plan: SlimPlan, options: Options, summary: dict[str, object]) -> None
 
 def main() -> int:
     """The command line's entry point; returns the exit code."""
-    return open_door(Options, run, prog="python -m slimming.run", description=Options.__doc__ or "")
+    return run_command(Options, run, prog="python -m slimming.run", description=Options.__doc__ or "")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from slimming.plan import ScoreName
+from patchslim.choices import ScoreName
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimming.door import InputRejected, Unavailable
+from patchslim.choices import Layout
+from patchslim.errors import InputRejected, Unavailable
 from slimming.options import ModelOptions
-from slimming.plan import Layout
 
 if TYPE_CHECKING:
     from slimming.api import Calibrated, Found
@@ -34,7 +34,7 @@ def open_session(options: ModelOptions, evaluated: Any = None, world: World | No
 
     Every process of ``world`` has a device of its own.
 
-    Raises ``DoorError`` with the next step in its message.
+    Raises ``PatchslimError`` with the next step in its message.
     """
     options.check()
     import torch
@@ -133,7 +133,7 @@ def search(
     """Search the plan that the options ask for, fit the weights to it, and fine-tune them where that is asked.
 
     ``calibrated`` is reused where one is at hand; ``checkpoint`` is a folder from which an interrupted fine-tuning goes on.
-    Raises ``DoorError``.
+    Raises ``PatchslimError``.
     """
     own = calibrated or calibrate(options, session, progress)
     try:

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from patchslim.errors import InputRejected
+from patchslim.plan import SlimPlan
 from slimming.cuts import cuts_of, split
-from slimming.door import InputRejected
 from slimming.families import ModelReader, reader_of
-from slimming.plan import SlimPlan
 
 
 class SlimViT(nn.Module):

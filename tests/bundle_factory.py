@@ -10,11 +10,12 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from slimming.plan import Geometry, Origin, SlimPlan
+from patchslim.macs import Geometry
+from patchslim.plan import Origin, SlimPlan
 from validate import check_bundle, parity
 from validate.bundle import digest, load_manifest, record_files, write_manifest, write_parity
 from validate.golden import Golden, write_golden
-from validate.schema import (
+from validate.manifest import (
     EngineRecord,
     Evaluation,
     Gate,

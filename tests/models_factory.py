@@ -14,8 +14,9 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import Block, ParallelScalingBlock, ResPostBlock
 from torch import Tensor
 
+from patchslim.choices import Mode
+from patchslim.plan import SlimPlan
 from slimming.api import make_plan
-from slimming.plan import Mode, SlimPlan
 
 torch.set_num_threads(1)  # these models are too small for more
 

@@ -17,7 +17,8 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 
 from graph_passes import OnnxModel
-from slimming.plan import Geometry, Origin, SlimPlan
+from patchslim.macs import Geometry
+from patchslim.plan import Origin, SlimPlan
 
 SIZES: dict[str, dict[str, Any]] = {
     "plain": {},

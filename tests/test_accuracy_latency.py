@@ -21,7 +21,7 @@ from benchmarks.accuracy.latency_report import at_latency, draw, lines_of, markd
 from benchmarks.accuracy.rivals import EViT, Rival, ToMeViT
 from benchmarks.accuracy.rivals_onnx import lean
 from benchmarks.accuracy.rows import Case
-from slimming.door import InputRejected, UsageError
+from patchslim.errors import InputRejected, UsageError
 
 SMALL = {**TINY, "depth": 2, "num_classes": 10, "patch_size": 8}
 

@@ -20,10 +20,10 @@ from benchmarks.accuracy.bench import Bench, Ours, held_out
 from benchmarks.accuracy.plot import correct_of, difference_error, draw, markdown, mcnemar
 from benchmarks.accuracy.rows import EVIT_FORMS, FITS, SCORES, Case, Options, public
 from benchmarks.accuracy.tables import main, measure
+from patchslim.errors import InputRejected, UsageError
 from slimming.api import find
 from slimming.budget import Budget
 from slimming.data import calibration_set, evaluation_set, load_tensors
-from slimming.door import InputRejected, UsageError
 from slimming.models import load_model
 from slimming.slim_vit import SlimViT
 

@@ -34,7 +34,8 @@ from graph_passes.proto import import_graph, with_shapes
 from graph_passes.registry import CutForm
 from graph_passes.run import main
 from graph_passes.structure import Structure, find_structure
-from slimming.plan import Layout, Origin, SlimPlan
+from patchslim.choices import Layout
+from patchslim.plan import Origin, SlimPlan
 
 Images = NDArray[np.float32 | np.float16]
 #: A case of every kind that TensorRT has to fuse: other exporters, opsets, projections, masks, rotations, biases and pools.

@@ -10,7 +10,7 @@ import torch
 from export.engines import build_engine
 from export.engines.base import read_onnx
 from export.engines.ort import OrtSession
-from slimming.door import InputRejected, UsageError
+from patchslim.errors import InputRejected, UsageError
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import torch
 from export.engines import DEFAULT_TARGETS, Progress, build_engine, cuda
 from export.engines.tensorrt import choose_backend
 from export.engines.trt_session import TrtSession, can_execute
-from slimming.door import InputRejected, Unavailable, UsageError
+from patchslim.errors import InputRejected, Unavailable, UsageError
 
 DEPTH = 2
 ROOT = Path(__file__).resolve().parents[1]
@@ -171,7 +171,7 @@ def test_without_any_tensorrt_the_install_line_is_given() -> None:
     code = (
         "import sys; sys.modules['tensorrt'] = sys.modules['tensorrt_rtx'] = None\n"
         "from export.engines.tensorrt import choose_backend\n"
-        "from slimming.door import Unavailable\n"
+        "from patchslim.errors import Unavailable\n"
         "try: choose_backend(['sm89'])\n"
         "except Unavailable as error: print(error); sys.exit(error.exit_code)\n"
     )

@@ -15,7 +15,7 @@ from export_factory import ROOT, command, digests, read, stages_in, tiny
 
 from export import export_bundle
 from export.cache import StageCache
-from slimming.door import Unavailable
+from patchslim.errors import Unavailable
 from validate import check_bundle
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from export_factory import CALIBRATION, DEPTH, EVALUATION, MODEL, TOKENS, read
 from PIL import Image
 
 from export import Options
-from slimming.plan import load_plan
+from patchslim.plan import load_plan
 from validate import check_bundle
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ import tyro
 from export_factory import ARGUMENTS, DEPTH, TOKENS, change_plan, read, tiny
 
 from export import Options, export_bundle
-from slimming.door import BudgetUnreachable, InputRejected
-from slimming.latency_table import load_table
-from slimming.plan import load_plan
+from patchslim.errors import BudgetUnreachable, InputRejected
+from patchslim.latency_table import load_table
+from patchslim.plan import load_plan
 from validate import check_bundle
 
 if TYPE_CHECKING:

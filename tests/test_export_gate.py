@@ -13,10 +13,10 @@ from export_factory import DEPTH, change_plan, command, digests, read, tiny
 
 from export import export_bundle
 from export.bundle import publish
-from slimming.door import InputRejected, ParityFailed, UsageError
+from patchslim.errors import InputRejected, ParityFailed, UsageError
 from validate import check_bundle
 from validate.bundle import load_manifest
-from validate.schema import Manifest
+from validate.manifest import Manifest
 
 if TYPE_CHECKING:
     from export.pipeline import Outcome

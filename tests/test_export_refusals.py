@@ -15,19 +15,19 @@ from PIL import Image
 
 from export import export_bundle
 from export.run import run
-from slimming.door import DoorError
+from patchslim.errors import PatchslimError
 from validate import check_bundle
 
 if TYPE_CHECKING:
     from export.pipeline import Outcome
 
 
-def refused(tmp_path: Path, **changes: Any) -> DoorError:
+def refused(tmp_path: Path, **changes: Any) -> PatchslimError:
     """The error that both the run and the dry run meet; nothing is made by either."""
     before = set(tmp_path.rglob("*"))
-    with pytest.raises(DoorError) as dry:
+    with pytest.raises(PatchslimError) as dry:
         run(tiny(tmp_path / "work", dry_run=True, **changes))
-    with pytest.raises(DoorError) as real:
+    with pytest.raises(PatchslimError) as real:
         export_bundle(tiny(tmp_path / "work", **changes))
     assert (type(dry.value), str(dry.value)) == (type(real.value), str(real.value))
     assert set(tmp_path.rglob("*")) == before
@@ -123,7 +123,7 @@ def test_held_out_classes_that_the_model_does_not_have(export_work: Path, tmp_pa
             Image.new("RGB", (64, 64), (20 * number, ord(label), 90)).save(place)
     ten = (*ARGUMENTS, "num_classes=10")
     options = tiny(export_work, "classes", data=str(tmp_path / "data"), calibration_data="digits", model_arg=ten)
-    with pytest.raises(DoorError, match="has 12 classes, the model 10") as caught:
+    with pytest.raises(PatchslimError, match="has 12 classes, the model 10") as caught:
         export_bundle(options)
     assert caught.value.exit_code == 3
     assert not (export_work.parent / "classes").exists()

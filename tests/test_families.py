@@ -14,8 +14,8 @@ from timm.layers import Attention, GlobalResponseNormMlp
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, DiffParallelScalingBlock, VisionTransformer
 
+from patchslim.errors import InputRejected
 from slimming.api import dense_plan
-from slimming.door import InputRejected
 from slimming.families import View, check_supported, reader_of
 from slimming.slim_vit import SlimViT
 

@@ -14,7 +14,7 @@ from stacks import WIDTH, stack
 from graph_passes import OnnxModel, save_model
 from graph_passes.files import read_model
 from graph_passes.proto import with_shapes
-from slimming.door import InputRejected
+from patchslim.errors import InputRejected
 
 
 def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path: Path) -> None:

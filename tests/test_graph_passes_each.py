@@ -10,8 +10,9 @@ import torch
 from onnx_models import FORMS, dense, ort_logits, plan_for, random_plan, reference, tiny_cnn
 
 from graph_passes import PASSES, OnnxModel, Settings, run_passes, slim
-from slimming.door import InputRejected
-from slimming.plan import Layout, Mode, SlimPlan
+from patchslim.choices import Layout, Mode
+from patchslim.errors import InputRejected
+from patchslim.plan import SlimPlan
 
 ALL = list(range(17))
 # Block 1 keeps what block 0 left, so in compact mode it needs no cut; the last block keeps the class token only.

@@ -20,8 +20,9 @@ from graph_passes.inputs import with_image_size, with_outputs
 from graph_passes.manager import default_passes
 from graph_passes.registry import CutForm, ImageForm
 from graph_passes.tokens import embedded_by
-from slimming.door import InputRejected, UsageError
-from slimming.plan import Layout, Mode, SlimPlan
+from patchslim.choices import Layout, Mode
+from patchslim.errors import InputRejected, UsageError
+from patchslim.plan import SlimPlan
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 PIXELS = torch.randint(0, 256, (3, 3, 32, 32), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)

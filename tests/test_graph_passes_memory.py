@@ -25,7 +25,7 @@ from pathlib import Path
 from graph_passes import load_model, save_model, slim
 from graph_passes.files import read_model
 from graph_passes.proto import export_model, import_graph, with_shapes
-from slimming.plan import load_plan
+from patchslim.plan import load_plan
 
 def keep(source):
     model = read_model(source)

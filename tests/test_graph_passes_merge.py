@@ -30,9 +30,11 @@ from graph_passes.macs import macs_of_graph
 from graph_passes.proto import import_graph, with_shapes
 from graph_passes.registry import CutForm
 from graph_passes.structure import find_structure
+from patchslim.choices import Layout
+from patchslim.errors import InputRejected
+from patchslim.macs import Geometry
+from patchslim.plan import Origin, SlimPlan
 from slimming.api import make_plan
-from slimming.door import InputRejected
-from slimming.plan import Geometry, Layout, Origin, SlimPlan
 from slimming.slim_vit import SlimViT
 
 LAYOUTS: list[Layout] = ["split", "packed"]

@@ -16,8 +16,8 @@ from onnx_models import dense, ort_logits, plan_for, reference
 from graph_passes import load_model, slim
 from graph_passes.manager import default_passes
 from graph_passes.run import main
-from slimming.door import UsageError
-from slimming.plan import SlimPlan
+from patchslim.errors import UsageError
+from patchslim.plan import SlimPlan
 
 PLAN = [list(range(0, 17, 2)), [0, 4, 8, 12], [0, 4, 8, 12], [0]]
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from onnx_models import SIZES, dense, export_dense, macs_of_graph, ort_logits, random_plan, reference
 
 from graph_passes import slim
-from slimming.plan import Layout, Mode
+from patchslim.choices import Layout, Mode
 from slimming.slim_vit import SlimViT
 
 KINDS = st.sampled_from(sorted(SIZES))

@@ -13,7 +13,7 @@ from onnx_models import dense, macs_of_graph, plan_for, tiny_cnn
 
 from graph_passes.report import Report
 from graph_passes.run import main
-from slimming.plan import SlimPlan
+from patchslim.plan import SlimPlan
 
 PLAN = [list(range(0, 17, 2)), [0, 4, 8, 12], [0, 4, 8, 12], [0]]
 

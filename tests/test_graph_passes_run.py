@@ -16,7 +16,7 @@ from onnx_models import dense, ort_logits, plan_for, reference, tiny_cnn
 
 from graph_passes import PASSES
 from graph_passes.run import main
-from slimming.plan import SlimPlan, load_plan
+from patchslim.plan import SlimPlan, load_plan
 
 PLAN = [list(range(0, 17, 2)), [0, 4, 8, 12], [0, 4, 8, 12], [0]]
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))

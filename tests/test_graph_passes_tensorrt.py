@@ -15,7 +15,8 @@ from timm.models.vision_transformer import VisionTransformer
 
 from export.engines import build_engine, cuda
 from graph_passes import save_model, slim
-from slimming.plan import Layout, Mode, SlimPlan
+from patchslim.choices import Layout, Mode
+from patchslim.plan import SlimPlan
 
 DEPTH = 4
 pytestmark = [

@@ -103,7 +103,7 @@ def test_every_linked_file_exists() -> None:
 
 
 def test_the_exit_codes_are_those_of_the_code() -> None:
-    door = importlib.import_module("slimming.door")
+    door = importlib.import_module("patchslim.errors")
     codes = {value for name, value in vars(door).items() if name.startswith("EXIT_")}
     assert {int(code) for code in re.findall(r"^\| (\d+) \|", README, flags=re.MULTILINE)} == codes
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.accuracy.rivals import EViT, ToMeViT, attend, bipartite_soft_matching, evit_for_macs, feed, merge, tome_for_macs
+from patchslim.errors import BudgetUnreachable, InputRejected, UsageError
 from slimming.api import dense_plan, make_plan
-from slimming.door import BudgetUnreachable, InputRejected, UsageError
 from slimming.slim_vit import SlimViT
 
 KINDS = ["class_token", "layer_scale", "qk_norm", "not_square"]

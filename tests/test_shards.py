@@ -18,9 +18,9 @@ import pytest
 import torch
 from PIL import Image
 
+from patchslim.errors import InputRejected
 from slimming.data import calibration_set, evaluation_set, fingerprint_of, load_tensors
 from slimming.data.shards import ShardReader, shards_of
-from slimming.door import InputRejected
 
 
 def encoded(number: int, kind: str = "PNG") -> bytes:

@@ -16,15 +16,15 @@ from timm.layers import SwiGLU
 from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, ResPostBlock
 from torch import Tensor
 
+from patchslim.errors import InputRejected
+from patchslim.plan import SlimPlan
 from slimming import compensate as module
 from slimming.api import dense_plan, find, make_plan
 from slimming.budget import Budget
 from slimming.compensate import RIDGE, can_compensate, compensate
 from slimming.data import calibration_set
-from slimming.door import InputRejected
 from slimming.families import ModelReader, Stage, View
 from slimming.features import DenseFeatures
-from slimming.plan import SlimPlan
 from slimming.slim_vit import SlimViT
 from slimming.store import TensorStore
 

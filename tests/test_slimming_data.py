@@ -16,9 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
+from patchslim.errors import InputRejected
 from slimming.data import ImageSet, calibration_set, evaluation_set, fingerprint_of, load_tensors
 from slimming.data.source import workers_for
-from slimming.door import InputRejected
 
 
 def picture(number: int) -> Image.Image:

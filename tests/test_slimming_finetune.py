@@ -21,9 +21,9 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.nn import functional
 
+from patchslim.errors import InputRejected, UsageError
 from slimming import finetune_state
 from slimming.data.source import ImageSet
-from slimming.door import InputRejected, UsageError
 from slimming.finetune import finetune
 from slimming.finetune_data import Draws, train_transform
 from slimming.recipe import Recipe

@@ -9,9 +9,9 @@ import torch
 from models_factory import ALL_KINDS, build, images_for, random_plan, without_fused_attention
 from torch.utils.flop_counter import FlopCounterMode
 
+from patchslim.macs import Geometry, macs_of
 from slimming.api import dense_plan, make_plan
 from slimming.families import reader_of
-from slimming.plan import Geometry, macs_of
 from slimming.slim_vit import SlimViT
 
 DEIT_S = Geometry(embed_dim=384, mlp_hidden_dim=1536, patch_macs=196 * 768 * 384, head_macs=384 * 1000)

@@ -17,19 +17,19 @@ from timm.models.eva import Eva
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from patchslim.errors import UsageError
+from patchslim.plan import SlimPlan, load_plan
 from slimming.api import Calibrated, find, make_plan
 from slimming.budget import Budget
 from slimming.compensate import compensate
 from slimming.costs import MacsCost
 from slimming.cuts import averages_of
 from slimming.data import calibration_set
-from slimming.door import UsageError
 from slimming.families import ModelReader, View
 from slimming.features import ERROR_IMAGES, DenseFeatures
 from slimming.fit_sgd import unfused_attention
 from slimming.merging import MergeSearch
 from slimming.options import ModelOptions
-from slimming.plan import SlimPlan, load_plan
 from slimming.profile import profile_within
 from slimming.slim_vit import SlimViT
 

@@ -10,10 +10,10 @@ import timm
 import torch
 from models_factory import KINDS, TINY, build
 
+from patchslim.errors import InputRejected, Unavailable, UsageError
 from slimming.api import dense_plan, find
 from slimming.budget import Budget
 from slimming.data import calibration_set
-from slimming.door import InputRejected, Unavailable, UsageError
 from slimming.families import check_supported, reader_of
 from slimming.models import BUNDLED, PRESETS, load_model, parse_arguments
 

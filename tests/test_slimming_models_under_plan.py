@@ -23,8 +23,8 @@ from models_factory import (
     without_fused_attention,
 )
 
+from patchslim.errors import InputRejected
 from slimming.api import dense_plan, make_plan
-from slimming.door import InputRejected
 from slimming.families import reader_of
 from slimming.slim_vit import SlimViT, check_fits
 

@@ -25,14 +25,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from graph_passes import run as graph_passes_run
+from patchslim.errors import BudgetUnreachable, PatchslimError
+from patchslim.plan import SlimPlan, load_plan
 from slimming.api import Calibrated
 from slimming.budget import Budget
 from slimming.costs import MacsCost
 from slimming.data import calibration_set
-from slimming.door import BudgetUnreachable, DoorError
 from slimming.onnx.reader import GraphReader
 from slimming.onnx.search import CalibratedGraph, GraphSearch, slim_model
-from slimming.plan import SlimPlan, load_plan
 from slimming.run import Options, run
 from slimming.scores import score_named
 from slimming.search import TopDownSearch
@@ -226,7 +226,7 @@ def test_a_head_that_reads_and_pools_stays_within_its_budget(files: Any, images:
         assert 1 - reduction - 0.05 < found.macs() / found.dense_macs() <= 1 - reduction
     assert graph.find(Budget("tokens", tokens=(16, 12, 9))).plan.counts == [16, 12, 9]
     assert all(error <= 0.01 for error in graph.find(Budget("tolerance", 0.01)).plan.origin.errors)
-    with pytest.raises(DoorError, match="at least 6"):
+    with pytest.raises(PatchslimError, match="at least 6"):
         graph.find(Budget("tokens", tokens=(16, 12, 5)))
     with pytest.raises(BudgetUnreachable, match="nearest reachable"):
         graph.find(Budget("macs-reduction", 0.99))
@@ -326,7 +326,7 @@ def cut_graph() -> onnx.ModelProto:
 def test_a_graph_that_cannot_be_searched_is_refused_by_name(make: Any, message: str, images: Path, tmp_path: Path) -> None:
     path = tmp_path / "graph.onnx"
     onnx.save(make(), path)
-    with pytest.raises(DoorError, match=message) as refused:
+    with pytest.raises(PatchslimError, match=message) as refused:
         run(Options(onnx=path, data=str(images), output=tmp_path / "plan.json"))
     assert refused.value.exit_code == 3
     assert str(path) in str(refused.value)
@@ -356,7 +356,7 @@ def test_options_that_contradict_a_graph_are_refused(
     options: dict[str, Any], message: str, code: int, files: Any, images: Path, tmp_path: Path
 ) -> None:
     given = {"onnx": files("plain"), "data": str(images), "output": tmp_path / "plan.json", **options}
-    with pytest.raises(DoorError, match=message) as refused:
+    with pytest.raises(PatchslimError, match=message) as refused:
         run(Options(**given))
     assert refused.value.exit_code == code
     assert not (tmp_path / "plan.json").exists()
@@ -367,7 +367,7 @@ def test_labels_of_other_classes_are_refused_before_the_search(files: Any, tmp_p
         (tmp_path / "data" / label).mkdir(parents=True)
         for number in range(5):
             Image.new("RGB", (32, 32), (number, 0, 0)).save(tmp_path / "data" / label / f"{number}.png")
-    with pytest.raises(DoorError, match=r"has 2 classes, .* gives 10 answers") as refused:
+    with pytest.raises(PatchslimError, match=r"has 2 classes, .* gives 10 answers") as refused:
         run(Options(onnx=files("plain"), data=str(tmp_path / "data"), output=tmp_path / "plan.json", eval_images=4))
     assert refused.value.exit_code == 3
 

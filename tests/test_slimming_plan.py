@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models_factory import ALL_KINDS, build, random_masks
 
+from patchslim.errors import InputRejected
+from patchslim.plan import FittedWeights, SlimPlan, load_plan, plan_schema
 from slimming.api import make_plan
-from slimming.door import InputRejected
-from slimming.plan import FittedWeights, SlimPlan, load_plan, plan_schema
 
 VALID: dict[str, Any] = {
     "schema_version": 1,
@@ -294,5 +294,5 @@ def test_the_schema_names_every_field() -> None:
 
 
 def test_reading_a_plan_needs_no_torch() -> None:
-    code = "import sys, slimming.plan; sys.exit('torch' in sys.modules)"
+    code = "import sys, patchslim.plan; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False).returncode == 0

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slimming.costs import Cost, MacsCost, check_counts
-from slimming.door import BudgetUnreachable
-from slimming.plan import Geometry, Mode
+from patchslim.choices import Mode
+from patchslim.errors import BudgetUnreachable
+from patchslim.macs import Geometry, check_counts
+from slimming.costs import Cost, MacsCost
 from slimming.profile import POWERS, curve, profile_within, snapped, uniform_within
 
 GEOMETRY = Geometry(embed_dim=48, mlp_hidden_dim=192, patch_macs=20_000, head_macs=500)

@@ -12,9 +12,9 @@ import torch
 from models_factory import build, images_for
 from torch import Tensor
 
+from patchslim.choices import ScoreName
 from slimming.families import ModelReader
 from slimming.features import DenseFeatures
-from slimming.plan import ScoreName
 from slimming.scores import PathGram, Score, State, input_magnitude, paper_score, score_named
 from slimming.search import TopDownSearch
 

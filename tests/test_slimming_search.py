@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
+from patchslim.choices import Layout
+from patchslim.errors import BudgetUnreachable, InputRejected
+from patchslim.macs import macs_of
 from slimming.api import make_plan
 from slimming.costs import MacsCost
-from slimming.door import BudgetUnreachable, InputRejected
 from slimming.families import BlockReader, ModelReader
 from slimming.features import ERROR_IMAGES, DenseFeatures
 from slimming.fit_sgd import unfused_attention
-from slimming.plan import Layout, macs_of
 from slimming.scores import PaperScore, score_named
 from slimming.search import Selection, TopDownSearch
 from slimming.slim_vit import SlimViT

@@ -16,7 +16,7 @@ from models_factory import TINY, build
 from safetensors.torch import save_file
 from torch import Tensor
 
-from slimming.door import InputRejected
+from patchslim.errors import InputRejected
 from slimming.models import load_model, read_weights
 
 VIT = "vit_tiny_patch16_224"

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from bundle_factory import make_bundle, refused, reseal
 
+from patchslim.errors import InputRejected, Unavailable
 from validate import check_bundle, load_manifest, load_parity
 from validate.bundle import record_files
-from validate.door import InputRejected, Unavailable
-from validate.schema import manifest_schema, parity_schema
+from validate.manifest import manifest_schema, parity_schema
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from bundle_factory import Answer, make_bundle, plan, write_onnx
 from onnx import TensorProto, helper, numpy_helper
 from test_validate_run import run
 
+from patchslim.errors import InputRejected
 from validate import compare_latency
-from validate.door import InputRejected
 
 HEAVY = ("torch", "timm")
 

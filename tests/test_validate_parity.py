@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from validate import parity
-from validate.schema import Rung
+from validate.manifest import Rung
 
 
 def one_hot(classes: list[int], count: int = 4) -> np.ndarray:

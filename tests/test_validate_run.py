@@ -15,10 +15,10 @@ import pytest
 from bundle_factory import PREPROCESSING, SIZE, Answer, make_bundle, reseal, weight, write_onnx
 from PIL import Image
 
-from validate.door import InputRejected, Unavailable, UsageError
+from patchslim.errors import InputRejected, Unavailable, UsageError
 from validate.images import list_images, preprocess
+from validate.manifest import Preprocessing
 from validate.run import Options, main
-from validate.schema import Preprocessing
 
 ROOT = Path(__file__).parents[1]
 #: Packages that the subprocess's import system says are not installed.

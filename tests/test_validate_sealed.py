@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from bundle_factory import CLASSES, IMAGES, SIZE, make_bundle, refused, reseal, weight, write_onnx
 
+from patchslim.errors import ParityFailed
 from validate import check_bundle, load_manifest
-from validate.door import ParityFailed
 from validate.golden import Golden, read_golden, write_golden
-from validate.schema import OnnxRecord, TensorSpec
+from validate.manifest import OnnxRecord, TensorSpec
 
 
 @pytest.fixture

@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
 
-_HOME = {
-    "BundleVerdict": "check",
-    "Manifest": "schema",
-    "ParityReport": "schema",
-    "Rung": "schema",
-    "check_bundle": "check",
-    "compare_latency": "latency",
-    "gate": "parity",
-    "load_manifest": "bundle",
-    "load_parity": "bundle",
-    "manifest_schema": "schema",
-    "parity_schema": "schema",
-    "rung": "parity",
-}
-__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+from patchslim.lazy import lazy_names
 
+if TYPE_CHECKING:
+    from validate.bundle import load_manifest, load_parity
+    from validate.check import BundleVerdict, check_bundle
+    from validate.latency import compare_latency
+    from validate.manifest import Manifest, ParityReport, Rung, manifest_schema, parity_schema
+    from validate.parity import gate, rung
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"validate.{_HOME[name]}"), name)
+__all__ = [
+    "BundleVerdict",
+    "Manifest",
+    "ParityReport",
+    "Rung",
+    "check_bundle",
+    "compare_latency",
+    "gate",
+    "load_manifest",
+    "load_parity",
+    "manifest_schema",
+    "parity_schema",
+    "rung",
+]
 
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "BundleVerdict": "validate.check",
+        "Manifest": "validate.manifest",
+        "ParityReport": "validate.manifest",
+        "Rung": "validate.manifest",
+        "check_bundle": "validate.check",
+        "compare_latency": "validate.latency",
+        "gate": "validate.parity",
+        "load_manifest": "validate.bundle",
+        "load_parity": "validate.bundle",
+        "manifest_schema": "validate.manifest",
+        "parity_schema": "validate.manifest",
+        "rung": "validate.parity",
+    },
+)

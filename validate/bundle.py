@@ -11,8 +11,9 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from validate.door import InputRejected, atomic_path
-from validate.schema import FileRecord, Manifest, ParityReport, Strict, plain_path
+from patchslim.errors import InputRejected
+from patchslim.records import StrictRecord, atomic_path
+from validate.manifest import FileRecord, Manifest, ParityReport, plain_path
 
 MANIFEST = "manifest.json"
 PARITY = "parity.json"
@@ -20,7 +21,7 @@ PLAN = "plan.json"
 GOLDEN = "golden.npz"
 _MAX_JSON_BYTES = 64 << 20
 _MAX_FILES = 10_000
-_Record = TypeVar("_Record", bound=Strict)
+_Record = TypeVar("_Record", bound=StrictRecord)
 
 
 def digest(path: Path) -> str:
@@ -100,7 +101,7 @@ def read_json_text(path: Path) -> str:
         raise InputRejected(f"{path}: cannot be read: {error}") from error
 
 
-def _write(path: Path, record: Strict) -> None:
+def _write(path: Path, record: StrictRecord) -> None:
     text = json.dumps(record.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False)
     with atomic_path(path) as part:
         part.write_text(text + "\n", encoding="utf-8")

@@ -7,17 +7,26 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from patchslim.errors import (
+    EXIT_DONE,
+    EXIT_PARITY,
+    EXIT_REJECTED,
+    EXIT_UNAVAILABLE,
+    InputRejected,
+    ParityFailed,
+    PatchslimError,
+)
+from patchslim.records import StrictRecord
 from validate import bundle as files
 from validate.bundle import list_files, load_manifest, load_parity, read_json_text
-from validate.door import EXIT_DONE, EXIT_PARITY, EXIT_REJECTED, EXIT_UNAVAILABLE, DoorError, InputRejected, ParityFailed
-from validate.schema import Manifest, OnnxRecord, Status, Strict, TensorSpec
+from validate.manifest import Manifest, OnnxRecord, Status, TensorSpec
 
 Progress = Callable[[str], None]
 _CHUNK = 8  # images per run of a model with a free batch axis
 _ORT_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "bfloat16": "tensor(bfloat16)"}
 
 
-class Check(Strict):
+class Check(StrictRecord):
     """One thing looked at: ``name`` says what, ``subject`` which file, ``detail`` what was found."""
 
     name: str
@@ -27,7 +36,7 @@ class Check(Strict):
     exit_code: Literal[0, 3, 4, 5] = EXIT_DONE
 
 
-class BundleVerdict(Strict):
+class BundleVerdict(StrictRecord):
     """What ``check_bundle`` found; ``manifest`` is None where it could not be read."""
 
     folder: str
@@ -85,7 +94,7 @@ def check_bundle(
     return BundleVerdict(folder=str(folder), checks=checks, manifest=manifest)
 
 
-def _failed(name: str, subject: str, fault: DoorError | str, code: Literal[3, 4, 5] = EXIT_REJECTED) -> Check:
+def _failed(name: str, subject: str, fault: PatchslimError | str, code: Literal[3, 4, 5] = EXIT_REJECTED) -> Check:
     return Check(name=name, subject=subject, status="failed", detail=str(fault), exit_code=code)
 
 
@@ -170,8 +179,9 @@ def _check_graphs(folder: Path, manifest: Manifest, provider: str, threads: int,
 def _check_graph(
     folder: Path, manifest: Manifest, record: OnnxRecord, golden: Any, provider: str, threads: int
 ) -> Iterator[Check]:
+    from patchslim.ort_runner import interface, open_session, run_logits
+    from validate.onnx_file import check_onnx
     from validate.parity import rung
-    from validate.runtime import check_onnx, interface, open_session, run_logits
 
     path = folder / record.path
     base = PurePosixPath(record.path).parent

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from validate.door import InputRejected, atomic_path
+from patchslim.errors import InputRejected
+from patchslim.records import atomic_path
 
 Array = npt.NDArray[Any]
 #: No bundle needs more; it also bounds the memory that a hostile one can ask for.

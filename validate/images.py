@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from validate.door import InputRejected, Unavailable
-from validate.schema import Manifest, Preprocessing
+from patchslim.errors import InputRejected, Unavailable
+from validate.manifest import Manifest, Preprocessing
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -9,15 +9,16 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from validate.door import InputRejected
-from validate.runtime import check_onnx, interface, open_session
-from validate.schema import Strict
+from patchslim.errors import InputRejected
+from patchslim.ort_runner import interface, open_session
+from patchslim.records import StrictRecord
+from validate.onnx_file import check_onnx
 
 #: The speed-up must be at least this fraction of the MAC ratio.
 CRITERION = 0.95
 
 
-class LatencyReport(Strict):
+class LatencyReport(StrictRecord):
     """Dense against slim, side by side. Times are of one whole batch; ``rounds`` pairs were taken in alternating order."""
 
     dense: str

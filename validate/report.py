@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from validate.check import BundleVerdict
-from validate.schema import Rung
+from validate.manifest import Rung
 
 _STYLES = {"passed": "green", "failed": "red", "not executed": "yellow"}
 

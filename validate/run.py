@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from validate.door import InputRejected, ParityFailed, UsageError, open_door
+from patchslim.cli import run_command
+from patchslim.errors import InputRejected, ParityFailed, UsageError
 
 if TYPE_CHECKING:
     from validate.check import BundleVerdict
-    from validate.schema import Manifest, Rung
+    from validate.manifest import Manifest, Rung
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +69,9 @@ def measure(folder: Path, manifest: Manifest, options: Options) -> list[Rung]:
     """
     import numpy as np
 
+    from patchslim.ort_runner import open_session, run_logits
     from validate import parity
     from validate.images import batches, list_images
-    from validate.runtime import open_session, run_logits
 
     assert options.images is not None
     images = list_images(options.images, manifest)
@@ -112,4 +113,4 @@ def _print(verdict: BundleVerdict, measured: list[Rung], options: Options) -> No
 
 
 if __name__ == "__main__":
-    sys.exit(open_door(Options, main, prog="validate", description="Check a patchslim bundle whole."))
+    sys.exit(run_command(Options, main, prog="validate", description="Check a patchslim bundle whole."))

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.accuracy.rows import EVIT_FORMS, Case, Options, are_apart, public
-from slimming.door import BudgetUnreachable, InputRejected, Unavailable
-from slimming.plan import Mode, ScoreName
+from patchslim.choices import Mode, ScoreName
+from patchslim.errors import BudgetUnreachable, InputRejected, Unavailable
 
 
 def held_out(options: Options) -> Any:
@@ -41,10 +41,10 @@ class Bench:
         import torch
         from timm.data import create_transform
 
+        from patchslim.progress import Reporter
         from slimming.data import load_tensors
         from slimming.families import reader_of
         from slimming.models import load_model, parse_arguments
-        from slimming.progress import Reporter
         from slimming.store import TensorStore
 
         if options.device == "cuda" and not torch.cuda.is_available():
@@ -96,7 +96,7 @@ class Bench:
     @property
     def dense_macs(self) -> int:
         """Multiply-accumulates of the dense model."""
-        from slimming.plan import macs_of
+        from patchslim.macs import macs_of
 
         return macs_of([self.reader.tokens] * len(self.reader.blocks), self.reader.tokens, self.reader.geometry())
 

@@ -27,8 +27,10 @@ from benchmarks.accuracy.bench import Bench, NotMeasured, Ours
 from benchmarks.accuracy.latency_report import draw, markdown, read, summarised, write
 from benchmarks.accuracy.rows import EVIT_FORMS, FITS, Case, Subject
 from benchmarks.accuracy.rows import Options as TableOptions
-from slimming.door import UsageError, atomic_path, open_door
-from slimming.plan import Fit, ScoreName
+from patchslim.choices import Fit, ScoreName
+from patchslim.cli import run_command
+from patchslim.errors import UsageError
+from patchslim.records import atomic_path
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -185,7 +187,7 @@ class Workshop:
 
         from export.onnx_export import export_dense
         from graph_passes.files import read_model, save_model
-        from validate.runtime import open_session, run_logits
+        from patchslim.ort_runner import open_session, run_logits
 
         path = self.folder / f"{name}.onnx"
         if (record := path.with_suffix(".json")).exists():
@@ -227,7 +229,7 @@ def timed(paths: list[Path], pixels: Any, options: Options, report: Callable[[in
     """
     import numpy as np
 
-    from validate.runtime import open_session
+    from patchslim.ort_runner import open_session
 
     sessions = [open_session(path, threads=options.threads) for path in paths]
     feeds = [{session.get_inputs()[0].name: pixels} for session in sessions]
@@ -246,7 +248,7 @@ def timed(paths: list[Path], pixels: Any, options: Options, report: Callable[[in
 
 
 def measure(options: Options) -> dict[str, Any] | None:
-    """Export, evaluate, time and write ``--output``; None after ``--prepare``. Raises ``DoorError``."""
+    """Export, evaluate, time and write ``--output``; None after ``--prepare``. Raises ``PatchslimError``."""
     options.check()
     bench = Bench(options.of_tables())
     with tempfile.TemporaryDirectory(prefix="patchslim-") as temporary:
@@ -312,4 +314,4 @@ def main(options: Options) -> int:
 
 if __name__ == "__main__":
     description = "Accuracy at equal measured latency in ONNX Runtime: ours against ToMe and EViT."
-    sys.exit(open_door(Options, main, prog="benchmarks.accuracy.latency", description=description))
+    sys.exit(run_command(Options, main, prog="benchmarks.accuracy.latency", description=description))

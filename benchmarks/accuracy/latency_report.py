@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy.plot import save
-from slimming.door import InputRejected, atomic_path
+from patchslim.errors import InputRejected
+from patchslim.records import atomic_path
 
 
 def lines_of(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from slimming.door import atomic_path
+from patchslim.records import atomic_path
 
 #: What a summary tells methods apart by; the rows that differ in the seed alone are averaged.
 LINE = ("method", "fit", "mode", "head_only", "finetune")

@@ -3,7 +3,7 @@
 Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023 (arXiv 2210.09461), and Liang et al., "Not All Patches are What
 You Need: Expediting Vision Transformers via Token Reorganizations", ICLR 2022 (arXiv 2202.07800). Our own code; where the
 papers are silent (order after merging, rounding, caps) it does as the authors' code does. They are for accuracy at a counted
-cost, not for speed. Costs follow ``slimming.plan.macs_of``.
+cost, not for speed. Costs follow ``patchslim.plan.macs_of``.
 
 Neither paper lets the last block skip the patches, which no class-token head reads; ``head_only`` gives the rivals that exact
 saving too, so that it need not be counted as a merit of a plan that has it. It is off unless asked for.
@@ -22,7 +22,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional
 
-from slimming.door import BudgetUnreachable, InputRejected, UsageError
+from patchslim.errors import BudgetUnreachable, InputRejected, UsageError
 from slimming.families import reader_of
 
 #: Where the EViT paper shrinks a 12-block model, counting from 1.

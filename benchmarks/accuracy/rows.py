@@ -9,8 +9,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
-from slimming.door import InputRejected, UsageError
-from slimming.plan import Fit, Mode, ScoreName
+from patchslim.choices import Fit, Mode, ScoreName
+from patchslim.errors import InputRejected, UsageError
 
 SCORES: tuple[ScoreName, ...] = ("similarity", "paper", "residual", "attention", "random", "uniform")
 FITS: tuple[Fit, ...] = ("none", "closed-form")

@@ -21,11 +21,13 @@ from typing import Any
 
 from benchmarks.accuracy.bench import Bench, NotMeasured, Ours
 from benchmarks.accuracy.rows import Case, Options, cases
-from slimming.door import InputRejected, atomic_path, open_door
+from patchslim.cli import run_command
+from patchslim.errors import InputRejected
+from patchslim.records import atomic_path
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """Measure every row that is not in ``--output`` yet, writing each as it is done; the results. Raises ``DoorError``."""
+    """Measure every row that is not in ``--output`` yet, writing each as it is done; the results. Raises ``PatchslimError``."""
     options.check()
     bench = Bench(options)
     described = bench.described()
@@ -139,4 +141,4 @@ def main(options: Options) -> int:
 
 if __name__ == "__main__":
     description = "Accuracy at equal cost: ours, score by score, against ToMe and EViT."
-    sys.exit(open_door(Options, main, prog="benchmarks.accuracy.tables", description=description))
+    sys.exit(run_command(Options, main, prog="benchmarks.accuracy.tables", description=description))

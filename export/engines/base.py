@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from slimming.door import InputRejected, Unavailable, UsageError
+from patchslim.errors import InputRejected, Unavailable, UsageError
 
 TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 """GPU architectures that TensorRT-RTX builds for on any machine."""

@@ -9,7 +9,7 @@ import ctypes
 import functools
 from typing import TYPE_CHECKING, Any
 
-from slimming.door import Unavailable
+from patchslim.errors import Unavailable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

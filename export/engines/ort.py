@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from export.engines.base import Batch, EngineResult, OnnxFacts, Precision
-from slimming.door import InputRejected, Unavailable
+from patchslim.errors import InputRejected, Unavailable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -27,7 +27,7 @@ from export.engines.base import (
     ProgressCallback,
 )
 from export.engines.trt_worker import BuildRequest
-from slimming.door import InputRejected, Unavailable, UsageError
+from patchslim.errors import InputRejected, Unavailable, UsageError
 
 _GRACE = 5.0  # seconds that a cancelled build has to end by itself
 _NAMES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}

@@ -24,7 +24,7 @@ from graph_passes.axes import Axes, Pixels, has
 from graph_passes.match import MatchFailure, constant, is_unpadded, make_constant, replace_input
 from graph_passes.registry import Settings, graph_pass
 from graph_passes.structure import find_structure
-from slimming.door import UsageError
+from patchslim.errors import UsageError
 
 #: The axis of the channels in each form.
 _CHANNELS = {"uint8-nchw": 1, "uint8-nhwc": 3}

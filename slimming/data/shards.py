@@ -19,8 +19,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from patchslim.errors import InputRejected
 from slimming.data.tar_headers import regular_files
-from slimming.door import InputRejected
 
 IMAGE_SUFFIXES = ("jpg", "png", "webp", "jpeg", "ppm")  # timm's order first: the one read where a sample has several
 _INFO_NAMES = ("_info.json", "info.json")

@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from patchslim.errors import InputRejected, Unavailable
 from slimming.data.digits import CLASSES, DEFAULT_LENGTH, Digits
 from slimming.data.shards import ShardReader, shards_of
-from slimming.door import InputRejected, Unavailable
 
 CALIBRATION_SHARE = 0.2
 _TRAINING_SPLITS = ("train", "training")

@@ -12,11 +12,11 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from slimming.door import InputRejected
+from patchslim.errors import InputRejected
+from patchslim.macs import Geometry
 from slimming.families.attention import View, identity_rope
 from slimming.families.blocks import BlockReader, block_fault, read_block
 from slimming.families.heads import HeadReader, head_fault
-from slimming.plan import Geometry
 
 Embedding = tuple[Tensor, Tensor | None]
 FAMILIES: dict[type, Callable[[Any, Tensor], Embedding]] = {}

@@ -29,7 +29,7 @@ from graph_passes.model import OnnxModel
 from graph_passes.proto import export_model, import_graph, sorted_nodes, with_shapes
 from graph_passes.registry import Settings
 from graph_passes.structure import find_structure
-from slimming.door import InputRejected, UsageError
+from patchslim.errors import InputRejected, UsageError
 
 Array = NDArray[Any]
 #: What makes any exporter's graph readable.

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from graph_passes.labels import Attention
+from patchslim.macs import Geometry
 from slimming.families import View
 from slimming.onnx.graph import Array, Graph, Part, Session
-from slimming.plan import Geometry
 
 Pooling = Literal["token", "avg", "map"]
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimming.door import InputRejected, UsageError
+from patchslim.choices import Layout
+from patchslim.errors import InputRejected, UsageError
+from patchslim.plan import SlimPlan
 from slimming.options import ModelOptions
-from slimming.plan import Layout, SlimPlan
 from slimming.session import Progress, Session, calibration_images
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def check_options(options: ModelOptions, path: Path) -> None:
 def open_graph(options: ModelOptions, path: Path, evaluated: Any = None) -> Session:
     """Read the graph at ``path`` and the images that the options name; ``evaluated`` is to be measured on, if anything is.
 
-    Raises ``DoorError`` with the next step in its message.
+    Raises ``PatchslimError`` with the next step in its message.
     """
     from timm.data import create_transform, resolve_data_config
 

@@ -12,15 +12,16 @@ from typing import Any
 
 from graph_passes.files import save_model
 from graph_passes.manager import slim
+from patchslim.choices import Fit, Layout, Mode, ScoreName
+from patchslim.errors import InputRejected, UsageError
+from patchslim.plan import Calibration, Origin, SlimPlan
 from slimming.api import Found, _batches, _counts, _within
 from slimming.budget import LATENCY, Budget
 from slimming.costs import Cost, MacsCost
 from slimming.data import ImageSet
-from slimming.door import InputRejected, UsageError
 from slimming.features import DenseFeatures, Progress
 from slimming.onnx.graph import Session
 from slimming.onnx.reader import GraphReader, RuntimeModel
-from slimming.plan import Calibration, Fit, Layout, Mode, Origin, ScoreName, SlimPlan
 from slimming.scores import Score, score_named
 from slimming.search import Choose, Selection, TopDownSearch
 from slimming.search import Fit as BlockFit

@@ -6,7 +6,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from slimming.plan import Geometry, Origin, SlimPlan
+from patchslim.macs import Geometry
+from patchslim.plan import Origin, SlimPlan
 
 BLOCK = """
   n{i} = LayerNormalization <axis = -1> (x{i}, scale, bias)

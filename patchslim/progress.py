@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from slimming.door import raise_if_interrupted
+from patchslim.cli import raise_if_interrupted
 
 _UNITS = {"top-down search": "blocks", "compensating": "blocks", "fitting": "steps", "fine-tuning": "steps"}
 Update = Callable[[int, int], None]

@@ -12,29 +12,26 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from slimming.costs import check_counts
-from slimming.door import InputRejected, atomic_path
-from slimming.plan import Geometry, Layout, Mode, SlimPlan
+from patchslim.choices import Layout, Mode
+from patchslim.errors import InputRejected
+from patchslim.macs import Geometry, check_counts
+from patchslim.plan import SlimPlan
+from patchslim.records import Count, StrictRecord, atomic_path
 
-_Count = Annotated[int, Field(ge=1, le=1_000_000)]
 _Ms = Annotated[float, Field(gt=0)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class LatencyPoint(_Strict):
+class LatencyPoint(StrictRecord):
     """One measured block."""
 
-    tokens_in: _Count = Field(description="tokens that the block reads")
-    tokens_out: _Count = Field(description="tokens whose output it computes")
+    tokens_in: Count = Field(description="tokens that the block reads")
+    tokens_out: Count = Field(description="tokens whose output it computes")
     ms: _Ms = Field(description="median time of one batch, milliseconds; with one thread its CPU time")
 
 
-class LatencyTable(_Strict):
+class LatencyTable(StrictRecord):
     """Times of one block of a model on one engine, over a grid of token counts; all of whole batches.
 
     Blocks are taken to be alike. A ``slimming.costs.Cost`` in milliseconds.
@@ -42,8 +39,8 @@ class LatencyTable(_Strict):
 
     schema_version: Literal[1] = 1
     model: str
-    tokens: _Count = Field(description="N, prefix tokens included")
-    depth: _Count = Field(description="number of blocks")
+    tokens: Count = Field(description="N, prefix tokens included")
+    depth: Count = Field(description="number of blocks")
     geometry: Geometry
     mode: Mode = Field(description="of the blocks measured; stale blocks read every token")
     layout: Layout = Field(description="of the projections in the blocks measured")
@@ -53,11 +50,11 @@ class LatencyTable(_Strict):
     precision: Literal["fp32", "fp16"]
     device: str = Field(description="name of the processor, and the execution provider where it is not the CPU's")
     threads: Annotated[int, Field(ge=1)] | None = Field(description="threads of the engine; null: its own choice")
-    batch: _Count = Field(description="images per batch")
+    batch: Count = Field(description="images per batch")
     points: list[LatencyPoint] = Field(min_length=1, max_length=10_000)
     fixed_ms: Annotated[float, Field(ge=0)] = Field(description="patch embedding, final norm and head")
     dense_ms: _Ms = Field(description="the whole model with no token dropped, through the same passes")
-    repeats: _Count = Field(description="times that each point was measured, in rounds over all of them")
+    repeats: Count = Field(description="times that each point was measured, in rounds over all of them")
     spread: Annotated[float, Field(ge=0)] = Field(description="median over the points of interquartile range / median time")
 
     @model_validator(mode="after")

@@ -6,7 +6,9 @@ import re
 from fractions import Fraction
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, model_validator
+from pydantic import AfterValidator, Field, FiniteFloat, JsonValue, model_validator
+
+from patchslim.records import StrictRecord
 
 Status = Literal["passed", "failed", "not executed"]
 #: The stages of a parity report in order; an export may add others, such as ``onnx-slim-int8``.
@@ -36,13 +38,7 @@ def plain_path(text: str) -> str:
 PlainPath = Annotated[str, AfterValidator(plain_path)]
 
 
-class Strict(BaseModel):
-    """Base of every record: unknown fields and wrong types are refused, NaN is not a number."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class Macs(Strict):
+class Macs(StrictRecord):
     """Multiply-accumulates of one image."""
 
     dense: _Count
@@ -57,7 +53,7 @@ class Macs(Strict):
         return self
 
 
-class Rung(Strict):
+class Rung(StrictRecord):
     """One stage of the ladder, measured on the evaluation images. Slimming loss and numerical loss are never one number:
     ``top1_drop`` is against the original, ``max_error`` against the stage named in ``compared_to``."""
 
@@ -103,13 +99,13 @@ class Rung(Strict):
         return Fraction(100 * (self.lost - self.gained), self.images)
 
 
-class Gate(Strict):
+class Gate(StrictRecord):
     """What a bundle must keep to be published."""
 
     max_top1_drop: Annotated[float, Field(ge=0, le=100)] = Field(default=0.2, description="points of top-1")
 
 
-class EngineRecord(Strict):
+class EngineRecord(StrictRecord):
     """What serves the slim graph."""
 
     backend: _Name = Field(description="'onnxruntime', 'tensorrt', 'tensorrt-rtx', 'openvino', ...")
@@ -122,7 +118,7 @@ class EngineRecord(Strict):
     status: Status = Field(description="whether it ran the evaluation images here, and how that ended")
 
 
-class Evaluation(Strict):
+class Evaluation(StrictRecord):
     """The images that the rungs were measured on."""
 
     data: _Name
@@ -131,7 +127,7 @@ class Evaluation(Strict):
     fingerprint: _Text = Field(description="SHA-256 over the images and their classes, in order")
 
 
-class _Results(Strict):
+class _Results(StrictRecord):
     """What the manifest and the parity report both carry."""
 
     macs: Macs
@@ -168,7 +164,7 @@ def ladder_passed(rungs: list[Rung]) -> bool:
     return all(rung.status != "failed" for rung in rungs) and any(rung.status == "passed" for rung in rungs[1:])
 
 
-class TensorSpec(Strict):
+class TensorSpec(StrictRecord):
     """An input or output tensor."""
 
     name: _Name
@@ -178,7 +174,7 @@ class TensorSpec(Strict):
     )
 
 
-class Preprocessing(Strict):
+class Preprocessing(StrictRecord):
     """timm's evaluation transform in full, as ``timm.data.resolve_model_data_config`` names it."""
 
     input_size: tuple[_Size, _Size, _Size] = Field(description="channels, height, width in pixels")
@@ -197,7 +193,7 @@ class Preprocessing(Strict):
         return self
 
 
-class FileRecord(Strict):
+class FileRecord(StrictRecord):
     """One file of the bundle."""
 
     path: PlainPath
@@ -205,14 +201,14 @@ class FileRecord(Strict):
     sha256: _Sha256
 
 
-class Weights(Strict):
+class Weights(StrictRecord):
     """Where the weights came from."""
 
     source: _Name
     sha256: _Sha256 | None = None
 
 
-class CalibrationRecord(Strict):
+class CalibrationRecord(StrictRecord):
     """What the plan was found on."""
 
     data: _Name
@@ -221,7 +217,7 @@ class CalibrationRecord(Strict):
     fingerprint: _Text
 
 
-class OnnxRecord(Strict):
+class OnnxRecord(StrictRecord):
     """One ONNX file of the bundle and what it must answer on the golden inputs in ONNX Runtime."""
 
     path: PlainPath

@@ -1,0 +1,11 @@
+"""Choices that options, plans and latency tables share, each spelt once."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Layout = Literal["split", "packed"]
+Mode = Literal["compact", "stale"]
+Fit = Literal["none", "closed-form", "sgd"]
+Criterion = Literal["tolerance", "macs-reduction", "latency-reduction", "latency-budget-ms", "tokens", "manual", "dense"]
+ScoreName = Literal["auto", "similarity", "paper", "residual", "attention", "random", "uniform"]
