@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from export.config import Engine, Precision
-    from graph_passes.model import OnnxModel
+    from graph_passes.onnx_io.model import OnnxModel
 
 #: Parts of N at which a block is measured unless a grid is given; the prefix tokens alone, and what the head reads, are added.
 FRACTIONS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25, 0.1)
@@ -195,8 +195,8 @@ class _Parts:
 
     def _between(self, model: OnnxModel, part: int | str | None) -> OnnxModel:
         """One block of ``model``, or what is before or behind its blocks, or (None) all of it, for ``batch`` images."""
-        from graph_passes.proto import export_model, import_graph, with_shapes
-        from graph_passes.structure import find_structure
+        from graph_passes.analysis.vit_structure import find_structure
+        from graph_passes.onnx_io.graph_convert import export_model, import_graph, with_shapes
 
         graph = import_graph(with_shapes(model))
         blocks = find_structure(graph).blocks
@@ -216,7 +216,7 @@ class _Parts:
 
 def _batch_is_known(graph: gs.Graph, batch: int) -> None:
     """Put constants for the shape of the images, which an attention pool's query takes its batch from, far behind them."""
-    from graph_passes.match import make_constant, replace_input
+    from graph_passes.analysis.patterns import make_constant, replace_input
 
     images = graph.inputs[0]
     shape = [batch, *images.shape[1:]]
@@ -231,9 +231,9 @@ def _batch_is_known(graph: gs.Graph, batch: int) -> None:
 
 def _first_blocks(model: OnnxModel, depth: int) -> OnnxModel:
     """The model with its head right behind its first ``depth`` blocks."""
-    from graph_passes.match import replace_input
-    from graph_passes.proto import export_model, import_graph, with_shapes
-    from graph_passes.structure import find_structure
+    from graph_passes.analysis.patterns import replace_input
+    from graph_passes.analysis.vit_structure import find_structure
+    from graph_passes.onnx_io.graph_convert import export_model, import_graph, with_shapes
 
     graph = import_graph(with_shapes(model))
     blocks = find_structure(graph).blocks

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 from patchslim.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from graph_passes.files import load_model, save_model
-    from graph_passes.manager import SlimResult, default_passes, run_passes, slim, to_fp16
-    from graph_passes.model import OnnxModel, Weight
-    from graph_passes.registry import PASSES, PassResult, Refusal, Settings
+    from graph_passes.onnx_io.files import save_model
+    from graph_passes.onnx_io.model import OnnxModel, Weight
+    from graph_passes.pass_manager import SlimResult, default_passes, load_model, run_passes, slim, to_fp16
+    from graph_passes.pass_registry import PASSES, PassResult, Refusal, Settings
 
 __all__ = [
     "PASSES",
@@ -41,18 +41,18 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "OnnxModel": "graph_passes.model",
-        "PASSES": "graph_passes.registry",
-        "PassResult": "graph_passes.registry",
-        "Refusal": "graph_passes.registry",
-        "Settings": "graph_passes.registry",
-        "SlimResult": "graph_passes.manager",
-        "Weight": "graph_passes.model",
-        "default_passes": "graph_passes.manager",
-        "load_model": "graph_passes.files",
-        "run_passes": "graph_passes.manager",
-        "save_model": "graph_passes.files",
-        "slim": "graph_passes.manager",
-        "to_fp16": "graph_passes.manager",
+        "OnnxModel": "graph_passes.onnx_io.model",
+        "PASSES": "graph_passes.pass_registry",
+        "PassResult": "graph_passes.pass_registry",
+        "Refusal": "graph_passes.pass_registry",
+        "Settings": "graph_passes.pass_registry",
+        "SlimResult": "graph_passes.pass_manager",
+        "Weight": "graph_passes.onnx_io.model",
+        "default_passes": "graph_passes.pass_manager",
+        "load_model": "graph_passes.pass_manager",
+        "run_passes": "graph_passes.pass_manager",
+        "save_model": "graph_passes.onnx_io.files",
+        "slim": "graph_passes.pass_manager",
+        "to_fp16": "graph_passes.pass_manager",
     },
 )

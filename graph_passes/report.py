@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import onnx
 from pydantic import BaseModel, ConfigDict, Field
 
-from graph_passes.macs import macs_of_graph
-from graph_passes.manager import Precision, run_passes
-from graph_passes.match import MatchFailure
-from graph_passes.model import OnnxModel
-from graph_passes.proto import import_graph, with_shapes
-from graph_passes.registry import CutForm, ImageForm, PassResult, Settings
-from graph_passes.structure import Structure, find_structure
+from graph_passes.analysis.macs import macs_of_graph
+from graph_passes.analysis.patterns import MatchFailure
+from graph_passes.analysis.vit_structure import Structure, find_structure
+from graph_passes.onnx_io.graph_convert import import_graph, with_shapes
+from graph_passes.onnx_io.model import OnnxModel
+from graph_passes.pass_manager import Precision, run_passes
+from graph_passes.pass_registry import CutForm, ImageForm, PassResult, Settings
 from patchslim.choices import Layout
 from patchslim.errors import InputRejected
 

@@ -18,9 +18,9 @@ from patchslim.errors import EXIT_DONE, InputRejected, PatchslimError, UsageErro
 from patchslim.records import atomic_path
 
 if TYPE_CHECKING:
-    from graph_passes.manager import SlimResult
-    from graph_passes.model import OnnxModel
-    from graph_passes.registry import PassResult
+    from graph_passes.onnx_io.model import OnnxModel
+    from graph_passes.pass_manager import SlimResult
+    from graph_passes.pass_registry import PassResult
     from graph_passes.report import Picture, RefusedSite
     from patchslim.plan import SlimPlan
 
@@ -80,7 +80,7 @@ def run(options: Options) -> int:
 
     plan = None if options.plan is None else load_plan(options.plan)
     _ensure_chosen(options, plan)
-    from graph_passes.files import save_model
+    from graph_passes.onnx_io.files import save_model
 
     with contextlib.redirect_stdout(sys.stderr):  # onnx-graphsurgeon logs to stdout, which is kept for the result
         outcome = _cut(options, _load(options, options.model, size), plan)
@@ -109,7 +109,7 @@ class _Outcome:
 
 def _cut(options: Options, model: OnnxModel, plan: SlimPlan | None) -> _Outcome:
     """Run the passes. A refusal is returned, so that it can be reported before it ends the run."""
-    from graph_passes.manager import PassesRefused, slim
+    from graph_passes.pass_manager import PassesRefused, slim
     from graph_passes.report import RefusedSite, distinct, look
 
     try:
@@ -148,16 +148,16 @@ def _cut(options: Options, model: OnnxModel, plan: SlimPlan | None) -> _Outcome:
 
 def _load(options: Options, path: Path, size: tuple[int, int] | None) -> OnnxModel:
     """The model with the outputs and the image size that were asked for."""
-    from graph_passes.files import read_model
+    from graph_passes.onnx_io.files import read_model
 
     model = read_model(path)
     try:
         if options.outputs:
-            from graph_passes.inputs import with_outputs
+            from graph_passes.onnx_io.graph_interface import with_outputs
 
             model = with_outputs(model, options.outputs)
         if size is not None:
-            from graph_passes.inputs import with_image_size
+            from graph_passes.onnx_io.graph_interface import with_image_size
 
             model = with_image_size(model, *size)
     except PatchslimError as error:
@@ -182,7 +182,7 @@ def _names(values: Sequence[str]) -> Sequence[str]:
 
 def _ensure_chosen(options: Options, plan: SlimPlan | None) -> None:
     """Raise ``UsageError`` before anything is read where the passes and the options for them do not go together."""
-    from graph_passes.manager import default_passes, ensure_known, ensure_plan
+    from graph_passes.pass_manager import default_passes, ensure_known, ensure_plan
 
     names = _names(options.passes) or default_passes(options.layout, options.precision, options.image, _names(options.also))
     ensure_known(names)
@@ -229,7 +229,7 @@ def _publish(options: Options, plan: SlimPlan | None, outcome: _Outcome) -> None
 def _describe(options: Options) -> int:
     """Print the passes, or one pass's explanation."""
     from graph_passes import PASSES
-    from graph_passes.manager import ensure_known
+    from graph_passes.pass_manager import ensure_known
 
     chosen = [*PASSES] if options.explain is None else [options.explain]
     ensure_known(chosen)

@@ -100,7 +100,7 @@ def test_only_the_part_for_onnx_graphs_is_let_through_to_the_graph_passes() -> N
         ("from .. import export", False),
         ("from patchslim.plan import SlimPlan", True),
         ("from patchslim import plan", True),
-        ("from graph_passes.match import label", True),
+        ("from graph_passes.analysis.patterns import label", True),
         ("import numpy", True),
     ],
 )

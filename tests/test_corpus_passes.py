@@ -28,12 +28,12 @@ from corpus.rewrites import REWRITES
 from numpy.typing import NDArray
 
 from graph_passes import OnnxModel, Settings, SlimResult, run_passes, save_model, slim
-from graph_passes.inputs import with_image_size
-from graph_passes.macs import geometry_of, macs_of_graph
-from graph_passes.proto import import_graph, with_shapes
-from graph_passes.registry import CutForm
+from graph_passes.analysis.macs import geometry_of, macs_of_graph
+from graph_passes.analysis.vit_structure import Structure, find_structure
+from graph_passes.onnx_io.graph_convert import import_graph, with_shapes
+from graph_passes.onnx_io.graph_interface import with_image_size
+from graph_passes.pass_registry import CutForm
 from graph_passes.run import main
-from graph_passes.structure import Structure, find_structure
 from patchslim.choices import Layout
 from patchslim.plan import Origin, SlimPlan
 

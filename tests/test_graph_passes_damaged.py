@@ -12,8 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 from stacks import WIDTH, stack
 
 from graph_passes import OnnxModel, save_model
-from graph_passes.files import read_model
-from graph_passes.proto import with_shapes
+from graph_passes.onnx_io.files import read_model
+from graph_passes.onnx_io.graph_convert import with_shapes
 from patchslim.errors import InputRejected
 
 

@@ -16,10 +16,10 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 
 from graph_passes import OnnxModel, Settings, run_passes, slim
-from graph_passes.inputs import with_image_size, with_outputs
-from graph_passes.manager import default_passes
-from graph_passes.registry import CutForm, ImageForm
-from graph_passes.tokens import embedded_by
+from graph_passes.cutting.plan_layout import embedded_by
+from graph_passes.onnx_io.graph_interface import with_image_size, with_outputs
+from graph_passes.pass_manager import default_passes
+from graph_passes.pass_registry import CutForm, ImageForm
 from patchslim.choices import Layout, Mode
 from patchslim.errors import InputRejected, UsageError
 from patchslim.plan import SlimPlan

@@ -16,7 +16,7 @@ from onnx_models import export_dense, plan_for
 from stacks import stack, values, write
 from timm.models.vision_transformer import VisionTransformer
 
-from graph_passes.files import read_model
+from graph_passes.onnx_io.files import read_model
 
 MEMORY = """
 import resource, sys

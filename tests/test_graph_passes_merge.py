@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from export.engines import build_engine
 from graph_passes import OnnxModel, Settings, run_passes, save_model, slim
-from graph_passes.macs import macs_of_graph
-from graph_passes.proto import import_graph, with_shapes
-from graph_passes.registry import CutForm
-from graph_passes.structure import find_structure
+from graph_passes.analysis.macs import macs_of_graph
+from graph_passes.analysis.vit_structure import find_structure
+from graph_passes.onnx_io.graph_convert import import_graph, with_shapes
+from graph_passes.pass_registry import CutForm
 from patchslim.choices import Layout
 from patchslim.errors import InputRejected
 from patchslim.macs import Geometry

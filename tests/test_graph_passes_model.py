@@ -14,9 +14,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from stacks import IMAGE, WIDTH, stack, values, weight, write
 
-from graph_passes import OnnxModel, files, save_model
-from graph_passes.files import read_model
-from graph_passes.proto import export_model, import_graph, with_shapes
+from graph_passes import OnnxModel, save_model
+from graph_passes.onnx_io import files
+from graph_passes.onnx_io.files import read_model
+from graph_passes.onnx_io.graph_convert import export_model, import_graph, with_shapes
 
 
 def answer(path: Path) -> np.ndarray:

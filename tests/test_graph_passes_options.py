@@ -14,7 +14,7 @@ import torch
 from onnx_models import dense, ort_logits, plan_for, reference
 
 from graph_passes import load_model, slim
-from graph_passes.manager import default_passes
+from graph_passes.pass_manager import default_passes
 from graph_passes.run import main
 from patchslim.errors import UsageError
 from patchslim.plan import SlimPlan

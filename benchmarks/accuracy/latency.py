@@ -186,7 +186,7 @@ class Workshop:
         import torch
 
         from export.onnx_export import export_dense
-        from graph_passes.files import read_model, save_model
+        from graph_passes.onnx_io.files import read_model, save_model
         from patchslim.ort_runner import open_session, run_logits
 
         path = self.folder / f"{name}.onnx"

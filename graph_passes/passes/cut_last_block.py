@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.cutting import Layout, lay
-from graph_passes.registry import Settings, graph_pass
-from graph_passes.structure import find_structure
+from graph_passes.analysis.vit_structure import find_structure
+from graph_passes.cutting.token_cutter import Layout, lay
+from graph_passes.pass_registry import Settings, graph_pass
 
 
 @graph_pass("cut_last_block", default=False)

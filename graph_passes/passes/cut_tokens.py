@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.cutting import lay
-from graph_passes.registry import Settings, graph_pass
-from graph_passes.structure import find_structure
-from graph_passes.tokens import ensure_fit, layout_of, needs_cut
+from graph_passes.analysis.vit_structure import find_structure
+from graph_passes.cutting.plan_layout import ensure_fit, layout_of, needs_cut
+from graph_passes.cutting.token_cutter import lay
+from graph_passes.pass_registry import Settings, graph_pass
 
 
 @graph_pass("cut_tokens", needs_plan=True)

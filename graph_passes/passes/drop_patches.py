@@ -19,14 +19,14 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from graph_passes.axes import Axes, Batch, Pixels, Tokens
-from graph_passes.cutting import lay
-from graph_passes.labels import Labels
-from graph_passes.match import MatchFailure, constant, integers, is_unpadded, label, make_constant, replace_input
-from graph_passes.rearranging import SPATIAL
-from graph_passes.registry import Settings, graph_pass
-from graph_passes.structure import find_structure
-from graph_passes.tokens import embedded_by, ensure_fit, same_for_all
+from graph_passes.analysis.axes import Axes, Batch, Pixels, Tokens
+from graph_passes.analysis.axis_propagation import Labels
+from graph_passes.analysis.axis_rules import SPATIAL
+from graph_passes.analysis.patterns import MatchFailure, constant, integers, is_unpadded, label, make_constant, replace_input
+from graph_passes.analysis.vit_structure import find_structure
+from graph_passes.cutting.plan_layout import embedded_by, ensure_fit, same_for_all
+from graph_passes.cutting.token_cutter import lay
+from graph_passes.pass_registry import Settings, graph_pass
 
 MOVES = {"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity"}
 

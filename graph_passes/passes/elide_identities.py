@@ -13,8 +13,8 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from graph_passes.match import constant, integers, operands, produced_by, replace_input, rows_of_slice
-from graph_passes.registry import Settings, graph_pass
+from graph_passes.analysis.patterns import constant, integers, operands, produced_by, replace_input, rows_of_slice
+from graph_passes.pass_registry import Settings, graph_pass
 
 
 @graph_pass("elide_identities")

@@ -14,8 +14,8 @@ import math
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.match import MatchFailure, constant, label, make_constant, replace_input
-from graph_passes.registry import Settings, graph_pass
+from graph_passes.analysis.patterns import MatchFailure, constant, label, make_constant, replace_input
+from graph_passes.pass_registry import Settings, graph_pass
 
 
 @graph_pass("expand_attention")

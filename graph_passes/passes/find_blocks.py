@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.registry import Settings, graph_pass
-from graph_passes.structure import find_structure
+from graph_passes.analysis.vit_structure import find_structure
+from graph_passes.pass_registry import Settings, graph_pass
 
 
 @graph_pass("find_blocks")

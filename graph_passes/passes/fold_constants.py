@@ -21,10 +21,18 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from graph_passes.labels import ELEMENTWISE, UNARY
-from graph_passes.match import MatchFailure, constant, label, make_constant, produced_by, replace_input, rows_of_slice
-from graph_passes.proto import sorted_nodes
-from graph_passes.registry import Settings, graph_pass
+from graph_passes.analysis.axis_propagation import ELEMENTWISE, UNARY
+from graph_passes.analysis.patterns import (
+    MatchFailure,
+    constant,
+    label,
+    make_constant,
+    produced_by,
+    replace_input,
+    rows_of_slice,
+)
+from graph_passes.onnx_io.graph_convert import sorted_nodes
+from graph_passes.pass_registry import Settings, graph_pass
 
 KEPT = {
     "DequantizeLinear", "QuantizeLinear", "RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli",

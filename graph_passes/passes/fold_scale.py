@@ -16,11 +16,11 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from graph_passes.labels import NORMS, Attention, Labels
-from graph_passes.linear import MOVES, Linear, back_to_roots, columns_of, set_linear, union
-from graph_passes.match import constant, make_constant, operands, replace_input
-from graph_passes.registry import Settings, graph_pass
-from graph_passes.structure import find_structure
+from graph_passes.analysis.axis_propagation import NORMS, Attention, Labels
+from graph_passes.analysis.linear_layers import MOVES, Linear, back_to_roots, columns_of, set_linear, union
+from graph_passes.analysis.patterns import constant, make_constant, operands, replace_input
+from graph_passes.analysis.vit_structure import find_structure
+from graph_passes.pass_registry import Settings, graph_pass
 
 
 @dataclass

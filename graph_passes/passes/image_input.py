@@ -20,10 +20,10 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from graph_passes.axes import Axes, Pixels, has
-from graph_passes.match import MatchFailure, constant, is_unpadded, make_constant, replace_input
-from graph_passes.registry import Settings, graph_pass
-from graph_passes.structure import find_structure
+from graph_passes.analysis.axes import Axes, Pixels, has
+from graph_passes.analysis.patterns import MatchFailure, constant, is_unpadded, make_constant, replace_input
+from graph_passes.analysis.vit_structure import find_structure
+from graph_passes.pass_registry import Settings, graph_pass
 from patchslim.errors import UsageError
 
 #: The axis of the channels in each form.

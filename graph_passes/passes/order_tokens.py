@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.cutting import lay
-from graph_passes.match import MatchFailure, label
-from graph_passes.registry import Settings, graph_pass
-from graph_passes.structure import find_structure
-from graph_passes.tokens import ensure_fit, needs_cut, same_for_all
+from graph_passes.analysis.patterns import MatchFailure, label
+from graph_passes.analysis.vit_structure import find_structure
+from graph_passes.cutting.plan_layout import ensure_fit, needs_cut, same_for_all
+from graph_passes.cutting.token_cutter import lay
+from graph_passes.pass_registry import Settings, graph_pass
 
 
 @graph_pass("order_tokens", needs_plan=True)

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.axes import Batch, Tokens, has, size_of
-from graph_passes.labels import Labels
-from graph_passes.match import integers, make_constant
-from graph_passes.registry import Settings, graph_pass
-from graph_passes.structure import find_structure
-from graph_passes.tokens import ensure_fit, needs_cut
+from graph_passes.analysis.axes import Batch, Tokens, has, size_of
+from graph_passes.analysis.axis_propagation import Labels
+from graph_passes.analysis.patterns import integers, make_constant
+from graph_passes.analysis.vit_structure import find_structure
+from graph_passes.cutting.plan_layout import ensure_fit, needs_cut
+from graph_passes.pass_registry import Settings, graph_pass
 
 
 @graph_pass("repair_reshapes", needs_plan=True)

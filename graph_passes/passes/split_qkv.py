@@ -16,13 +16,13 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.axes import Batch, Tokens, has, size_of, token_axis
-from graph_passes.labels import Attention, Labels
-from graph_passes.linear import MOVES, Columns, Linear, columns_of, exits_of
-from graph_passes.match import make_constant, replace_input
-from graph_passes.registry import Settings, graph_pass
-from graph_passes.structure import find_structure
-from graph_passes.tokens import ensure_fit, needs_cut
+from graph_passes.analysis.axes import Batch, Tokens, has, size_of, token_axis
+from graph_passes.analysis.axis_propagation import Attention, Labels
+from graph_passes.analysis.linear_layers import MOVES, Columns, Linear, columns_of, exits_of
+from graph_passes.analysis.patterns import make_constant, replace_input
+from graph_passes.analysis.vit_structure import find_structure
+from graph_passes.cutting.plan_layout import ensure_fit, needs_cut
+from graph_passes.pass_registry import Settings, graph_pass
 
 
 @graph_pass("split_qkv", needs_plan=True)

@@ -15,9 +15,9 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from graph_passes.match import MatchFailure, label, replace_input
-from graph_passes.registry import Settings, graph_pass
-from graph_passes.structure import find_structure
+from graph_passes.analysis.patterns import MatchFailure, label, replace_input
+from graph_passes.analysis.vit_structure import find_structure
+from graph_passes.pass_registry import Settings, graph_pass
 
 FLOAT, FLOAT16 = int(onnx.TensorProto.FLOAT), int(onnx.TensorProto.FLOAT16)
 LARGEST = float(np.finfo(np.float16).max)

@@ -18,17 +18,17 @@ import onnx_graphsurgeon as gs
 import torch
 from numpy.typing import NDArray
 
-from graph_passes.axes import UNKNOWN_BATCH, Batch, token_axis
-from graph_passes.files import load_model, read_model
-from graph_passes.inputs import with_image_size
-from graph_passes.labels import Attention
-from graph_passes.macs import geometry_of, regions
-from graph_passes.manager import run_passes
-from graph_passes.match import MatchFailure, label, replace_input
-from graph_passes.model import OnnxModel
-from graph_passes.proto import export_model, import_graph, sorted_nodes, with_shapes
-from graph_passes.registry import Settings
-from graph_passes.structure import find_structure
+from graph_passes.analysis.axes import UNKNOWN_BATCH, Batch, token_axis
+from graph_passes.analysis.axis_propagation import Attention
+from graph_passes.analysis.macs import geometry_of, regions
+from graph_passes.analysis.patterns import MatchFailure, label, replace_input
+from graph_passes.analysis.vit_structure import find_structure
+from graph_passes.onnx_io.files import read_model
+from graph_passes.onnx_io.graph_convert import export_model, import_graph, sorted_nodes, with_shapes
+from graph_passes.onnx_io.graph_interface import with_image_size
+from graph_passes.onnx_io.model import OnnxModel
+from graph_passes.pass_manager import load_model, run_passes
+from graph_passes.pass_registry import Settings
 from patchslim.errors import InputRejected, UsageError
 
 Array = NDArray[Any]

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from graph_passes.labels import Attention
+from graph_passes.analysis.axis_propagation import Attention
 from patchslim.macs import Geometry
 from slimming.families import View
 from slimming.onnx.graph import Array, Graph, Part, Session

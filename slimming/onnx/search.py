@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from graph_passes.files import save_model
-from graph_passes.manager import slim
+from graph_passes.onnx_io.files import save_model
+from graph_passes.pass_manager import slim
 from patchslim.choices import Fit, Layout, Mode, ScoreName
 from patchslim.errors import InputRejected, UsageError
 from patchslim.plan import Calibration, Origin, SlimPlan

@@ -206,7 +206,7 @@ def subgraphs_ten_deep(proto: onnx.ModelProto) -> None:
 @attack("not an ONNX file|cannot be read as a graph|not a valid ONNX graph", alone=True)
 def subgraphs_ten_thousand_deep(folder: Path) -> bytes:
     """Written byte by byte: no library nests so deep. Node 1 > attribute 5 > graph 6, ten thousand times."""
-    from graph_passes import wire
+    from graph_passes.onnx_io import protobuf_wire as wire
 
     graph = b""
     for _ in range(10_000):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from patchslim.choices import Layout
 from patchslim.plan import SlimPlan
 
-#: How rows are taken: see ``graph_passes.cutting.take_rows``.
+#: How rows are taken: see ``graph_passes.cutting.token_cutter.take_rows``.
 CutForm = Literal["auto", "slice", "gather", "matmul"]
 #: What images come as: float32 and normalised outside, or bytes in one of two orders.
 ImageForm = Literal["float", "uint8-nchw", "uint8-nhwc"]

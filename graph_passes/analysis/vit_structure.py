@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.axes import Grid, Mixed, Tokens, has, size_of, token_axis
-from graph_passes.labels import ELEMENTWISE, UNARY, Attention, Labels, follow
-from graph_passes.match import MatchFailure, constant, integers, label
-from graph_passes.proto import sorted_nodes
+from graph_passes.analysis.axes import Grid, Mixed, Tokens, has, size_of, token_axis
+from graph_passes.analysis.axis_propagation import ELEMENTWISE, UNARY, Attention, Labels, follow
+from graph_passes.analysis.patterns import MatchFailure, constant, integers, label
+from graph_passes.onnx_io.graph_convert import sorted_nodes
 
 
 @dataclass

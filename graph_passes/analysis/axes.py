@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from graph_passes.match import MatchFailure
+from graph_passes.analysis.patterns import MatchFailure
 
 #: Stands for a batch size that is not known: a prime, so that it never divides anything else.
 UNKNOWN_BATCH = 1_000_003

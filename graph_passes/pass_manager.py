@@ -12,11 +12,11 @@ import onnx
 from onnx import checker, shape_inference
 
 import graph_passes.passes  # noqa: F401 - registers the passes
-from graph_passes.files import save_model
-from graph_passes.match import MatchFailure
-from graph_passes.model import OnnxModel, as_model
-from graph_passes.proto import export_model, import_graph, with_shapes
-from graph_passes.registry import PASSES, CutForm, ImageForm, PassResult, Refusal, Settings
+from graph_passes.analysis.patterns import MatchFailure
+from graph_passes.onnx_io.files import clipped, read_model, save_model
+from graph_passes.onnx_io.graph_convert import export_model, import_graph, with_shapes
+from graph_passes.onnx_io.model import OnnxModel, as_model
+from graph_passes.pass_registry import PASSES, CutForm, ImageForm, PassResult, Refusal, Settings
 from patchslim.choices import Layout
 from patchslim.errors import InputRejected, UsageError
 from patchslim.plan import SlimPlan
@@ -168,3 +168,24 @@ def ensure_none_refused(result: SlimResult) -> None:
     """Raise ``PassesRefused`` where there is a refusal."""
     if any(entry.refused for entry in result.results):
         raise PassesRefused(result)
+
+
+def load_model(path: Path) -> OnnxModel:
+    """Read a Vision Transformer from an ONNX file, with its external data; weights are read when somebody asks for them.
+
+    Raises ``InputRejected`` naming the file and the fault: missing, empty, truncated or corrupt, without nodes, external data
+    missing or outside the model's folder, not a valid graph, or not a Vision Transformer of a form that the passes understand.
+    """
+    from graph_passes.pass_registry import Settings
+
+    model = read_model(path)
+    try:
+        results = run_passes(model, ["fold_constants", "find_blocks"], Settings()).results
+    except InputRejected as error:
+        raise InputRejected(f"{path}: {clipped(error)}") from error
+    except Exception as error:  # a hostile file can trip the readers anywhere; the cause stays chained
+        raise InputRejected(f"{path}: cannot be read as a graph: {type(error).__name__}: {clipped(error)}") from error
+    for refusal in (refusal for result in results for refusal in result.refused):
+        fault = f"{refusal.site}: {refusal.reason}"
+        raise InputRejected(f"{path}: not a Vision Transformer that the passes understand: {fault}")
+    return model

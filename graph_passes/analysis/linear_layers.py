@@ -9,9 +9,9 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from graph_passes.axes import Batch, Tokens, has, token_axis
-from graph_passes.labels import Labels
-from graph_passes.match import constant, integers, make_constant, operands, rows_of_slice
+from graph_passes.analysis.axes import Batch, Tokens, has, token_axis
+from graph_passes.analysis.axis_propagation import Labels
+from graph_passes.analysis.patterns import constant, integers, make_constant, operands, rows_of_slice
 
 MOVES = {"Reshape", "Transpose", "Split", "Slice", "Gather", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Cast"}
 

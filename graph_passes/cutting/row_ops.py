@@ -8,8 +8,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from graph_passes.match import MatchFailure, make_constant
-from graph_passes.registry import CutForm
+from graph_passes.analysis.patterns import MatchFailure, make_constant
+from graph_passes.pass_registry import CutForm
 
 
 def take_rows(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from graph_passes.cutting import Layout
-from graph_passes.match import MatchFailure, label
-from graph_passes.merging import Merges, ensure_merged
-from graph_passes.structure import Structure
+from graph_passes.analysis.patterns import MatchFailure, label
+from graph_passes.analysis.vit_structure import Structure
+from graph_passes.cutting.token_cutter import Layout
+from graph_passes.cutting.token_merging import Merges, ensure_merged
 from patchslim.errors import InputRejected
 from patchslim.plan import SlimPlan
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx import checker, defs, helper, shape_inference
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
-from graph_passes.model import OnnxModel, Weight, as_model, is_storable
+from graph_passes.onnx_io.model import OnnxModel, Weight, as_model, is_storable
 from patchslim.errors import InputRejected
 
 SHAPE_LIMIT = 2**31 - 1

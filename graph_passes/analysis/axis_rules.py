@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.axes import (
+from graph_passes.analysis.axes import (
     Axes,
     Axis,
     Batch,
@@ -22,7 +22,7 @@ from graph_passes.axes import (
     size_of,
     tokens_of,
 )
-from graph_passes.match import MatchFailure, constant, integers, label, rows_of_slice
+from graph_passes.analysis.patterns import MatchFailure, constant, integers, label, rows_of_slice
 
 SPATIAL = {"Conv", "MaxPool", "AveragePool"}
 REDUCTIONS = {"ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2", "ReduceMax", "ReduceMin", "ReduceProd"}

@@ -7,11 +7,11 @@ from math import prod
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.axes import Axes, Batch, size_of
-from graph_passes.labels import Attention, Labels
-from graph_passes.linear import exits_of, union
-from graph_passes.match import MatchFailure
-from graph_passes.structure import Structure
+from graph_passes.analysis.axes import Axes, Batch, size_of
+from graph_passes.analysis.axis_propagation import Attention, Labels
+from graph_passes.analysis.linear_layers import exits_of, union
+from graph_passes.analysis.patterns import MatchFailure
+from graph_passes.analysis.vit_structure import Structure
 from patchslim.macs import Geometry
 
 

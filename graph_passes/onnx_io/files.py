@@ -1,6 +1,6 @@
 """Reads and writes ONNX files of any size; what cannot be used is refused with the file's name and the fault.
 
-A file is mapped into memory, and its weights are left there: see ``graph_passes.model``.
+A file is mapped into memory, and its weights are left there: see ``graph_passes.onnx_io.model``.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped,unused-ignore]
 
-from graph_passes import wire
-from graph_passes.model import Bytes, OnnxModel, Weight, as_model, assemble, copy_fields, size_of
+from graph_passes.onnx_io import protobuf_wire as wire
+from graph_passes.onnx_io.model import Bytes, OnnxModel, Weight, as_model, assemble, copy_fields, size_of
 from patchslim.errors import InputRejected
 from patchslim.records import atomic_path
 
@@ -29,28 +29,6 @@ _GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9  # field numbers in ModelProto, GraphP
 _PAGE, _CACHE_LINE = 4096, 64  # weights in a data file start at multiples of these, the large ones of the first
 _LARGE = 2**20
 _LONGEST_MESSAGE = 1000
-
-
-def load_model(path: Path) -> OnnxModel:
-    """Read a Vision Transformer from an ONNX file, with its external data; weights are read when somebody asks for them.
-
-    Raises ``InputRejected`` naming the file and the fault: missing, empty, truncated or corrupt, without nodes, external data
-    missing or outside the model's folder, not a valid graph, or not a Vision Transformer of a form that the passes understand.
-    """
-    from graph_passes.manager import run_passes
-    from graph_passes.registry import Settings
-
-    model = read_model(path)
-    try:
-        results = run_passes(model, ["fold_constants", "find_blocks"], Settings()).results
-    except InputRejected as error:
-        raise InputRejected(f"{path}: {_clipped(error)}") from error
-    except Exception as error:  # a hostile file can trip the readers anywhere; the cause stays chained
-        raise InputRejected(f"{path}: cannot be read as a graph: {type(error).__name__}: {_clipped(error)}") from error
-    for refusal in (refusal for result in results for refusal in result.refused):
-        fault = f"{refusal.site}: {refusal.reason}"
-        raise InputRejected(f"{path}: not a Vision Transformer that the passes understand: {fault}")
-    return model
 
 
 def read_model(path: Path) -> OnnxModel:
@@ -83,7 +61,7 @@ def read_model(path: Path) -> OnnxModel:
             ],
         )
     except InputRejected as error:
-        raise InputRejected(f"{path}: {_clipped(error)}") from error
+        raise InputRejected(f"{path}: {clipped(error)}") from error
 
 
 def save_model(model: OnnxModel | onnx.ModelProto, path: Path, *, external: bool | None = None) -> None:
@@ -106,7 +84,7 @@ def save_model(model: OnnxModel | onnx.ModelProto, path: Path, *, external: bool
         old.unlink(missing_ok=True)
 
 
-def _clipped(error: Exception) -> str:
+def clipped(error: Exception) -> str:
     """A message that a hostile file cannot make endless."""
     text = str(error)
     return text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]} ..."

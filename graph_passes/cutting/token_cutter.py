@@ -17,13 +17,13 @@ from itertools import islice
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.axes import UNKNOWN_BATCH, Axes, Axis, Tokens, has, size_of, token_axis
-from graph_passes.labels import Attention, Table
-from graph_passes.match import MatchFailure, constant, integers, label, make_constant, replace_input
-from graph_passes.merging import Merges, add_bias, ensure_mergeable, mix_late
-from graph_passes.registry import CutForm
-from graph_passes.rows import mix_rows, take_rows
-from graph_passes.structure import Structure
+from graph_passes.analysis.axes import UNKNOWN_BATCH, Axes, Axis, Tokens, has, size_of, token_axis
+from graph_passes.analysis.axis_propagation import Attention, Table
+from graph_passes.analysis.patterns import MatchFailure, constant, integers, label, make_constant, replace_input
+from graph_passes.analysis.vit_structure import Structure
+from graph_passes.cutting.row_ops import mix_rows, take_rows
+from graph_passes.cutting.token_merging import Merges, add_bias, ensure_mergeable, mix_late
+from graph_passes.pass_registry import CutForm
 
 STEM = -1  # the rank of what comes before the blocks: as it is
 MOVERS = {"Slice", "Gather", "Split", "Concat"}

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from graph_passes.axes import (
+from graph_passes.analysis.axes import (
     MOST_TOKENS,
     Axes,
     Axis,
@@ -29,8 +29,8 @@ from graph_passes.axes import (
     tokens_in,
     tokens_of,
 )
-from graph_passes.match import MatchFailure, constant, label, one_hot_rows
-from graph_passes.rearranging import rearranged
+from graph_passes.analysis.axis_rules import rearranged
+from graph_passes.analysis.patterns import MatchFailure, constant, label, one_hot_rows
 
 UNARY = {
     "Abs", "Cast", "Ceil", "Celu", "Clip", "Cos", "Dropout", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish",

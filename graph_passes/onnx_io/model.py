@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -95,13 +94,6 @@ class OnnxModel:
     def nbytes(self) -> int:
         """Size of the model in bytes."""
         return int(self.skeleton.ByteSize()) + sum(weight.nbytes for weight in self.weights.values())
-
-    @classmethod
-    def load(cls, path: Path) -> OnnxModel:
-        """``files.read_model``."""
-        from graph_passes.files import read_model
-
-        return read_model(path)
 
     @classmethod
     def from_proto(cls, model: onnx.ModelProto) -> OnnxModel:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import onnx
 
-from graph_passes.model import OnnxModel
-from graph_passes.proto import export_model, import_graph, with_shapes
+from graph_passes.onnx_io.graph_convert import export_model, import_graph, with_shapes
+from graph_passes.onnx_io.model import OnnxModel
 from patchslim.errors import UsageError
 
 

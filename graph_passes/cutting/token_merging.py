@@ -18,11 +18,11 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from graph_passes.axes import Tokens, tokens_in
-from graph_passes.labels import NORMS, Labels
-from graph_passes.linear import MOVES
-from graph_passes.match import MatchFailure, constant, label, make_constant, operands, replace_input
-from graph_passes.structure import Structure
+from graph_passes.analysis.axes import Tokens, tokens_in
+from graph_passes.analysis.axis_propagation import NORMS, Labels
+from graph_passes.analysis.linear_layers import MOVES
+from graph_passes.analysis.patterns import MatchFailure, constant, label, make_constant, operands, replace_input
+from graph_passes.analysis.vit_structure import Structure
 from patchslim.plan import SlimPlan
 from patchslim.token_groups import mixing_of
 

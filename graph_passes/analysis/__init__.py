@@ -1,0 +1,1 @@
+"""What a graph is, found by following its tokens: axes, layers, blocks, MACs."""

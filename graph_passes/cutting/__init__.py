@@ -1,0 +1,1 @@
+"""How tokens are taken out of a block's graph: rows, merges, layouts."""

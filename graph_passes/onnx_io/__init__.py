@@ -1,0 +1,1 @@
+"""ONNX files and graphs: read, written, converted; large weights stay in their files."""
