@@ -52,7 +52,7 @@ def measure(model: str, images: int, rounds: int, reduction: float) -> dict[str,
     from timm.data import create_transform
 
     from slimming import Budget, calibration_set, find, load_model
-    from slimming.data import load_tensors
+    from slimming.data.source import load_tensors
 
     torch.set_num_threads(1)
     loaded = load_model(model, weights="bundled" if model == "vit_ti" else "random")

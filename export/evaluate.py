@@ -43,7 +43,7 @@ def measure(
     ``images`` is a ``slimming.data.ImageSet``. Raises ``InputRejected`` for an image that cannot be read or a class that the
     model does not have.
     """
-    from slimming.data import load_tensors
+    from slimming.data.source import load_tensors
 
     logits: dict[str, list[Array]] = {stage: [] for stage in runners}
     targets: list[Array] = []

@@ -21,7 +21,7 @@ from export.stages import ENGINE, ONNX_FP16, ONNX_SLIM, PYTORCH, PYTORCH_SLIM, S
 from patchslim.errors import ParityFailed
 from patchslim.plan import SlimPlan
 from patchslim.progress import Reporter
-from slimming.budget import LATENCY
+from slimming.search.budget import LATENCY
 from slimming.session import open_session
 from validate import manifest as schema
 from validate.bundle import digest, record_files, write_parity
@@ -139,7 +139,7 @@ def describe(options: Options) -> dict[str, Any]:
 
 def evaluation_images(options: Options) -> Any:
     """The held-out images that the options ask for."""
-    from slimming.data import evaluation_set
+    from slimming.data.source import evaluation_set
 
     return evaluation_set(options.data, None if options.eval_images == "all" else options.eval_images)
 
@@ -154,7 +154,7 @@ def _parity(
     targets: Array,
 ) -> schema.ParityReport:
     """One rung per stage, each compared with the stage that it was made from, and judged."""
-    from slimming.data import fingerprint_of
+    from slimming.data.source import fingerprint_of
 
     original = logits[PYTORCH]
     rungs = [rung(PYTORCH, original, targets)]
@@ -213,7 +213,7 @@ def _fill(
 ) -> schema.Manifest:
     """Write every file of the bundle but the manifest, and return that."""
     from export.picture import draw_kept_patches
-    from slimming.data import load_tensors
+    from slimming.data.source import load_tensors
 
     options, loaded = stages.options, stages.session.loaded
     plan.save(folder / "plan.json")

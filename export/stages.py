@@ -23,7 +23,7 @@ from export.onnx_export import export_dense
 from patchslim.errors import InputRejected
 from patchslim.plan import SlimPlan, load_plan
 from patchslim.progress import Reporter
-from slimming.budget import LATENCY
+from slimming.search.budget import LATENCY
 from slimming.session import Session, search
 from validate.bundle import digest
 
@@ -53,7 +53,7 @@ class Stages:
 
     def plan_folder(self) -> Path:
         """Where the found plan is, or will be."""
-        from slimming.data import fingerprint_of
+        from slimming.data.source import fingerprint_of
 
         options = self.options
         return self.cache.path(
@@ -121,7 +121,7 @@ class Stages:
     def plan(self) -> SlimPlan:
         """The given plan, the dense one, or the one that the search finds."""
         from slimming.api import dense_plan
-        from slimming.slim_vit import check_fits
+        from slimming.models.slim_vit import check_fits
 
         options, loaded = self.options, self.session.loaded
         if options.dense:
@@ -136,7 +136,7 @@ class Stages:
 
         def build(part: Path) -> None:
             from patchslim.latency_table import load_table
-            from slimming.fitted import save_fitted
+            from slimming.fitting.fitted_weights import save_fitted
 
             cost = load_table(self.latency_table()) if options.budget.criterion in LATENCY else None
             checkpoint = folder.with_name(f"{folder.name}.checkpoint")
@@ -152,7 +152,7 @@ class Stages:
 
     def fitted(self, plan: SlimPlan) -> Any:
         """The PyTorch module that runs under ``plan``: the original, or a copy with the weights that were fitted to the cut."""
-        from slimming.fitted import load_fitted
+        from slimming.fitting.fitted_weights import load_fitted
 
         if plan.weights is None:
             return self.session.loaded.module
@@ -161,7 +161,7 @@ class Stages:
 
     def dense_onnx(self, module: Any) -> Path:
         """``module``, the original or its fitted copy, exported dense."""
-        from slimming.models import state_digest
+        from slimming.models.loading import state_digest
 
         key = self.model_key | {"weights": state_digest(module.state_dict())}
         folder = self.cache.path("dense", model=key)
@@ -235,7 +235,7 @@ class Stages:
 
         A TensorRT engine is a stage of its own where it can run here.
         """
-        from slimming.data import fingerprint_of
+        from slimming.data.source import fingerprint_of
 
         fingerprint = fingerprint_of(images)
         if self.options.engine == "trt" and engine.executed:
@@ -274,7 +274,7 @@ class Stages:
 
     def _runner(self, stage: str, plan: SlimPlan, fitted: Any, graphs: dict[str, Path], engine: EngineResult) -> Runner:
         from export.engines.ort import OrtSession
-        from slimming.slim_vit import SlimViT
+        from slimming.models.slim_vit import SlimViT
 
         module = self.session.loaded.module
         if stage == PYTORCH:

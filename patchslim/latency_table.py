@@ -34,7 +34,7 @@ class LatencyPoint(StrictRecord):
 class LatencyTable(StrictRecord):
     """Times of one block of a model on one engine, over a grid of token counts; all of whole batches.
 
-    Blocks are taken to be alike. A ``slimming.costs.Cost`` in milliseconds.
+    Blocks are taken to be alike. A ``slimming.search.costs.Cost`` in milliseconds.
     """
 
     schema_version: Literal[1] = 1

@@ -19,10 +19,10 @@ from patchslim.lazy import lazy_names
 if TYPE_CHECKING:
     from patchslim.plan import SlimPlan, load_plan
     from slimming.api import Calibrated, Found, dense_plan, find, make_plan
-    from slimming.budget import Budget
-    from slimming.data import calibration_set, evaluation_set
-    from slimming.models import load_model
-    from slimming.slim_vit import SlimViT
+    from slimming.data.source import calibration_set, evaluation_set
+    from slimming.models.loading import load_model
+    from slimming.models.slim_vit import SlimViT
+    from slimming.search.budget import Budget
 
 __all__ = [
     "Budget",
@@ -42,16 +42,16 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "Budget": "slimming.budget",
+        "Budget": "slimming.search.budget",
         "Calibrated": "slimming.api",
         "Found": "slimming.api",
         "SlimPlan": "patchslim.plan",
-        "SlimViT": "slimming.slim_vit",
-        "calibration_set": "slimming.data",
+        "SlimViT": "slimming.models.slim_vit",
+        "calibration_set": "slimming.data.source",
         "dense_plan": "slimming.api",
-        "evaluation_set": "slimming.data",
+        "evaluation_set": "slimming.data.source",
         "find": "slimming.api",
-        "load_model": "slimming.models",
+        "load_model": "slimming.models.loading",
         "load_plan": "patchslim.plan",
         "make_plan": "slimming.api",
     },

@@ -14,19 +14,19 @@ from torch import Tensor
 from patchslim.choices import Fit, Layout, Mode, ScoreName
 from patchslim.errors import UsageError
 from patchslim.plan import Calibration, Origin, SlimPlan
-from slimming.blockwise import BlockFitter
-from slimming.budget import LATENCY, Budget, check_similarity, check_summary, resolved_score
-from slimming.compensate import can_compensate, compensate
-from slimming.costs import Cost, MacsCost
-from slimming.data import ImageSet, load_tensors
-from slimming.families import ModelReader, check_supported, reader_of
-from slimming.features import BATCH, DenseFeatures, Progress
-from slimming.merging import MergeSearch, SummarySearch, with_summary
-from slimming.profile import Judge, profile_within, snapped, uniform_within
-from slimming.scores import score_named
-from slimming.search import Selection, TopDownSearch
-from slimming.store import DEFAULT_BOUND, TensorStore
-from slimming.world import ALONE, World, chunks
+from slimming.data.source import ImageSet, load_tensors
+from slimming.distributed import ALONE, World, chunks
+from slimming.fitting.block_sgd import BlockFitter
+from slimming.fitting.closed_form import can_compensate, compensate
+from slimming.models.reader import ModelReader, check_supported, reader_of
+from slimming.search.budget import LATENCY, Budget, check_similarity, check_summary, resolved_score
+from slimming.search.costs import Cost, MacsCost
+from slimming.search.features import BATCH, DenseFeatures, Progress
+from slimming.search.profile import Judge, profile_within, snapped, uniform_within
+from slimming.search.scores import score_named
+from slimming.search.similarity import MergeSearch, SummarySearch, with_summary
+from slimming.search.top_down import Selection, TopDownSearch
+from slimming.tensor_store import DEFAULT_BOUND, TensorStore
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import tyro
 
 from patchslim.choices import Fit, Mode, ScoreName
 from patchslim.errors import UsageError
-from slimming.budget import Budget, check_similarity, check_summary, merges
-from slimming.recipe import Recipe
+from slimming.fitting.recipe import Recipe
+from slimming.search.budget import Budget, check_similarity, check_summary, merges
 
 _INSTEAD = ("tolerance", "tokens", "latency-reduction", "latency-budget-ms")
 

@@ -17,13 +17,13 @@ from patchslim.choices import Layout
 from patchslim.cli import run_command
 from patchslim.errors import EXIT_DONE, UsageError
 from patchslim.plan import SlimPlan
-from slimming.budget import LATENCY
 from slimming.options import ModelOptions
+from slimming.search.budget import LATENCY
 
 if TYPE_CHECKING:
-    from slimming.page import SweepPoint
+    from slimming.distributed import World
+    from slimming.report.page import SweepPoint
     from slimming.session import Session
-    from slimming.world import World
 
 #: Held-out images that a sweep is measured on.
 SWEEP_IMAGES = 1000
@@ -75,7 +75,7 @@ class Options(ModelOptions):
         """Raise ``UsageError`` for values that no run could use."""
         super().check()
         if self.onnx is not None:
-            from slimming.onnx.run import check_options
+            from slimming.onnx_models.session import check_options
 
             check_options(self, self.onnx)
         assert self.reductions is not None
@@ -93,7 +93,7 @@ def run(options: Options) -> int:
     options.check_output()
     if options.onnx is not None:
         options = dataclasses.replace(options, fit="none")
-    from slimming.world import join, leave
+    from slimming.distributed import join, leave
 
     world = join(options.device)
     try:
@@ -104,9 +104,9 @@ def run(options: Options) -> int:
 
 def _run(options: Options, world: World) -> int:
     from patchslim.progress import Reporter
-    from slimming.data import evaluation_set
-    from slimming.fitted import save_fitted
-    from slimming.onnx.run import calibrate_graph
+    from slimming.data.source import evaluation_set
+    from slimming.fitting.fitted_weights import save_fitted
+    from slimming.onnx_models.session import calibrate_graph
     from slimming.session import calibrate, open_session, search
 
     reporter = Reporter(quiet=not world.leads)
@@ -149,7 +149,7 @@ def _run(options: Options, world: World) -> int:
 
 
 def _open_graph(options: Options, images: Any, reporter: Any) -> Session:
-    from slimming.onnx.run import described, open_graph
+    from slimming.onnx_models.session import described, open_graph
 
     assert options.onnx is not None
     session = open_graph(options, options.onnx, images)
@@ -175,11 +175,11 @@ def _sweep(
 ) -> tuple[list[SweepPoint], float | None]:
     """The plan itself and every reduction of the sweep, measured; and the dense model's top-1, where there are images."""
     from patchslim.errors import BudgetUnreachable
-    from slimming.budget import Budget
-    from slimming.evaluate import evaluate
-    from slimming.onnx.run import slimmed
-    from slimming.page import SweepPoint
-    from slimming.slim_vit import SlimViT
+    from slimming.models.slim_vit import SlimViT
+    from slimming.onnx_models.session import slimmed
+    from slimming.report.accuracy import evaluate
+    from slimming.report.page import SweepPoint
+    from slimming.search.budget import Budget
 
     every, score = [found], found.plan.origin.score
     for reduction in options.reductions:
@@ -218,8 +218,8 @@ def _write_page(options: Options, session: Session, plan: SlimPlan, sweep: list[
 
     import numpy as np
 
-    from slimming.data import load_tensors
-    from slimming.page import write_page
+    from slimming.data.source import load_tensors
+    from slimming.report.page import write_page
 
     config = session.loaded.data_config
     few = dataclasses.replace(

@@ -14,15 +14,15 @@ from slimming.options import ModelOptions
 
 if TYPE_CHECKING:
     from slimming.api import Calibrated, Found
-    from slimming.costs import Cost
-    from slimming.world import World
+    from slimming.distributed import World
+    from slimming.search.costs import Cost
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Session:
-    """A loaded model (``slimming.models.LoadedModel``), its evaluation transform, and its calibration images."""
+    """A loaded model (``slimming.models.loading.LoadedModel``), its evaluation transform, and its calibration images."""
 
     loaded: Any
     transform: Any
@@ -41,8 +41,8 @@ def open_session(options: ModelOptions, evaluated: Any = None, world: World | No
     from timm.data import create_transform
     from timm.layers import set_fused_attn
 
-    from slimming.families import check_supported
-    from slimming.models import load_model, parse_arguments
+    from slimming.models.loading import load_model, parse_arguments
+    from slimming.models.reader import check_supported
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise Unavailable("--device cuda: PyTorch sees no CUDA device here; pass --device cpu")
@@ -76,7 +76,7 @@ def open_session(options: ModelOptions, evaluated: Any = None, world: World | No
 
 def calibration_images(options: ModelOptions) -> Any:
     """The images that the plan is made from: an ``ImageSet``, none of it ever evaluated on."""
-    from slimming.data import calibration_set
+    from slimming.data.source import calibration_set
 
     address = options.calibration_data or options.data
     return calibration_set(address, options.calibration_images, options.seed, apart=_apart(address, options.data))
@@ -90,8 +90,8 @@ def _apart(address: str, evaluated: str) -> bool:
 
 def training_images(options: ModelOptions) -> Any:
     """The labelled images to fine-tune on: an ``ImageSet``, none of it ever evaluated on."""
-    from slimming.data import calibration_set
     from slimming.data.digits import DEFAULT_LENGTH
+    from slimming.data.source import calibration_set
 
     address = options.train_data or options.data
     everything = DEFAULT_LENGTH["train"] if address == "digits" else sys.maxsize
@@ -102,8 +102,8 @@ def training_images(options: ModelOptions) -> Any:
 def calibrate(options: ModelOptions, session: Session, progress: Progress, world: World | None = None) -> Calibrated:
     """The model's dense features on the calibration images; the caller closes them."""
     from slimming.api import Calibrated, needs_magnitudes
-    from slimming.families import reader_of
-    from slimming.world import ALONE
+    from slimming.distributed import ALONE
+    from slimming.models.reader import reader_of
 
     return Calibrated(
         session.loaded.module,
@@ -152,8 +152,8 @@ def _finetuned(options: ModelOptions, session: Session, found: Found, progress: 
     import copy
     import dataclasses
 
-    from slimming.finetune import finetune
-    from slimming.slim_vit import SlimViT
+    from slimming.fitting.finetune import finetune
+    from slimming.models.slim_vit import SlimViT
 
     original = session.loaded.module
     model = copy.deepcopy(original) if found.model is original else found.model

@@ -22,10 +22,10 @@ from benchmarks.accuracy.rows import EVIT_FORMS, FITS, SCORES, Case, Options, pu
 from benchmarks.accuracy.tables import main, measure
 from patchslim.errors import InputRejected, UsageError
 from slimming.api import find
-from slimming.budget import Budget
-from slimming.data import calibration_set, evaluation_set, load_tensors
-from slimming.models import load_model
-from slimming.slim_vit import SlimViT
+from slimming.data.source import calibration_set, evaluation_set, load_tensors
+from slimming.models.loading import load_model
+from slimming.models.slim_vit import SlimViT
+from slimming.search.budget import Budget
 
 ARGUMENTS = {**TINY, "num_classes": 10}
 

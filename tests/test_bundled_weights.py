@@ -11,8 +11,8 @@ import torch
 from timm.data import create_transform
 
 from slimming.bundled import train
-from slimming.data import evaluation_set, load_tensors
-from slimming.models import BUNDLED, load_model
+from slimming.data.source import evaluation_set, load_tensors
+from slimming.models.loading import BUNDLED, load_model
 
 IMAGES = 160
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import distributed as dist
 
 from export.engines import cuda
-from slimming.world import World, join, leave
+from slimming.distributed import World, join, leave
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 PLAN = [

@@ -9,8 +9,8 @@ import pytest
 from export_factory import read, tiny
 
 from export import export_bundle
-from slimming.data import calibration_set, evaluation_set
 from slimming.data.digits import render
+from slimming.data.source import calibration_set, evaluation_set
 from validate import check_bundle
 
 if TYPE_CHECKING:

@@ -16,8 +16,9 @@ from timm.models.vision_transformer import Block, DiffParallelScalingBlock, Visi
 
 from patchslim.errors import InputRejected
 from slimming.api import dense_plan
-from slimming.families import View, check_supported, reader_of
-from slimming.slim_vit import SlimViT
+from slimming.models.attention import View
+from slimming.models.reader import check_supported, reader_of
+from slimming.models.slim_vit import SlimViT
 
 VIT = "vit_tiny_patch16_224"
 CLOSE: dict[str, float] = {"rtol": 1e-4, "atol": 1e-4}

@@ -35,7 +35,7 @@ from patchslim.errors import InputRejected
 from patchslim.macs import Geometry
 from patchslim.plan import Origin, SlimPlan
 from slimming.api import make_plan
-from slimming.slim_vit import SlimViT
+from slimming.models.slim_vit import SlimViT
 
 LAYOUTS: list[Layout] = ["split", "packed"]
 FORMS: list[CutForm] = ["auto", "slice", "gather", "matmul"]

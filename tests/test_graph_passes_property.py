@@ -11,7 +11,7 @@ from onnx_models import SIZES, dense, export_dense, macs_of_graph, ort_logits, r
 
 from graph_passes import slim
 from patchslim.choices import Layout, Mode
-from slimming.slim_vit import SlimViT
+from slimming.models.slim_vit import SlimViT
 
 KINDS = st.sampled_from(sorted(SIZES))
 MODES = st.sampled_from(["compact", "stale"])

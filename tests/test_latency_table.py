@@ -25,7 +25,7 @@ from patchslim.latency_table import LatencyTable, latency_table_schema, load_tab
 from patchslim.macs import Geometry, macs_of
 from patchslim.plan import SlimPlan
 from slimming.api import dense_plan
-from slimming.costs import Cost, MacsCost, snap
+from slimming.search.costs import Cost, MacsCost, snap
 
 ROOT = Path(__file__).parents[1]
 GEOMETRY = {"embed_dim": 48, "mlp_hidden_dim": 96, "patch_macs": 1000, "head_macs": 480}
@@ -418,7 +418,7 @@ def test_tensorrt_builds_the_parts_that_it_would_time(tiny: tuple[Path, SlimPlan
 
 
 def test_costs_and_tables_load_neither_torch_nor_onnx() -> None:
-    names = "slimming.costs, patchslim.latency_table, export.latency_table"
+    names = "slimming.search.costs, patchslim.latency_table, export.latency_table"
     code = f"import sys, {names}; print(*{{'torch', 'onnx', 'onnxruntime', 'timm'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.split()) == (0, []), done.stderr

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.accuracy.rivals import EViT, ToMeViT, attend, bipartite_soft_matching, evit_for_macs, feed, merge, tome_for_macs
 from patchslim.errors import BudgetUnreachable, InputRejected, UsageError
 from slimming.api import dense_plan, make_plan
-from slimming.slim_vit import SlimViT
+from slimming.models.slim_vit import SlimViT
 
 KINDS = ["class_token", "layer_scale", "qk_norm", "not_square"]
 SIZED: dict[str, Any] = {"patch_size": 8, "depth": 5}  # 36 patches, or 32

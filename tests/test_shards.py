@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 
 from patchslim.errors import InputRejected
-from slimming.data import calibration_set, evaluation_set, fingerprint_of, load_tensors
 from slimming.data.shards import ShardReader, shards_of
+from slimming.data.source import calibration_set, evaluation_set, fingerprint_of, load_tensors
 
 
 def encoded(number: int, kind: str = "PNG") -> bytes:

@@ -12,13 +12,13 @@ from timm.data import create_transform
 from torch import Tensor
 
 from slimming.api import Found, find
-from slimming.blockwise import BlockFitter
-from slimming.budget import Budget
-from slimming.data import calibration_set
-from slimming.families import ModelReader
-from slimming.features import DenseFeatures
-from slimming.scores import PaperScore
-from slimming.search import TopDownSearch
+from slimming.data.source import calibration_set
+from slimming.fitting.block_sgd import BlockFitter
+from slimming.models.reader import ModelReader
+from slimming.search.budget import Budget
+from slimming.search.features import DenseFeatures
+from slimming.search.scores import PaperScore
+from slimming.search.top_down import TopDownSearch
 
 TOLERANCE = 0.003
 KINDS = ["class_token", "distilled", "eva02_rope", "siglip"]

@@ -18,15 +18,17 @@ from torch import Tensor
 
 from patchslim.errors import InputRejected
 from patchslim.plan import SlimPlan
-from slimming import compensate as module
 from slimming.api import dense_plan, find, make_plan
-from slimming.budget import Budget
-from slimming.compensate import RIDGE, can_compensate, compensate
-from slimming.data import calibration_set
-from slimming.families import ModelReader, Stage, View
-from slimming.features import DenseFeatures
-from slimming.slim_vit import SlimViT
-from slimming.store import TensorStore
+from slimming.data.source import calibration_set
+from slimming.fitting import closed_form as module
+from slimming.fitting.closed_form import RIDGE, can_compensate, compensate
+from slimming.models.attention import View
+from slimming.models.blocks import Stage
+from slimming.models.reader import ModelReader
+from slimming.models.slim_vit import SlimViT
+from slimming.search.budget import Budget
+from slimming.search.features import DenseFeatures
+from slimming.tensor_store import TensorStore
 
 IMAGES = 44
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -17,8 +17,7 @@ import torch
 from PIL import Image
 
 from patchslim.errors import InputRejected
-from slimming.data import ImageSet, calibration_set, evaluation_set, fingerprint_of, load_tensors
-from slimming.data.source import workers_for
+from slimming.data.source import ImageSet, calibration_set, evaluation_set, fingerprint_of, load_tensors, workers_for
 
 
 def picture(number: int) -> Image.Image:

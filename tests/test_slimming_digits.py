@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from slimming.data import calibration_set, evaluation_set
 from slimming.data.digits import CLASSES, DEFAULT_LENGTH, SIZE, SPLITS, Digits, render, source_indices
+from slimming.data.source import calibration_set, evaluation_set
 
 ROOT = Path(__file__).parents[1]
 DIGEST = (

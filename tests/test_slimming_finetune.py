@@ -22,12 +22,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from patchslim.errors import InputRejected, UsageError
-from slimming import finetune_state
 from slimming.data.source import ImageSet
-from slimming.finetune import finetune
-from slimming.finetune_data import Draws, train_transform
-from slimming.recipe import Recipe
-from slimming.slim_vit import SlimViT
+from slimming.fitting import finetune_checkpoint as finetune_state
+from slimming.fitting.finetune import finetune
+from slimming.fitting.finetune_data import Draws, train_transform
+from slimming.fitting.recipe import Recipe
+from slimming.models.slim_vit import SlimViT
 
 CLASSES, IMAGES = 7, 40
 DATA_CONFIG = {

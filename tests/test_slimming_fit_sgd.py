@@ -10,8 +10,10 @@ import torch
 from models_factory import build, images_for
 from torch import Tensor
 
-from slimming.families import ModelReader, View
-from slimming.fit_sgd import fit_block, relative_error, unfused_attention
+from slimming.fitting.block_sgd import fit_block, relative_error
+from slimming.models.attention import View
+from slimming.models.fused_attention import unfused_attention
+from slimming.models.reader import ModelReader
 
 BLOCK, KEPT = 1, torch.tensor([0, 1, 2, 5, 7])
 IMAGES = [2] * 12  # of each batch: three steps make an epoch

@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from patchslim.macs import Geometry, macs_of
 from slimming.api import dense_plan, make_plan
-from slimming.families import reader_of
-from slimming.slim_vit import SlimViT
+from slimming.models.reader import reader_of
+from slimming.models.slim_vit import SlimViT
 
 DEIT_S = Geometry(embed_dim=384, mlp_hidden_dim=1536, patch_macs=196 * 768 * 384, head_macs=384 * 1000)
 PROFILE = [197, 197, 160, 153, 121, 101, 83, 63, 50, 25, 20, 1]

@@ -20,18 +20,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from patchslim.errors import UsageError
 from patchslim.plan import SlimPlan, load_plan
 from slimming.api import Calibrated, find, make_plan
-from slimming.budget import Budget
-from slimming.compensate import compensate
-from slimming.costs import MacsCost
-from slimming.cuts import averages_of
-from slimming.data import calibration_set
-from slimming.families import ModelReader, View
-from slimming.features import ERROR_IMAGES, DenseFeatures
-from slimming.fit_sgd import unfused_attention
-from slimming.merging import MergeSearch
+from slimming.data.source import calibration_set
+from slimming.fitting.closed_form import compensate
+from slimming.models.attention import View
+from slimming.models.fused_attention import unfused_attention
+from slimming.models.reader import ModelReader
+from slimming.models.slim_vit import SlimViT
+from slimming.models.token_cut import averages_of
 from slimming.options import ModelOptions
-from slimming.profile import profile_within
-from slimming.slim_vit import SlimViT
+from slimming.search.budget import Budget
+from slimming.search.costs import MacsCost
+from slimming.search.features import ERROR_IMAGES, DenseFeatures
+from slimming.search.profile import profile_within
+from slimming.search.similarity import MergeSearch
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 SINGLE = [kind for kind in ALL_KINDS if not pools(build(kind))]

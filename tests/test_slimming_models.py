@@ -12,10 +12,10 @@ from models_factory import KINDS, TINY, build
 
 from patchslim.errors import InputRejected, Unavailable, UsageError
 from slimming.api import dense_plan, find
-from slimming.budget import Budget
-from slimming.data import calibration_set
-from slimming.families import check_supported, reader_of
-from slimming.models import BUNDLED, PRESETS, load_model, parse_arguments
+from slimming.data.source import calibration_set
+from slimming.models.loading import BUNDLED, PRESETS, load_model, parse_arguments
+from slimming.models.reader import check_supported, reader_of
+from slimming.search.budget import Budget
 
 VIT = "vit_tiny_patch16_224"
 SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 16, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7}

@@ -25,8 +25,8 @@ from models_factory import (
 
 from patchslim.errors import InputRejected
 from slimming.api import dense_plan, make_plan
-from slimming.families import reader_of
-from slimming.slim_vit import SlimViT, check_fits
+from slimming.models.reader import reader_of
+from slimming.models.slim_vit import SlimViT, check_fits
 
 CLOSE: dict[str, float] = {"rtol": 1e-4, "atol": 1e-4}
 

@@ -28,14 +28,14 @@ from graph_passes import run as graph_passes_run
 from patchslim.errors import BudgetUnreachable, PatchslimError
 from patchslim.plan import SlimPlan, load_plan
 from slimming.api import Calibrated
-from slimming.budget import Budget
-from slimming.costs import MacsCost
-from slimming.data import calibration_set
-from slimming.onnx.reader import GraphReader
-from slimming.onnx.search import CalibratedGraph, GraphSearch, slim_model
+from slimming.data.source import calibration_set
+from slimming.onnx_models.reader import GraphReader
+from slimming.onnx_models.search import CalibratedGraph, GraphSearch, slim_model
 from slimming.run import Options, run
-from slimming.scores import score_named
-from slimming.search import TopDownSearch
+from slimming.search.budget import Budget
+from slimming.search.costs import MacsCost
+from slimming.search.scores import score_named
+from slimming.search.top_down import TopDownSearch
 
 TRANSFORM = create_transform(input_size=(3, 32, 32), crop_pct=1.0)
 POOLS = {"avg": "timm_avg_class-script17", "map": "timm_map-dynamo20-unfused"}
@@ -137,7 +137,7 @@ def test_errors_and_tolerance_are_those_of_the_pytorch_model(mode: Any, files: A
 def test_a_head_that_pools_is_read_as_the_pytorch_model_reads_it(pooling: str, files: Any) -> None:
     from corpus.models import torch_model
 
-    from slimming.families import ModelReader
+    from slimming.models.reader import ModelReader
 
     case = by_name(POOLS[pooling])
     reader, original = GraphReader(files(case.name)), ModelReader(torch_model(case.family, False))

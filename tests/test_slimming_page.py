@@ -16,7 +16,7 @@ from PIL import Image
 
 from patchslim.macs import Geometry, macs_of
 from patchslim.plan import Calibration, Origin, SlimPlan
-from slimming.page import SweepPoint, block_macs, write_page
+from slimming.report.page import SweepPoint, block_macs, write_page
 
 VOID = {"meta", "br"}  # the void elements that the page uses
 GEOMETRY = Geometry(embed_dim=192, mlp_hidden_dim=768, patch_macs=28_901_376, head_macs=192_000)

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from patchslim.choices import Mode
 from patchslim.errors import BudgetUnreachable
 from patchslim.macs import Geometry, check_counts
-from slimming.costs import Cost, MacsCost
-from slimming.profile import POWERS, curve, profile_within, snapped, uniform_within
+from slimming.search.costs import Cost, MacsCost
+from slimming.search.profile import POWERS, curve, profile_within, snapped, uniform_within
 
 GEOMETRY = Geometry(embed_dim=48, mlp_hidden_dim=192, patch_macs=20_000, head_macs=500)
 
@@ -165,7 +165,7 @@ def test_the_climb_ends_at_the_least_divergence(best: int, fixed: int | None) ->
 def _only(judge: Made, cost: Cost, power: float) -> list[int]:
     """The profile of one power, as large as the budget allows."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("slimming.profile.POWERS", (power,))
+        patch.setattr("slimming.search.profile.POWERS", (power,))
         return profile_within(judge, cost, 0.7 * cost.dense())
 
 

@@ -13,10 +13,10 @@ from models_factory import build, images_for
 from torch import Tensor
 
 from patchslim.choices import ScoreName
-from slimming.families import ModelReader
-from slimming.features import DenseFeatures
-from slimming.scores import PathGram, Score, State, input_magnitude, paper_score, score_named
-from slimming.search import TopDownSearch
+from slimming.models.reader import ModelReader
+from slimming.search.features import DenseFeatures
+from slimming.search.scores import PathGram, Score, State, input_magnitude, paper_score, score_named
+from slimming.search.top_down import TopDownSearch
 
 EXACT: dict[str, float] = {"rtol": 1e-9, "atol": 1e-12}
 

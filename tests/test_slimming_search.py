@@ -19,14 +19,15 @@ from patchslim.choices import Layout
 from patchslim.errors import BudgetUnreachable, InputRejected
 from patchslim.macs import macs_of
 from slimming.api import make_plan
-from slimming.costs import MacsCost
-from slimming.families import BlockReader, ModelReader
-from slimming.features import ERROR_IMAGES, DenseFeatures
-from slimming.fit_sgd import unfused_attention
-from slimming.scores import PaperScore, score_named
-from slimming.search import Selection, TopDownSearch
-from slimming.slim_vit import SlimViT
-from slimming.store import TensorStore
+from slimming.models.blocks import BlockReader
+from slimming.models.fused_attention import unfused_attention
+from slimming.models.reader import ModelReader
+from slimming.models.slim_vit import SlimViT
+from slimming.search.costs import MacsCost
+from slimming.search.features import ERROR_IMAGES, DenseFeatures
+from slimming.search.scores import PaperScore, score_named
+from slimming.search.top_down import Selection, TopDownSearch
+from slimming.tensor_store import TensorStore
 
 IMAGES = 20
 #: Models whose head pools, with and without prefix tokens.

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from patchslim.errors import InputRejected
-from slimming.models import load_model, read_weights
+from slimming.models.loading import load_model, read_weights
 
 VIT = "vit_tiny_patch16_224"
 

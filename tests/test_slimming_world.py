@@ -13,7 +13,7 @@ import pytest
 import torch
 from models_factory import build
 
-from slimming.world import ALONE, World, chunks, join
+from slimming.distributed import ALONE, World, chunks, join
 
 #: What every process does, the first one alone beforehand; the images are an odd number of batches, and with one batch the
 #: second process has none.

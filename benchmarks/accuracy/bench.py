@@ -18,7 +18,7 @@ from patchslim.errors import BudgetUnreachable, InputRejected, Unavailable
 
 def held_out(options: Options) -> Any:
     """The images to measure on. Where nothing else is taken from ``--data``, one without splits need not be divided."""
-    from slimming.data import evaluation_set
+    from slimming.data.source import evaluation_set
 
     others = [options.calibration_address(), *([options.train_address()] if options.finetune_epochs else [])]
     apart = [are_apart(options.data, other) for other in others]
@@ -42,10 +42,10 @@ class Bench:
         from timm.data import create_transform
 
         from patchslim.progress import Reporter
-        from slimming.data import load_tensors
-        from slimming.families import reader_of
-        from slimming.models import load_model, parse_arguments
-        from slimming.store import TensorStore
+        from slimming.data.source import load_tensors
+        from slimming.models.loading import load_model, parse_arguments
+        from slimming.models.reader import reader_of
+        from slimming.tensor_store import TensorStore
 
         if options.device == "cuda" and not torch.cuda.is_available():
             raise Unavailable("--device cuda: PyTorch sees no CUDA device here")
@@ -144,7 +144,7 @@ class Bench:
 
     def others(self, address: str, count: int, seed: int) -> Any:
         """Images to make plans from or to train on: never held-out ones, by address here and by pixels in ``unseen``."""
-        from slimming.data import calibration_set
+        from slimming.data.source import calibration_set
 
         images = calibration_set(address, count, seed, apart=are_apart(self.options.data, address))
         same = images.address == self.images.address and images.split == self.images.split
@@ -154,7 +154,7 @@ class Bench:
 
     def unseen(self, images: Any, batch_size: int) -> Iterator[Any]:
         """Preprocessed batches of ``images``; raises ``InputRejected`` at the first one that is measured on."""
-        from slimming.data import load_tensors
+        from slimming.data.source import load_tensors
 
         for batch, _ in load_tensors(images, self.transform, batch_size):
             if any(digest_of(image) in self.digests for image in batch):
@@ -179,7 +179,7 @@ class Ours:
     """Plans and refitted models of one calibration draw and mode: every score and budget looks at the same dense features."""
 
     def __init__(self, bench: Bench, mode: Mode, seed: int) -> None:
-        from slimming.features import BATCH, DenseFeatures
+        from slimming.search.features import BATCH, DenseFeatures
 
         options = bench.options
         images = bench.others(options.calibration_address(), options.calibration_images, seed)
@@ -193,11 +193,11 @@ class Ours:
     def plan(self, score: ScoreName, budget: float) -> Any:
         """The plan that ``slimming.api.find`` makes of these images; raises ``NotMeasured``."""
         from slimming.api import make_plan
-        from slimming.costs import MacsCost
-        from slimming.merging import MergeSearch
-        from slimming.profile import profile_within, uniform_within
-        from slimming.scores import score_named
-        from slimming.search import TopDownSearch
+        from slimming.search.costs import MacsCost
+        from slimming.search.profile import profile_within, uniform_within
+        from slimming.search.scores import score_named
+        from slimming.search.similarity import MergeSearch
+        from slimming.search.top_down import TopDownSearch
 
         if (score, budget) not in self.plans:
             features, reader = self.features, self.features.reader
@@ -219,8 +219,8 @@ class Ours:
 
     def slim(self, case: Case) -> tuple[Any, dict[str, Any]]:
         """The slimmed model of a case, and what its row says of it; raises ``NotMeasured``."""
-        from slimming.compensate import can_compensate, compensate
-        from slimming.slim_vit import SlimViT
+        from slimming.fitting.closed_form import can_compensate, compensate
+        from slimming.models.slim_vit import SlimViT
 
         plan = self.plan(case.method, case.budget)  # type: ignore[arg-type]
         model = copy.deepcopy(self.bench.model)
@@ -233,8 +233,8 @@ class Ours:
 
     def finetuned(self, module: Any) -> dict[str, Any]:
         """Fine-tune ``module`` in place, the dense original its teacher; checkpoints lie beside the results meanwhile."""
-        from slimming.finetune import finetune
-        from slimming.recipe import Recipe
+        from slimming.fitting.finetune import finetune
+        from slimming.fitting.recipe import Recipe
 
         bench, options = self.bench, self.bench.options
         images = bench.others(options.train_address(), options.finetune_images, self.seed)

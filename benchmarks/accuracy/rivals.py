@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from patchslim.errors import BudgetUnreachable, InputRejected, UsageError
-from slimming.families import reader_of
+from slimming.models.reader import reader_of
 
 #: Where the EViT paper shrinks a 12-block model, counting from 1.
 EVIT_BLOCKS_OF_12 = (4, 7, 10)

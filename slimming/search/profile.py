@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from patchslim.errors import BudgetUnreachable
-from slimming.costs import Cost, Rounding, snap
+from slimming.search.costs import Cost, Rounding, snap
 
 #: Values of p that are tried, from tokens dropped early to tokens dropped late.
 POWERS = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
@@ -59,7 +59,7 @@ class _Snapped:
 
 
 def snapped(judge: Judge, counts: Sequence[int], multiple: int, rounding: Rounding = "nearest") -> list[int]:
-    """``counts`` rounded by ``slimming.costs.snap``.
+    """``counts`` rounded by ``slimming.search.costs.snap``.
 
     The last block of a head that pools needs no prefix tokens, but the blocks below keep them: it is rounded with them counted
     in, so that nesting adds nothing to the others.

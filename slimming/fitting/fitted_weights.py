@@ -10,7 +10,7 @@ from patchslim.choices import Fit
 from patchslim.errors import InputRejected
 from patchslim.plan import FittedWeights, SlimPlan
 from patchslim.records import atomic_path
-from slimming.models import apply_weights, read_weights, state_digest
+from slimming.models.loading import apply_weights, read_weights, state_digest
 
 
 def save_fitted(

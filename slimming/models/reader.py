@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from patchslim.errors import InputRejected
 from patchslim.macs import Geometry
-from slimming.families.attention import View, identity_rope
-from slimming.families.blocks import BlockReader, block_fault, read_block
-from slimming.families.heads import HeadReader, head_fault
+from slimming.models.attention import View, identity_rope
+from slimming.models.blocks import BlockReader, block_fault, read_block
+from slimming.models.heads import HeadReader, head_fault
 
 Embedding = tuple[Tensor, Tensor | None]
 FAMILIES: dict[type, Callable[[Any, Tensor], Embedding]] = {}

@@ -1,17 +1,22 @@
-"""Algorithm 1's block-wise fitting by gradient descent: one block's own parameters, against the dense block's output."""
+"""Algorithm 1's block-wise fitting by gradient descent: block l's own parameters, original features in, E_{l+1} as the loss."""
 
 from __future__ import annotations
 
-import contextlib
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
+from typing import Any
 
 import torch
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
-from slimming.world import ALONE, World
+from slimming.distributed import ALONE, World
+from slimming.models.attention import View
+from slimming.models.fused_attention import unfused_attention
+from slimming.models.reader import ModelReader
+from slimming.search.features import DenseFeatures
 
 #: (inputs (b, n, d), targets (b, rows, d)) of this process's share of the batches asked for, in their order.
 Batches = Callable[[list[int]], Iterator[tuple[Tensor, Tensor]]]
@@ -29,19 +34,6 @@ def relative_error(output: Tensor, target: Tensor) -> Tensor:
     """E of METHOD.md for each image: ||output - target||_F^2 / ||target||_F^2; (b, rows, d) twice -> (b,), float32."""
     difference = (output.float() - target.float()).square().flatten(1).sum(1)
     return difference / target.float().square().flatten(1).sum(1).clamp_min(_TINY)
-
-
-@contextlib.contextmanager
-def unfused_attention(module: nn.Module) -> Iterator[None]:
-    """timm's attentions under ``module`` by plain products for the block: on a CPU, fused attention's backward is slower."""
-    fused = [(part, part.fused_attn) for part in module.modules() if hasattr(part, "fused_attn")]
-    try:
-        for part, _ in fused:
-            part.fused_attn = False  # type: ignore[assignment]
-        yield
-    finally:
-        for part, found in fused:
-            part.fused_attn = found
 
 
 def fit_block(
@@ -135,3 +127,67 @@ def _measure(block_run: Callable[[Tensor], Tensor], batches: Batches, images: Se
 def _plain(tensor: Tensor) -> Tensor:
     """``tensor``, or a copy that autograd may save where it was made in inference mode."""
     return tensor.clone() if tensor.is_inference() else tensor
+
+
+#: The paper's epochs of fitting per step.
+EPOCHS = 3.0
+
+
+class BlockFitter:
+    """Fits one block after the other, from the top, on a copy of the model; what it learns is in ``model``.
+
+    Calling it with (block, kept, above) starts that block at its dense weights again, fits it, and gives E of the block above,
+    whose own fit is already in place. A block that keeps every token stays at its dense weights, without error.
+    """
+
+    def __init__(
+        self,
+        features: DenseFeatures,
+        *,
+        epochs: float = EPOCHS,
+        lr: float = LR,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> None:
+        self.features, self.epochs, self.lr = features, epochs, lr
+        self.model: Any = copy.deepcopy(features.reader.model)
+        self.reader = ModelReader(self.model)
+        self.progress = progress
+        with torch.inference_mode(False):  # autograd saves the rotary tables
+            self.ropes = [None if rope is None else rope.clone() for rope in features.ropes]
+
+    def __call__(self, block: int, kept: list[int], above: list[int]) -> float:
+        """E of block ``block`` + 1 at its rows ``above`` after ``block``, keeping ``kept``, was fitted."""
+        features, reader = self.features, self.reader
+        module = self.model.blocks[block]
+        module.load_state_dict(features.reader.model.blocks[block].state_dict())
+        if len(kept) == features.tokens:
+            return 0.0
+        with torch.inference_mode(False):  # autograd saves it
+            positions = torch.tensor(kept, device=features.device)
+
+        def run(tokens: Tensor) -> Tensor:
+            rope = self.ropes[block]
+            output = reader.blocks[block].run(reader.view(tokens, features.everything, kept, rope))
+            rope = self.ropes[block + 1]
+            if features.mode == "stale":
+                view: View = reader.view(tokens.index_copy(1, positions, output), features.everything, above, rope)
+            else:
+                view = reader.view(output, kept, above, rope)
+            return reader.blocks[block + 1].run(view)
+
+        def batches(numbers: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+            for rows in features.rows(numbers):
+                yield features.output(block - 1, rows), features.output(block + 1, rows)[:, above]
+
+        images = [features.count([number]) for number in features.all_batches]
+        with unfused_attention(self.model):
+            return fit_block(
+                run,
+                module.parameters(),
+                batches,
+                images,
+                epochs=self.epochs,
+                lr=self.lr,
+                world=features.world,
+                progress=self.progress,
+            )

@@ -22,7 +22,7 @@ PRESETS = {
     "deit_s": "deit_small_patch16_224",
     "deit_b": "deit_base_patch16_224",
 }
-BUNDLED = {"vit_ti": Path(__file__).parent / "bundled" / "vit_ti_digits.safetensors"}
+BUNDLED = {"vit_ti": Path(__file__).parents[1] / "bundled" / "vit_ti_digits.safetensors"}
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
@@ -76,7 +76,7 @@ def load_model(
     import torch
     from timm.data import resolve_data_config
 
-    from slimming.families import check_supported
+    from slimming.models.reader import check_supported
 
     architecture = PRESETS.get(name, name)
     arguments = dict(arguments or {})

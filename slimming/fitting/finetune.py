@@ -3,7 +3,7 @@
 What is DeiT's and kept: AdamW; weight decay 0.05 on matrices alone; label smoothing 0.1; cosine decay to 1/50 of the learning
 rate; a learning rate proportional to the total batch over 512. What is scaled:
 
-- the learning rate: a slimmed model starts near where it should end; see ``slimming.recipe.LR_SHARE``.
+- the learning rate: a slimmed model starts near where it should end; see ``slimming.fitting.recipe.LR_SHARE``.
 - EMA: DeiT's decay of 0.99996 averages over 25,000 of its 375,000 steps; here over the same share, a fifteenth, of the steps.
 - warm-up: a twentieth of the steps (DeiT: a sixtieth), so that Adam's moments settle in a short run too.
 - augmentation: the image as in evaluation, mirrored and moved by up to an eighth over a reflected border (DeiT: for small
@@ -41,12 +41,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from patchslim.errors import InputRejected, UsageError
-from slimming.data import ImageSet
-from slimming.finetune_data import Draws, identity_of, loader_of, read, train_transform
-from slimming.finetune_state import as_found, resume, save
-from slimming.fit_sgd import unfused_attention
-from slimming.models import state_digest
-from slimming.recipe import FinetuneReport, Recipe
+from slimming.data.source import ImageSet
+from slimming.fitting.finetune_checkpoint import as_found, resume, save
+from slimming.fitting.finetune_data import Draws, identity_of, loader_of, read, train_transform
+from slimming.fitting.recipe import FinetuneReport, Recipe
+from slimming.models.fused_attention import unfused_attention
+from slimming.models.loading import state_digest
 
 Progress = Callable[[str, int, int], None]
 

@@ -16,17 +16,17 @@ from patchslim.choices import Fit, Layout, Mode, ScoreName
 from patchslim.errors import InputRejected, UsageError
 from patchslim.plan import Calibration, Origin, SlimPlan
 from slimming.api import Found, _batches, _counts, _within
-from slimming.budget import LATENCY, Budget
-from slimming.costs import Cost, MacsCost
-from slimming.data import ImageSet
-from slimming.features import DenseFeatures, Progress
-from slimming.onnx.graph import Session
-from slimming.onnx.reader import GraphReader, RuntimeModel
-from slimming.scores import Score, score_named
-from slimming.search import Choose, Selection, TopDownSearch
-from slimming.search import Fit as BlockFit
-from slimming.store import DEFAULT_BOUND, TensorStore
-from slimming.world import ALONE, World
+from slimming.data.source import ImageSet
+from slimming.distributed import ALONE, World
+from slimming.onnx_models.masked_graph import Session
+from slimming.onnx_models.reader import GraphReader, RuntimeModel
+from slimming.search.budget import LATENCY, Budget
+from slimming.search.costs import Cost, MacsCost
+from slimming.search.features import DenseFeatures, Progress
+from slimming.search.scores import Score, score_named
+from slimming.search.top_down import Choose, Selection, TopDownSearch
+from slimming.search.top_down import Fit as BlockFit
+from slimming.tensor_store import DEFAULT_BOUND, TensorStore
 
 
 class GraphSearch(TopDownSearch):

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from patchslim.errors import InputRejected
 from patchslim.plan import SlimPlan
-from slimming.cuts import Cut, averages_of, cuts_of
-from slimming.families import ModelReader, Stage, View
-from slimming.features import DenseFeatures
-from slimming.store import TensorStore
+from slimming.models.attention import View
+from slimming.models.blocks import Stage
+from slimming.models.reader import ModelReader
+from slimming.models.token_cut import Cut, averages_of, cuts_of
+from slimming.search.features import DenseFeatures
+from slimming.tensor_store import TensorStore
 
 #: Ridge strength, a fraction of the mean diagonal of the inputs' second moments.
 RIDGE = 0.03

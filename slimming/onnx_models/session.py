@@ -14,16 +14,16 @@ from slimming.options import ModelOptions
 from slimming.session import Progress, Session, calibration_images
 
 if TYPE_CHECKING:
-    from slimming.onnx.reader import GraphReader, RuntimeModel
-    from slimming.onnx.search import CalibratedGraph
-    from slimming.world import World
+    from slimming.distributed import World
+    from slimming.onnx_models.reader import GraphReader, RuntimeModel
+    from slimming.onnx_models.search import CalibratedGraph
 
 _MODEL = ("model", "weights", "model_arg")
 
 
 @dataclass(frozen=True)
 class LoadedGraph:
-    """What is known of a graph: as ``slimming.models.LoadedModel``, as far as a plan needs it."""
+    """What is known of a graph: as ``slimming.models.loading.LoadedModel``, as far as a plan needs it."""
 
     architecture: str
     reader: GraphReader
@@ -63,7 +63,7 @@ def open_graph(options: ModelOptions, path: Path, evaluated: Any = None) -> Sess
     """
     from timm.data import create_transform, resolve_data_config
 
-    from slimming.onnx.reader import GraphReader
+    from slimming.onnx_models.reader import GraphReader
 
     reader = GraphReader(path, options.img_size)
     height, width = reader.graph.image_shape
@@ -96,7 +96,7 @@ def described(config: dict[str, Any]) -> str:
 
 def calibrate_graph(options: ModelOptions, session: Session, progress: Progress, world: World) -> CalibratedGraph:
     """The graph's dense features on the calibration images; the caller closes them."""
-    from slimming.onnx.search import CalibratedGraph
+    from slimming.onnx_models.search import CalibratedGraph
 
     return CalibratedGraph(
         session.loaded.reader,
@@ -113,6 +113,6 @@ def calibrate_graph(options: ModelOptions, session: Session, progress: Progress,
 
 def slimmed(session: Session, plan: SlimPlan, layout: Layout) -> RuntimeModel:
     """The session's graph cut to ``plan``, in ONNX Runtime."""
-    from slimming.onnx.search import slim_model
+    from slimming.onnx_models.search import slim_model
 
     return slim_model(session.loaded.reader, plan, layout)

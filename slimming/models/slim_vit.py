@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from patchslim.errors import InputRejected
 from patchslim.plan import SlimPlan
-from slimming.cuts import cuts_of, split
-from slimming.families import ModelReader, reader_of
+from slimming.models.reader import ModelReader, reader_of
+from slimming.models.token_cut import cuts_of, split
 
 
 class SlimViT(nn.Module):

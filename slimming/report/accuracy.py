@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from slimming.data import ImageSet, load_tensors
-from slimming.world import ALONE, World, chunks
+from slimming.data.source import ImageSet, load_tensors
+from slimming.distributed import ALONE, World, chunks
 
 BATCH = 8
 

@@ -16,8 +16,7 @@ from timm.data.transforms import MaybeToTensor
 from torchvision import transforms
 
 from patchslim.errors import InputRejected
-from slimming.data import ImageSet
-from slimming.data.source import fingerprint_of, workers_for
+from slimming.data.source import ImageSet, fingerprint_of, workers_for
 
 _FINGERPRINTED = 256  # images whose bytes are hashed; every index is
 

@@ -1,4 +1,4 @@
-"""An ONNX graph read as ``slimming.families`` reads a timm model: embedding, blocks and head, on PyTorch tensors.
+"""An ONNX graph read as ``slimming.models`` reads a timm model: embedding, blocks and head, on PyTorch tensors.
 
 So ``DenseFeatures`` and ``TopDownSearch`` work on it as they are. Tokens are in a plan's order, prefix tokens first.
 """
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from graph_passes.analysis.axis_propagation import Attention
 from patchslim.macs import Geometry
-from slimming.families import View
-from slimming.onnx.graph import Array, Graph, Part, Session
+from slimming.models.attention import View
+from slimming.onnx_models.masked_graph import Array, Graph, Part, Session
 
 Pooling = Literal["token", "avg", "map"]
 
@@ -103,7 +103,7 @@ class BlockPart:
 
 
 class HeadPart:
-    """What is behind the last block: as ``slimming.families.HeadReader``.
+    """What is behind the last block: as ``slimming.models.heads.HeadReader``.
 
     ``beside`` are the prefix tokens where the head reads single ones beside its pool; those need all of them.
     """
@@ -173,7 +173,7 @@ class HeadPart:
 
 
 class GraphReader:
-    """A graph as embedding, blocks and head: as ``slimming.families.ModelReader``. Raises ``InputRejected``."""
+    """A graph as embedding, blocks and head: as ``slimming.models.reader.ModelReader``. Raises ``InputRejected``."""
 
     def __init__(self, path: Path, side: int | None = None) -> None:
         self.graph = Graph(path, side)

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from patchslim.choices import Mode
 from patchslim.errors import InputRejected
-from slimming.families import ModelReader, View
-from slimming.scores import input_magnitude
-from slimming.store import TensorStore
-from slimming.world import ALONE, World, chunks
+from slimming.distributed import ALONE, World, chunks
+from slimming.models.attention import View
+from slimming.models.reader import ModelReader
+from slimming.search.scores import input_magnitude
+from slimming.tensor_store import TensorStore
 
 Progress = Callable[[str, int, int], None]
 #: Images that are looked at together: few, so that attention maps stay in a CPU's caches.

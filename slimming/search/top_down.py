@@ -10,11 +10,11 @@ from functools import partial
 
 import torch
 
-from slimming.costs import Cost
-from slimming.cuts import cuts_of
-from slimming.features import DenseFeatures
-from slimming.profile import profile_within
-from slimming.scores import PathGram, Score, Seen, SeenByHead, State
+from slimming.models.token_cut import cuts_of
+from slimming.search.costs import Cost
+from slimming.search.features import DenseFeatures
+from slimming.search.profile import profile_within
+from slimming.search.scores import PathGram, Score, Seen, SeenByHead, State
 
 #: The paper's r': tokens are tried in steps of this many.
 STEP = 10
@@ -206,7 +206,7 @@ class TopDownSearch:
         return kept, self.error(block, kept, above)
 
     def by_budget(self, cost: Cost, limit: float) -> Selection:
-        """The selection on the best profile of token counts that costs at most ``limit``; see ``slimming.profile``."""
+        """The selection on the best profile of token counts that costs at most ``limit``; see ``slimming.search.profile``."""
         return self.by_counts(profile_within(self, cost, limit))
 
     @torch.inference_mode()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from patchslim.choices import Criterion, Fit, Mode, ScoreName
 from patchslim.errors import UsageError
 from patchslim.macs import check_counts
-from slimming.costs import Cost
+from slimming.search.costs import Cost
 
 #: The criteria that are solved on a measured latency table.
 LATENCY: tuple[Criterion, ...] = ("latency-reduction", "latency-budget-ms")

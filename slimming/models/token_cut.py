@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from patchslim.choices import Mode
 from patchslim.token_groups import mixing_of, sizes_of, stands_for
-from slimming.families import View
-from slimming.families.attention import Mix
+from slimming.models.attention import Mix, View
 
 
 def split(present: Sequence[int], kept: Collection[int]) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from timm.models.eva import EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ParallelScalingBlock, ParallelThingsBlock, ResPostBlock
 from torch import Tensor, nn
 
-from slimming.families.attention import AttentionReader, ParallelReader, View, attention_fault
+from slimming.models.attention import AttentionReader, ParallelReader, View, attention_fault
 
 Tokens = Callable[[Tensor], Tensor]
 

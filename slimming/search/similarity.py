@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from slimming.cuts import averages_of, cuts_of
-from slimming.features import ERROR_IMAGES, DenseFeatures
-from slimming.search import Selection, TopDownSearch, divergence_of
+from slimming.models.token_cut import averages_of, cuts_of
+from slimming.search.features import ERROR_IMAGES, DenseFeatures
+from slimming.search.top_down import Selection, TopDownSearch, divergence_of
 
 #: The share of the calibration images that errors and divergences are measured on: no score is computed, so there is time.
 JUDGED = 0.5
@@ -26,7 +26,7 @@ class MergeSearch:
     """Merges, block after block from the first, the groups of patches that are most alike. No score ranks tokens here.
 
     Distances look at every calibration image, errors and divergences at half of them. For heads that read single
-    tokens. A ``slimming.profile.Judge``.
+    tokens. A ``slimming.search.profile.Judge``.
     """
 
     def __init__(self, features: DenseFeatures) -> None:
