@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from patchslim.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from export.config import Options
+    from export.options import Options
     from export.pipeline import Outcome, export_bundle
 
 __all__ = ["Options", "Outcome", "export_bundle"]
@@ -21,7 +21,7 @@ __all__ = ["Options", "Outcome", "export_bundle"]
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "Options": "export.config",
+        "Options": "export.options",
         "Outcome": "export.pipeline",
         "export_bundle": "export.pipeline",
     },

@@ -6,7 +6,7 @@ import json
 import sys
 from typing import Any
 
-from export.config import Options
+from export.options import Options
 from patchslim.cli import run_command
 from patchslim.errors import EXIT_DONE
 

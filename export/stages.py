@@ -15,11 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from export.cache import StageCache
-from export.config import Options
-from export.engines import EngineResult, build_engine
-from export.engines import Progress as EngineProgress
-from export.evaluate import Runner, measure, torch_runner
+from export.engines.base import EngineResult
+from export.engines.base import Progress as EngineProgress
+from export.engines.build import build_engine
+from export.inference import Runner, measure, torch_runner
 from export.onnx_export import export_dense
+from export.options import Options
 from patchslim.errors import InputRejected
 from patchslim.plan import SlimPlan, load_plan
 from patchslim.progress import Reporter
@@ -95,7 +96,7 @@ class Stages:
         )
 
         def build(part: Path) -> None:
-            from export.latency_table import measure_table
+            from export.latency.measure import measure_table
 
             with self.reporter.stages("points") as progress:
                 measure_table(
@@ -200,7 +201,7 @@ class Stages:
         options = self.options
         backend: dict[str, object] = {"engine": options.engine, "providers": onnxruntime_providers()}
         if options.engine == "trt":
-            from export.engines.tensorrt import choose_backend
+            from export.engines.tensorrt_build import choose_backend
 
             backend |= dataclasses.asdict(choose_backend(options.targets))
         folder = self.cache.path("engine", onnx=digest(onnx), precision=options.engine_precision, **backend)
@@ -273,7 +274,7 @@ class Stages:
         return read, np.load(folders[PYTORCH] / "targets.npy", allow_pickle=False)
 
     def _runner(self, stage: str, plan: SlimPlan, fitted: Any, graphs: dict[str, Path], engine: EngineResult) -> Runner:
-        from export.engines.ort import OrtSession
+        from export.engines.onnx_runtime import OrtSession
         from slimming.models.slim_vit import SlimViT
 
         module = self.session.loaded.module
@@ -282,7 +283,7 @@ class Stages:
         if stage == PYTORCH_SLIM:
             return torch_runner(SlimViT(fitted, plan).to(self.device).eval())
         if stage == ENGINE:
-            from export.engines.trt_session import TrtSession
+            from export.engines.tensorrt_runner import TrtSession
 
             return TrtSession(graphs[stage], engine.backend).run
         return OrtSession(graphs[stage]).run

@@ -1,6 +1,6 @@
 """``LatencyTable``: what one block costs in milliseconds by the tokens it reads and outputs, as measured on one engine.
 
-Free of torch: a search reads it, a bundle keeps it. ``export.latency_table`` measures it.
+Free of torch: a search reads it, a bundle keeps it. ``export.latency.measure`` measures it.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from export.config import Options
+from export.options import Options
 
 ROOT = Path(__file__).parents[1]
 DEPTH, TOKENS = 3, 10

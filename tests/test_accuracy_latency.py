@@ -15,11 +15,11 @@ from models_factory import TINY, build, images_for
 from safetensors.torch import save_file
 
 from benchmarks.accuracy import latency, tables
+from benchmarks.accuracy.baselines import EViT, Rival, ToMeViT
+from benchmarks.accuracy.baselines_onnx import lean
 from benchmarks.accuracy.bench import Bench
 from benchmarks.accuracy.latency import Options, Workshop, cases, main, measure
 from benchmarks.accuracy.latency_report import at_latency, draw, lines_of, markdown, summarised
-from benchmarks.accuracy.rivals import EViT, Rival, ToMeViT
-from benchmarks.accuracy.rivals_onnx import lean
 from benchmarks.accuracy.rows import Case
 from patchslim.errors import InputRejected, UsageError
 

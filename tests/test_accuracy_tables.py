@@ -119,7 +119,7 @@ def test_dense_differs_from_itself_in_nothing_and_gains_and_losses_add_up(result
 
 
 def test_the_rivals_are_measured_at_the_counts_that_are_told(options: Options, result: dict[str, Any]) -> None:
-    from benchmarks.accuracy.rivals import ToMeViT
+    from benchmarks.accuracy.baselines import ToMeViT
 
     loaded = load_model(options.model, weights=options.weights, arguments=ARGUMENTS)
     row = pick(result, method="ToMe", head_only=False)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from timm.data import create_transform
 
-from slimming.bundled import train
+from benchmarks.training import train_digits as train
 from slimming.data.source import evaluation_set, load_tensors
 from slimming.models.loading import BUNDLED, load_model
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from export.engines.layers import count_fused_attentions, count_kernels, parse_layers
+from export.engines.tensorrt_layers import count_fused_attentions, count_kernels, parse_layers
 
 RECORDED = (Path(__file__).parent / "fixtures" / "tensorrt_rtx_layers.txt").read_text()
 

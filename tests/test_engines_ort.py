@@ -7,9 +7,9 @@ import onnx
 import pytest
 import torch
 
-from export.engines import build_engine
-from export.engines.base import read_onnx
-from export.engines.ort import OrtSession
+from export.engines.build import build_engine
+from export.engines.onnx_info import read_onnx
+from export.engines.onnx_runtime import OrtSession
 from patchslim.errors import InputRejected, UsageError
 
 

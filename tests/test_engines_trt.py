@@ -14,9 +14,11 @@ import onnx
 import pytest
 import torch
 
-from export.engines import DEFAULT_TARGETS, Progress, build_engine, cuda
-from export.engines.tensorrt import choose_backend
-from export.engines.trt_session import TrtSession, can_execute
+from export.engines import cuda
+from export.engines.base import DEFAULT_TARGETS, Progress
+from export.engines.build import build_engine
+from export.engines.tensorrt_build import choose_backend
+from export.engines.tensorrt_runner import TrtSession, can_execute
 from patchslim.errors import InputRejected, Unavailable, UsageError
 
 DEPTH = 2
@@ -170,7 +172,7 @@ def test_default_targets_start_at_sm80_and_repeats_are_dropped() -> None:
 def test_without_any_tensorrt_the_install_line_is_given() -> None:
     code = (
         "import sys; sys.modules['tensorrt'] = sys.modules['tensorrt_rtx'] = None\n"
-        "from export.engines.tensorrt import choose_backend\n"
+        "from export.engines.tensorrt_build import choose_backend\n"
         "from patchslim.errors import Unavailable\n"
         "try: choose_backend(['sm89'])\n"
         "except Unavailable as error: print(error); sys.exit(error.exit_code)\n"

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from onnx_models import dense, export_dense, ort_logits, tiny_vit
 from torch import Tensor, nn
 
-from export.engines import build_engine
+from export.engines.build import build_engine
 from graph_passes import OnnxModel, Settings, run_passes, save_model, slim
 from graph_passes.analysis.macs import macs_of_graph
 from graph_passes.analysis.vit_structure import find_structure

@@ -13,7 +13,8 @@ import torch
 from onnx_models import export_dense, plan_for
 from timm.models.vision_transformer import VisionTransformer
 
-from export.engines import build_engine, cuda
+from export.engines import cuda
+from export.engines.build import build_engine
 from graph_passes import save_model, slim
 from patchslim.choices import Layout, Mode
 from patchslim.plan import SlimPlan

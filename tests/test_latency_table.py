@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from models_factory import build
 from onnx_models import dense, plan_for
 
-from export.latency_table import level_rounds, measure_table
+from export.latency.measure import level_rounds, measure_table
 from export.onnx_export import export_dense
 from graph_passes import OnnxModel, load_model, save_model
 from patchslim.errors import InputRejected, Unavailable, UsageError
@@ -280,7 +280,7 @@ def test_a_tiny_model_is_measured(tiny: tuple[Path, SlimPlan], mode: Any, layout
 
 
 def test_what_is_timed_is_the_block_of_the_slim_model(tiny: tuple[Path, SlimPlan]) -> None:
-    from export.latency_table import _Parts
+    from export.latency.measure import _Parts
 
     path, plan = tiny
     for mode, outputs in (("compact", 9), ("stale", plan.tokens)):
@@ -301,7 +301,7 @@ def test_what_is_timed_is_the_block_of_the_slim_model(tiny: tuple[Path, SlimPlan
 
 
 def test_merging_blocks_are_timed_with_their_merges(tiny: tuple[Path, SlimPlan]) -> None:
-    from export.latency_table import _Parts
+    from export.latency.measure import _Parts
 
     path, plan = tiny
     parts = _Parts(path, plan, "split", "compact", True, "fp32", 2)
@@ -340,7 +340,7 @@ def test_slow_rounds_are_levelled() -> None:
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_a_shallow_model_is_measured(depth: int, tmp_path: Path) -> None:
-    from export.latency_table import _first_blocks
+    from export.latency.block_extraction import _first_blocks
 
     model, exported = dense("plain")
     path = tmp_path / "dense.onnx"
@@ -404,8 +404,8 @@ def test_tensorrt_blocks_are_refused_with_what_to_do_instead(tmp_path: Path) -> 
 
 def test_tensorrt_builds_the_parts_that_it_would_time(tiny: tuple[Path, SlimPlan], tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
-    from export.block_runs import TensorRt
-    from export.latency_table import _Parts
+    from export.latency.measure import _Parts
+    from export.latency.timed_runs import TensorRt
 
     path, plan = tiny
     parts = _Parts(path, plan, "packed", "compact", True, "fp16", 2)
@@ -418,7 +418,7 @@ def test_tensorrt_builds_the_parts_that_it_would_time(tiny: tuple[Path, SlimPlan
 
 
 def test_costs_and_tables_load_neither_torch_nor_onnx() -> None:
-    names = "slimming.search.costs, patchslim.latency_table, export.latency_table"
+    names = "slimming.search.costs, patchslim.latency_table, export.latency.measure"
     code = f"import sys, {names}; print(*{{'torch', 'onnx', 'onnxruntime', 'timm'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.split()) == (0, []), done.stderr

@@ -11,7 +11,16 @@ from models_factory import build, images_for
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.accuracy.rivals import EViT, ToMeViT, attend, bipartite_soft_matching, evit_for_macs, feed, merge, tome_for_macs
+from benchmarks.accuracy.baselines import (
+    EViT,
+    ToMeViT,
+    attend,
+    bipartite_soft_matching,
+    evit_for_macs,
+    feed,
+    merge,
+    tome_for_macs,
+)
 from patchslim.errors import BudgetUnreachable, InputRejected, UsageError
 from slimming.api import dense_plan, make_plan
 from slimming.models.slim_vit import SlimViT

@@ -130,7 +130,7 @@ class Bench:
 
     def rival(self, case: Case) -> tuple[Any, dict[str, Any]]:
         """ToMe or EViT at the cost that the case's budget names, and what its row says of it; raises ``NotMeasured``."""
-        from benchmarks.accuracy.rivals import evit_for_macs, tome_for_macs
+        from benchmarks.accuracy.baselines import evit_for_macs, tome_for_macs
 
         limit, cut = int((1 - case.budget) * self.dense_macs), bool(case.head_only)
         try:

@@ -154,8 +154,8 @@ class Workshop:
 
     def rival(self, case: Case, key: str) -> dict[str, Any]:
         """ToMe, or EViT in the form that is best on the held-out images, as it stands and rewritten for ONNX Runtime."""
-        from benchmarks.accuracy.rivals import ToMeViT
-        from benchmarks.accuracy.rivals_onnx import lean
+        from benchmarks.accuracy.baselines import ToMeViT
+        from benchmarks.accuracy.baselines_onnx import lean
 
         if case.method == "dense":
             cut = ToMeViT(self.bench.model, 0, head_only=True)
@@ -275,7 +275,7 @@ def add_times(rows: list[dict[str, Any]], folder: Path, bench: Bench, options: O
     """Time every export, and put into each row the times of its fastest."""
     import numpy as np
 
-    from export.latency_table import level_rounds
+    from export.latency.measure import level_rounds
 
     exports = [(row, name) for row in rows for name in row.get("exports", {})]
     pixels = bench.pixels[[index % len(bench.pixels) for index in range(options.batch)]].numpy()

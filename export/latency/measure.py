@@ -13,28 +13,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from export.block_runs import OnnxRuntime, Run, TensorRt
+from export.latency.block_extraction import HEAD, STEM, WHOLE, Key, ModelParts
+from export.latency.timed_runs import OnnxRuntime, Run, TensorRt
 from patchslim.choices import Layout, Mode
-from patchslim.errors import InputRejected, Unavailable, UsageError
+from patchslim.errors import Unavailable, UsageError
 from patchslim.latency_table import LatencyPoint, LatencyTable
-from patchslim.plan import Origin, SlimPlan
+from patchslim.plan import SlimPlan
 
 if TYPE_CHECKING:
-    import onnx_graphsurgeon as gs
     from numpy.typing import NDArray
 
-    from export.config import Engine, Precision
-    from graph_passes.onnx_io.model import OnnxModel
+    from export.options import Engine, Precision
 
 #: Parts of N at which a block is measured unless a grid is given; the prefix tokens alone, and what the head reads, are added.
 FRACTIONS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25, 0.1)
 ROUNDS = 15
 _WARMUP, _POLISH = 2, 10
-_WHOLE, _STEM, _HEAD = "whole", "stem", "head"
-_DEPTH = 3  # blocks are alike: the second of three stands for all, the last for a last one
 
 Progress = Callable[[str, int, int], None]
-Key = str | tuple[int, int]
 
 
 def measure_table(
@@ -73,8 +69,8 @@ def measure_table(
     try:
         with tempfile.TemporaryDirectory(prefix="patchslim-") as folder:
             runs: list[Run] = []
-            parts = _Parts(dense_onnx, model_plan, layout, mode, merged, precision, batch)
-            keys: list[Key] = [_WHOLE, _STEM, _HEAD, *counts]
+            parts = ModelParts(dense_onnx, model_plan, layout, mode, merged, precision, batch)
+            keys: list[Key] = [WHOLE, STEM, HEAD, *counts]
             for done, key in enumerate(keys):
                 path = Path(folder) / f"{done}.onnx"
                 parts.write(key, path)
@@ -101,8 +97,8 @@ def measure_table(
         threads=on.threads,
         batch=batch,
         points=[LatencyPoint(tokens_in=n, tokens_out=k, ms=medians[n, k]) for n, k in counts],
-        fixed_ms=medians[_STEM] + medians[_HEAD],
-        dense_ms=medians[_WHOLE],
+        fixed_ms=medians[STEM] + medians[HEAD],
+        dense_ms=medians[WHOLE],
         repeats=rounds,
         spread=float(np.median((high - low) / middle)),
     )
@@ -131,116 +127,6 @@ def _grid(plan: SlimPlan, mode: Mode, grid: Sequence[int] | None) -> list[tuple[
     reads = [tokens] if mode == "stale" or plan.depth == 1 else counts
     outputs = [*counts, head] if 0 < head < fewest else counts
     return [(n, k) for n in reads for k in outputs if k <= n]
-
-
-class _Parts:
-    """Cuts what is timed out of a dense model: the whole, its ends, and single blocks, as ONNX files of fixed shapes."""
-
-    def __init__(
-        self, dense: Path, plan: SlimPlan, layout: Layout, mode: Mode, merged: bool, precision: Precision, batch: int
-    ) -> None:
-        from graph_passes import load_model
-
-        self.plan, self.layout, self.mode, self.merged = plan, layout, mode, merged
-        self.precision, self.batch = precision, batch
-        self.model = load_model(dense)
-        fixed = self.model.graph.input[0].type.tensor_type.shape.dim[0].dim_value
-        if fixed not in (0, batch):
-            raise InputRejected(
-                f"{dense}: has the fixed batch size {fixed}, so no table for batches of {batch} can be measured"
-            )
-        self.depth = min(plan.depth, _DEPTH)
-        self.shallow = _first_blocks(self.model, self.depth)
-
-    def write(self, key: Key, path: Path) -> None:
-        """Save the part ``key`` to ``path``."""
-        from graph_passes import save_model
-
-        if isinstance(key, tuple):
-            save_model(self.block(*key), path)
-        else:
-            save_model(self.end(key), path)
-
-    def _slim(self, model: OnnxModel, counts: list[int]) -> OnnxModel:
-        from graph_passes import slim
-
-        head, prefix = self.plan.head_tokens, self.plan.prefix_tokens
-        kept = [list(range(count)) if count >= prefix else head for count in counts]
-        origin = Origin(score="none", criterion="manual", value=0.0)
-        fields = self.plan.model_dump() | {"kept": kept, "mode": self.mode, "origin": origin.model_dump()}
-        fields["merged_into"] = self._merged_into(counts) if self.merged else None
-        return slim(model, SlimPlan.model_validate(fields), layout=self.layout, precision=self.precision).model
-
-    def _merged_into(self, counts: list[int]) -> list[int]:
-        """Every dropped token into the first patch, as long as a block keeps one: which it is does not change the time."""
-        merged_into, before, first = [-1] * self.plan.tokens, self.plan.tokens, self.plan.prefix_tokens
-        for count in counts[:-1]:
-            if count > first:
-                merged_into[count:before] = [first] * (before - count)
-            before = count
-        return merged_into
-
-    def block(self, n: int, k: int) -> OnnxModel:
-        # Only the last block is ever cut to fewer than the prefix tokens; what only the head reads is hardly met elsewhere.
-        last = k <= len(self.plan.head_tokens)
-        index = self.depth - 1 if last else min(1, self.depth - 1)
-        counts = [n] * index + [k] * (self.depth - index)
-        return self._between(self._slim(self.shallow, counts), index)
-
-    def end(self, key: str) -> OnnxModel:
-        full = [self.plan.tokens] * self.plan.depth
-        if key == _WHOLE:
-            return self._between(self._slim(self.model, full), None)
-        return self._between(self._slim(self.shallow, full[: self.depth]), key)
-
-    def _between(self, model: OnnxModel, part: int | str | None) -> OnnxModel:
-        """One block of ``model``, or what is before or behind its blocks, or (None) all of it, for ``batch`` images."""
-        from graph_passes.analysis.vit_structure import find_structure
-        from graph_passes.onnx_io.graph_convert import export_model, import_graph, with_shapes
-
-        graph = import_graph(with_shapes(model))
-        blocks = find_structure(graph).blocks
-        _batch_is_known(graph, self.batch)
-        if isinstance(part, int):
-            graph.inputs, graph.outputs = [blocks[part].input], [blocks[part].output]
-        elif part == _STEM:
-            graph.outputs = [blocks[0].input]
-        elif part == _HEAD:
-            graph.inputs = [blocks[-1].output]
-        for tensor in graph.inputs:
-            tensor.inputs.clear()
-        for tensor in (*graph.inputs, *graph.outputs):
-            tensor.shape = [self.batch, *tensor.shape[1:]]
-        return export_model(graph, like=model)
-
-
-def _batch_is_known(graph: gs.Graph, batch: int) -> None:
-    """Put constants for the shape of the images, which an attention pool's query takes its batch from, far behind them."""
-    from graph_passes.analysis.patterns import make_constant, replace_input
-
-    images = graph.inputs[0]
-    shape = [batch, *images.shape[1:]]
-    if not all(isinstance(length, int) for length in shape):
-        return
-    for node in [reader for reader in images.outputs if reader.op == "Shape"]:
-        output = node.outputs[0]
-        known = make_constant(f"{output.name}.known", shape[slice(node.attrs.get("start"), node.attrs.get("end"))])
-        for reader in list(output.outputs):
-            replace_input(reader, output, known)
-
-
-def _first_blocks(model: OnnxModel, depth: int) -> OnnxModel:
-    """The model with its head right behind its first ``depth`` blocks."""
-    from graph_passes.analysis.patterns import replace_input
-    from graph_passes.analysis.vit_structure import find_structure
-    from graph_passes.onnx_io.graph_convert import export_model, import_graph, with_shapes
-
-    graph = import_graph(with_shapes(model))
-    blocks = find_structure(graph).blocks
-    if len(blocks) > depth:
-        for reader in list(blocks[-1].output.outputs):
-            replace_input(reader, blocks[-1].output, blocks[depth - 1].output)
-    return export_model(graph, like=model)
 
 
 def _interleaved(runs: list[Run], rounds: int, report: Progress) -> NDArray[np.float64]:

@@ -1,4 +1,4 @@
-"""One TensorRT build in a process of its own: ``python -m export.engines.trt_worker request.json``.
+"""One TensorRT build in a process of its own: ``python -m export.engines.tensorrt_worker request.json``.
 
 A failed build changes the next one in the same process, and a crash must not take the pipeline along: hence the process.
 Reports go to stdout as one JSON object a line, ``event`` first: ``phase``, ``step``, then ``done`` or ``failed``. TensorRT's
@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from export.engines.layers import LAYERS_PREFIX, count_fused_attentions, count_kernels, parse_layers
+from export.engines.tensorrt_layers import LAYERS_PREFIX, count_fused_attentions, count_kernels, parse_layers
 
 _STEP_INTERVAL = 0.05  # seconds between reported steps: TensorRT takes some 1,500 steps for a ViT-Ti
 

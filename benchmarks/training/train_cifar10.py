@@ -1,7 +1,7 @@
 """Train the natural-image models of the accuracy tables on CIFAR-10: ViT-Ti/16 at 224 px on a GPU, or a small ViT on a CPU.
 
-    python -m benchmarks.accuracy.train_cifar10 --model vit_ti --data cifar10-train.tar --output cifar10_vit_ti.safetensors
-    python -m benchmarks.accuracy.train_cifar10 --data cifar10-train.tar --output cifar10_vit.safetensors
+    python -m benchmarks.training.train_cifar10 --model vit_ti --data cifar10-train.tar --output cifar10_vit_ti.safetensors
+    python -m benchmarks.training.train_cifar10 --data cifar10-train.tar --output cifar10_vit.safetensors
 
 Both are timm's ``vit_tiny_patch16_224``, trained from scratch. ``vit_ti`` is that model as it is: 196 patches of images
 enlarged to 224 px, every step on all of them. ``small`` has 64 patches of 4 x 4 pixels at 32 px, which two CPU cores can train;
@@ -32,7 +32,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 from torch.nn import functional
 
-from slimming.bundled.train import mimetic
+from benchmarks.training.train_digits import mimetic
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

@@ -14,7 +14,7 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from export.config import Precision
+    from export.options import Precision
 
 
 #: One run of an ONNX file that is ready on its engine; gives the seconds that it took.
@@ -32,7 +32,7 @@ class OnnxRuntime:
     def __init__(self, dense: Path, threads: int | None, batch: int) -> None:
         import onnxruntime
 
-        from export.engines.ort import OrtSession
+        from export.engines.onnx_runtime import OrtSession
 
         self.provider, self.threads, self.batch = OrtSession(dense).providers[0], threads, batch
         self.version: str = onnxruntime.__version__
@@ -84,7 +84,7 @@ class TensorRt:
     """
 
     def __init__(self, target: str, precision: Precision, batch: int) -> None:
-        from export.engines.tensorrt import choose_backend
+        from export.engines.tensorrt_build import choose_backend
 
         self.backend = choose_backend((target,), precision)
         self.precision, self.batch = precision, batch
@@ -97,8 +97,8 @@ class TensorRt:
         """The engine of an ONNX file whose one input has a static shape, beside it; raises as ``build_engine`` does."""
         import onnx
 
-        from export.engines.base import OnnxFacts
-        from export.engines.tensorrt import build_files
+        from export.engines.onnx_info import OnnxFacts
+        from export.engines.tensorrt_build import build_files
 
         name = onnx.load(str(path), load_external_data=False).graph.input[0].name
         facts = OnnxFacts(name, (0, 0, 0), self.batch, [], self.precision)  # a static shape: no size of images is needed
@@ -116,7 +116,7 @@ class TensorRt:
 
     def open(self, path: Path) -> Run:
         """Build an ONNX file and load its engine; raises as ``build_engine`` and ``TrtSession`` do."""
-        from export.engines.trt_session import TrtSession
+        from export.engines.tensorrt_runner import TrtSession
 
         session = TrtSession(self.build(path), self.backend.name)
         self._sessions.append(session)

@@ -1,4 +1,4 @@
-"""The rivals written for ONNX Runtime: the same answers as ``benchmarks.accuracy.rivals``, from operators that it runs fast.
+"""The rivals written for ONNX Runtime: the same answers as ``benchmarks.accuracy.baselines``, from operators that it runs fast.
 
 Exported as they stand, the rivals gather element by element (``GatherElements``) and merge by ``ScatterElements``. Here whole
 rows are copied (``Gather`` over the flattened batch) and merged by a small matrix product, and nothing is gathered or divided
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.accuracy.rivals import EViT, Rival, ToMeViT
+from benchmarks.accuracy.baselines import EViT, Rival, ToMeViT
 
 
 def rows_of(tokens: Tensor, places: Tensor) -> Tensor:

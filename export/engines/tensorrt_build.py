@@ -16,17 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from export.engines import cuda
-from export.engines.base import (
-    DEFAULT_TARGETS,
-    TARGETS,
-    Batch,
-    EngineResult,
-    OnnxFacts,
-    Precision,
-    Progress,
-    ProgressCallback,
-)
-from export.engines.trt_worker import BuildRequest
+from export.engines.base import DEFAULT_TARGETS, TARGETS, Batch, EngineResult, Precision, Progress, ProgressCallback
+from export.engines.onnx_info import OnnxFacts
+from export.engines.tensorrt_worker import BuildRequest
 from patchslim.errors import InputRejected, Unavailable, UsageError
 
 _GRACE = 5.0  # seconds that a cancelled build has to end by itself
@@ -174,7 +166,7 @@ def _run_worker(request: BuildRequest, work: Path, target: str, progress: Progre
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     with (work / "log.txt").open("w+") as log:
         worker = subprocess.Popen(
-            [sys.executable, "-m", "export.engines.trt_worker", str(work / "request.json")],
+            [sys.executable, "-m", "export.engines.tensorrt_worker", str(work / "request.json")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -230,7 +222,7 @@ def _end(worker: subprocess.Popen[str]) -> None:
 
 def _try(engines: dict[str, Path], backend: Backend, facts: OnnxFacts, batch: Batch) -> tuple[bool, str]:
     """Run this machine's engine once on blank images; return whether it ran, and else the reason."""
-    from export.engines.trt_session import TrtSession, can_execute
+    from export.engines.tensorrt_runner import TrtSession, can_execute
 
     local = cuda.local_target()
     able, reason = can_execute(backend.name, list(engines))

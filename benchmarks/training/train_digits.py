@@ -1,6 +1,6 @@
 """Train the bundled ``vit_ti`` weights: timm's ``vit_tiny_patch16_224`` on ``digits``, from scratch, on two CPU cores or a GPU.
 
-    python -m slimming.bundled.train --output vit_ti_digits.safetensors
+    python -m benchmarks.training.train_digits --output vit_ti_digits.safetensors
 
 Small first, then grown: most steps see only a window of patches around the digit, at their true place in the 14 x 14 grid,
 so that positions and patch statistics are those of the whole image and only the number of tokens differs. The last stage

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from export.engines.base import Batch, EngineResult, OnnxFacts, Precision
+from export.engines.base import Batch, EngineResult, Precision
+from export.engines.onnx_info import OnnxFacts
 from patchslim.errors import InputRejected, Unavailable
 
 if TYPE_CHECKING:

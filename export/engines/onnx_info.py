@@ -1,0 +1,72 @@
+"""What a build needs to know of an ONNX file, and the checks that come before any build."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from export.engines.base import Precision
+from patchslim.errors import InputRejected, Unavailable
+
+
+@dataclass(frozen=True)
+class OnnxFacts:
+    """What a build needs to know of an ONNX file: its one input, its fixed batch (None: dynamic) and its attention nodes."""
+
+    input_name: str
+    image_shape: tuple[int, int, int]
+    fixed_batch: int | None
+    attentions: list[str]
+    precision: Precision | None
+
+
+def read_onnx(path: Path) -> OnnxFacts:
+    """Read the structure of the ONNX file at ``path``; weights in external files are not loaded.
+
+    ``precision`` is the type that most weights have, None in a graph without floating-point weights.
+
+    Raises:
+        InputRejected: the file is missing, is not ONNX, has no nodes, or does not take one input of shape
+            (batch, channels, height, width) with a static image shape.
+    """
+    try:
+        import onnx
+    except ModuleNotFoundError as error:
+        raise Unavailable('building an engine needs onnx: pip install "patchslim[export]"') from error
+    try:
+        graph = onnx.load(str(path), load_external_data=False).graph
+    except OSError as error:
+        raise InputRejected(f"{path}: cannot be read ({error.strerror})") from error
+    except Exception as error:  # protobuf's DecodeError has moved between modules from release to release
+        raise InputRejected(f"{path}: not an ONNX file, or cut short ({error})") from error
+    if not graph.node:
+        raise InputRejected(f"{path}: an ONNX graph without nodes; was the export interrupted?")
+
+    weights = {tensor.name for tensor in graph.initializer}
+    inputs = [value for value in graph.input if value.name not in weights]
+    shape = [dim.dim_value for dim in inputs[0].type.tensor_type.shape.dim] if len(inputs) == 1 else []
+    if len(shape) != 4 or not all(shape[1:]):
+        found = ", ".join(value.name for value in inputs)
+        raise InputRejected(
+            f"{path}: expected one input (batch, channels, height, width), only batch dynamic; found {found} {shape or ''}"
+        )
+    sizes = {onnx.TensorProto.FLOAT: 0, onnx.TensorProto.FLOAT16: 0}
+    for tensor in graph.initializer:
+        if tensor.data_type in sizes:
+            sizes[tensor.data_type] += _product(tensor.dims)
+    full, half = sizes[onnx.TensorProto.FLOAT], sizes[onnx.TensorProto.FLOAT16]
+    return OnnxFacts(
+        input_name=inputs[0].name,
+        image_shape=(shape[1], shape[2], shape[3]),
+        fixed_batch=shape[0] or None,
+        attentions=[node.name for node in graph.node if node.op_type in ("Softmax", "Attention")],
+        precision=None if full + half == 0 else "fp16" if half > full else "fp32",
+    )
+
+
+def _product(dims: Sequence[int]) -> int:
+    total = 1
+    for dim in dims:
+        total *= dim
+    return total

@@ -1,0 +1,83 @@
+"""The parity report: one rung per stage of an export, each compared with the stage that it was made from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from export.engines.base import EngineResult
+from export.options import Options
+from export.stages import ENGINE, ONNX_FP16, ONNX_SLIM, PYTORCH, PYTORCH_SLIM, Stages
+from patchslim.plan import SlimPlan
+from validate import manifest as schema
+from validate.parity import gate, not_executed, rung
+
+Array = npt.NDArray[Any]
+
+
+#: Largest difference of a logit that FP16 may show against float32.
+FP16_TOLERANCE = 0.1
+
+
+def fp32_tolerance(logits: Array) -> float:
+    """Largest difference of a logit that ONNX Runtime in float32 may show: 1e-4, of the largest logit where that is above 1."""
+    finite = np.abs(logits[np.isfinite(logits)])
+    return 1e-4 * max(1.0, float(finite.max(initial=0.0)))
+
+
+def parity_report(
+    options: Options,
+    plan: SlimPlan,
+    engine: EngineResult,
+    images: Any,
+    stages: Stages,
+    logits: dict[str, Array],
+    targets: Array,
+) -> schema.ParityReport:
+    """One rung per stage, each compared with the stage that it was made from, and judged."""
+    from slimming.data.source import fingerprint_of
+
+    original = logits[PYTORCH]
+    rungs = [rung(PYTORCH, original, targets)]
+    chain = [(PYTORCH_SLIM, PYTORCH, None), (ONNX_SLIM, PYTORCH_SLIM, fp32_tolerance(logits[PYTORCH_SLIM]))]
+    if ONNX_FP16 in logits:
+        chain.append((ONNX_FP16, ONNX_SLIM, FP16_TOLERANCE))
+    for stage, before, tolerance in chain:
+        rungs.append(rung(stage, logits[stage], targets, original, logits[before], compared_to=before, tolerance=tolerance))
+    source = chain[-1][0]
+    if options.engine == "ort":
+        note = f"ONNX Runtime on {', '.join(engine.targets)} is the engine: the same run as {source}"
+        rungs.append(
+            rung(ENGINE, logits[source], targets, original, logits[source], compared_to=source, tolerance=0.0, note=note)
+        )
+    elif ENGINE in logits:
+        tolerance = FP16_TOLERANCE if engine.precision == "fp16" else fp32_tolerance(logits[source])
+        rungs.append(rung(ENGINE, logits[ENGINE], targets, original, logits[source], compared_to=source, tolerance=tolerance))
+    else:
+        rungs.append(not_executed(ENGINE, f"{engine.status}: {engine.reason}" if engine.reason else engine.status))
+    judged, passed = gate(rungs, options.max_top1_drop)
+    dense, slim = plan.dense_macs(), plan.macs(options.layout)
+    return schema.ParityReport(
+        gate=schema.Gate(max_top1_drop=options.max_top1_drop),
+        macs=schema.Macs(dense=dense, slim=slim, reduction=1 - slim / dense, layout=options.layout),
+        rungs=judged,
+        engine=schema.EngineRecord(
+            backend=engine.backend,
+            version=engine.version,
+            targets=list(engine.targets),
+            precision=engine.precision,
+            fused_attentions=engine.fused_attentions,
+            attentions=engine.attentions,
+            files=[f"engine/{file.name}" for file in engine.files],
+            status=judged[-1].status,
+        ),
+        evaluation=schema.Evaluation(
+            data=images.address,
+            split=f"{images.split} ({images.share})",
+            images=len(images),
+            fingerprint=fingerprint_of(images),
+        ),
+        passed=passed,
+    )
