@@ -51,9 +51,8 @@ def export_work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def ort_export(export_work: Path) -> Outcome:
-    from export_factory import tiny
-
     from export import export_bundle
+    from tests.helpers.exports import tiny
 
     return export_bundle(tiny(export_work, "tiny-ort"))
 
@@ -61,8 +60,7 @@ def ort_export(export_work: Path) -> Outcome:
 @pytest.fixture(scope="session")
 def trt_export(export_work: Path) -> Outcome:
     pytest.importorskip("tensorrt_rtx")
-    from export_factory import tiny
-
     from export import export_bundle
+    from tests.helpers.exports import tiny
 
     return export_bundle(tiny(export_work, "tiny-trt", engine="trt", target=("sm89",)))

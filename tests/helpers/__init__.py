@@ -1,0 +1,1 @@
+"""What tests share: tiny models, exports, bundles, command lines; no test imports another."""

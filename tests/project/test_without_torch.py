@@ -1,0 +1,102 @@
+"""The ``edge`` extra alone, really installed: passes and checks run in an environment that has no torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from tests.helpers.bundles import make_bundle
+from tests.helpers.onnx_models import dense, ort_logits, plan_for, reference
+
+ROOT = Path(__file__).parents[2]
+#: What uv says when no package index answers; anything else that it says is a failure of ours.
+UNREACHABLE = ("dns error", "error sending request", "failed to fetch", "connection refused", "timed out", "network")
+
+
+@pytest.fixture(scope="module")
+def edge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of a throw-away environment: the project's wheel with the locked packages of ``edge``, nothing else."""
+    uv = shutil.which("uv")
+    if uv is None:
+        pytest.skip("uv is not on PATH")
+    folder = tmp_path_factory.mktemp("edge") / "venv"
+    settings = {"UV_PROJECT_ENVIRONMENT": str(folder), "UV_PYTHON": sys.executable}
+    environment = {key: value for key, value in os.environ.items() if key != "VIRTUAL_ENV"} | settings
+    command = [
+        uv,
+        "sync",
+        "--frozen",
+        "--no-default-groups",
+        "--no-editable",
+        "--extra",
+        "edge",
+        "--reinstall-package",
+        "patchslim",
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    if done.returncode and any(word in done.stderr.lower() for word in UNREACHABLE):
+        pytest.skip(f"packages cannot be fetched from here: {' '.join(done.stderr.split())[:300]}")
+    assert done.returncode == 0, done.stderr
+    return folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+
+
+def run(python: Path, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run outside the checkout, so that only what is installed can be imported."""
+    ours = ("PYTHONPATH", "PYTHONPYCACHEPREFIX", "VIRTUAL_ENV")  # byte code of a throw-away environment goes away with it
+    environment = {key: value for key, value in os.environ.items() if key not in ours}
+    command = [str(python), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_there_is_no_torch(edge: Path, tmp_path: Path) -> None:
+    done = run(edge, "-c", "import torch", cwd=tmp_path)
+    assert "ModuleNotFoundError: No module named 'torch'" in done.stderr
+
+
+def test_the_packages_import_from_the_wheel(edge: Path, tmp_path: Path) -> None:
+    code = "import graph_passes, validate; print(graph_passes.slim.__module__, graph_passes.__file__, validate.__file__)"
+    done = run(edge, "-c", code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert str(ROOT) not in done.stdout
+
+
+@pytest.mark.parametrize("door", ["export.run", "slimming.run", "graph_passes.run", "validate.run"])
+def test_every_door_answers_help(edge: Path, door: str, tmp_path: Path) -> None:
+    done = run(edge, "-m", door, "--help", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_door_that_needs_torch_says_what_to_install(edge: Path, tmp_path: Path) -> None:
+    for door in ("export.run", "slimming.run"):
+        done = run(edge, "-m", door, "--output", tmp_path / "out", cwd=tmp_path)
+        assert (done.returncode, "Traceback" in done.stderr) == (4, False), f"{door}: {done.stderr}"
+        assert "patchslim[export]" in done.stderr
+
+
+def test_graph_passes_cut_a_real_export(edge: Path, tmp_path: Path) -> None:
+    model, exported = dense("plain")
+    plan = plan_for(model, [list(range(17)), [*range(9)], [0, 2, 3, 5], [0]])
+    onnx.save(exported, tmp_path / "dense.onnx")
+    plan.save(tmp_path / "plan.json")
+    done = run(edge, "-m", "graph_passes.run", "dense.onnx", "--plan", "plan.json", "-o", "slim.onnx", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    slim = ort_logits(onnx.load(tmp_path / "slim.onnx"), images)
+    np.testing.assert_allclose(slim, reference(model, plan, images), atol=1e-4)
+    assert np.abs(slim - ort_logits(exported, images)).max() > 1e-2
+
+
+def test_validate_checks_a_bundle(edge: Path, tmp_path: Path) -> None:
+    make_bundle(tmp_path / "bundle")
+    done = run(edge, "-m", "validate.run", "bundle", "--threads", 1, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "bundle" / "model.onnx").write_bytes(b"not what was promised")
+    assert run(edge, "-m", "validate.run", "bundle", cwd=tmp_path).returncode == 3
