@@ -280,11 +280,11 @@ def test_a_tiny_model_is_measured(tiny: tuple[Path, SlimPlan], mode: Any, layout
 
 
 def test_what_is_timed_is_the_block_of_the_slim_model(tiny: tuple[Path, SlimPlan]) -> None:
-    from export.latency.measure import _Parts
+    from export.latency.block_extraction import ModelParts
 
     path, plan = tiny
     for mode, outputs in (("compact", 9), ("stale", plan.tokens)):
-        parts = _Parts(path, plan, "split", mode, False, "fp32", 2)  # type: ignore[arg-type]
+        parts = ModelParts(path, plan, "split", mode, False, "fp32", 2)  # type: ignore[arg-type]
         reads = 13 if mode == "compact" else plan.tokens
         block = parts.block(reads, 9)
         assert _shape(block.graph.input[0]) == [2, reads, 48]
@@ -301,10 +301,10 @@ def test_what_is_timed_is_the_block_of_the_slim_model(tiny: tuple[Path, SlimPlan
 
 
 def test_merging_blocks_are_timed_with_their_merges(tiny: tuple[Path, SlimPlan]) -> None:
-    from export.latency.measure import _Parts
+    from export.latency.block_extraction import ModelParts
 
     path, plan = tiny
-    parts = _Parts(path, plan, "split", "compact", True, "fp32", 2)
+    parts = ModelParts(path, plan, "split", "compact", True, "fp32", 2)
     for reads, outputs, products, biases in ((plan.tokens, 13, 9, 0), (13, 9, 9, 1), (13, 1, 7, 1), (plan.tokens, 1, 7, 0)):
         block = parts.block(reads, outputs)
         assert (_shape(block.graph.input[0]), _shape(block.graph.output[0])) == ([2, reads, 48], [2, outputs, 48])
@@ -404,11 +404,11 @@ def test_tensorrt_blocks_are_refused_with_what_to_do_instead(tmp_path: Path) -> 
 
 def test_tensorrt_builds_the_parts_that_it_would_time(tiny: tuple[Path, SlimPlan], tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
-    from export.latency.measure import _Parts
+    from export.latency.block_extraction import ModelParts
     from export.latency.timed_runs import TensorRt
 
     path, plan = tiny
-    parts = _Parts(path, plan, "packed", "compact", True, "fp16", 2)
+    parts = ModelParts(path, plan, "packed", "compact", True, "fp16", 2)
     engine = TensorRt("sm89", "fp16", 2)
     for number, key in enumerate(("stem", "head", (plan.tokens, 9))):
         parts.write(key, tmp_path / f"{number}.onnx")  # type: ignore[arg-type]

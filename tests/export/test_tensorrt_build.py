@@ -194,7 +194,7 @@ def children() -> list[int]:
 
 
 def kill_worker(report: Progress) -> None:
-    before = [pid for pid in children() if b"trt_worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    before = [pid for pid in children() if b"tensorrt_worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     for pid in before:
         os.kill(pid, signal.SIGKILL)
 
@@ -218,4 +218,4 @@ def test_an_ended_build_leaves_nothing(
     with pytest.raises(expected, match="SIGKILL" if expected is Unavailable else None):
         build_engine("trt", fp16, tmp_path, targets=["sm89", "sm86"], progress=callback)
     assert not list(tmp_path.iterdir())
-    assert not [pid for pid in children() if b"trt_worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert not [pid for pid in children() if b"tensorrt_worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]

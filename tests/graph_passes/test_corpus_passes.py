@@ -261,7 +261,7 @@ def test_a_misfit_is_refused_by_name(
 BUILD = """
 import io, json, os, sys
 from pathlib import Path
-from export.engines.base import read_onnx
+from export.engines.onnx_info import read_onnx
 from export.engines.tensorrt_worker import BuildFailed, BuildRequest, build
 for path in map(Path, sys.argv[1:]):
     facts, out = read_onnx(path), str(path.with_suffix(""))
