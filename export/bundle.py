@@ -16,8 +16,9 @@ import numpy as np
 from export.cache import tool_versions
 from export.engines.base import EngineResult
 from export.onnx_export import INPUT, OUTPUT
-from export.parity import FP16_TOLERANCE, Array, fp32_tolerance
+from export.parity import FP16_TOLERANCE, fp32_tolerance
 from export.stages import ONNX_FP16, ONNX_SLIM, PYTORCH, PYTORCH_SLIM, Stages
+from patchslim.arrays import Array
 from patchslim.errors import UsageError
 from patchslim.plan import SlimPlan
 from slimming.search.budget import LATENCY

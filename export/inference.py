@@ -6,11 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from patchslim.arrays import Array
 from patchslim.errors import InputRejected
 
-Array = npt.NDArray[Any]
 #: (b, 3, h, w) float32 images -> (b, classes) float32 logits.
 Runner = Callable[[Array], Array]
 

@@ -9,12 +9,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from patchslim.choices import Layout
+from patchslim.choices import EngineName, Layout, Precision
 from patchslim.errors import UsageError
 from slimming.options import ModelOptions
-
-Engine = Literal["ort", "trt"]
-Precision = Literal["fp32", "fp16"]
 
 
 def default_work() -> Path:
@@ -24,10 +21,10 @@ def default_work() -> Path:
 
 
 @dataclass(frozen=True)
-class Options(ModelOptions):
+class ExportOptions(ModelOptions):
     """Take a Vision Transformer from PyTorch weights to a checked hand-off bundle."""
 
-    engine: Engine = "ort"
+    engine: EngineName = "ort"
     """ort: ONNX Runtime. trt: TensorRT for this machine's GPU, or TensorRT-RTX ahead of time where there is none."""
     target: Annotated[
         tyro.conf.UseAppendAction[tuple[tuple[str, ...] | str, ...]],

@@ -5,17 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from export.engines.base import EngineResult
-from export.options import Options
+from export.options import ExportOptions
 from export.stages import ENGINE, ONNX_FP16, ONNX_SLIM, PYTORCH, PYTORCH_SLIM, Stages
+from patchslim.arrays import Array
 from patchslim.plan import SlimPlan
 from validate import manifest as schema
 from validate.parity import gate, not_executed, rung
-
-Array = npt.NDArray[Any]
-
 
 #: Largest difference of a logit that FP16 may show against float32.
 FP16_TOLERANCE = 0.1
@@ -28,7 +25,7 @@ def fp32_tolerance(logits: Array) -> float:
 
 
 def parity_report(
-    options: Options,
+    options: ExportOptions,
     plan: SlimPlan,
     engine: EngineResult,
     images: Any,

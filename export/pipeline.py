@@ -9,7 +9,7 @@ from typing import Any
 from export.bundle import check_place, fill_bundle, publish
 from export.cache import StageCache
 from export.engines.base import EngineResult
-from export.options import Options
+from export.options import ExportOptions
 from export.parity import parity_report
 from export.stages import ONNX_FP16, ONNX_SLIM, Stages
 from patchslim.errors import ParityFailed
@@ -40,7 +40,7 @@ class GateFailed(ParityFailed):
         self.outcome = outcome
 
 
-def export_bundle(options: Options) -> Outcome:
+def export_bundle(options: ExportOptions) -> Outcome:
     """Run the whole export and publish the bundle.
 
     Raises ``PatchslimError``; in particular ``GateFailed`` when a stage fails its gate: then nothing is published, and the
@@ -79,7 +79,7 @@ def export_bundle(options: Options) -> Outcome:
     return outcome
 
 
-def describe(options: Options) -> dict[str, Any]:
+def describe(options: ExportOptions) -> dict[str, Any]:
     """What ``export_bundle`` would do with these options, and which of its slow stages are in the work folder already.
 
     Raises the ``PatchslimError`` that the run would meet before its first slow stage.
@@ -116,7 +116,7 @@ def describe(options: Options) -> dict[str, Any]:
     }
 
 
-def evaluation_images(options: Options) -> Any:
+def evaluation_images(options: ExportOptions) -> Any:
     """The held-out images that the options ask for."""
     from slimming.data.source import evaluation_set
 

@@ -6,12 +6,12 @@ import json
 import sys
 from typing import Any
 
-from export.options import Options
+from export.options import ExportOptions
 from patchslim.cli import run_command
 from patchslim.errors import EXIT_DONE
 
 
-def run(options: Options) -> int:
+def run(options: ExportOptions) -> int:
     """Export, or say what an export would do; returns the exit code. Raises ``PatchslimError``."""
     if options.dry_run:
         print_dry_run(options)
@@ -34,7 +34,7 @@ def run(options: Options) -> int:
     return EXIT_DONE
 
 
-def print_dry_run(options: Options) -> None:
+def print_dry_run(options: ExportOptions) -> None:
     """Check everything that can be checked without working, and print what would be done."""
     from export.pipeline import describe
 
@@ -54,7 +54,7 @@ def print_dry_run(options: Options) -> None:
 
 def main() -> int:
     """The command line's entry point; returns the exit code."""
-    return run_command(Options, run, prog="python -m export.run", description=Options.__doc__ or "")
+    return run_command(ExportOptions, run, prog="python -m export.run", description=ExportOptions.__doc__ or "")
 
 
 if __name__ == "__main__":

@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from export.cache import StageCache
-from export.engines.base import EngineResult
-from export.engines.base import Progress as EngineProgress
+from export.engines.base import BuildProgress, EngineResult
 from export.engines.build import build_engine
 from export.inference import Runner, measure, torch_runner
 from export.onnx_export import export_dense
-from export.options import Options
+from export.options import ExportOptions
+from patchslim.arrays import Array
 from patchslim.errors import InputRejected
 from patchslim.plan import SlimPlan, load_plan
 from patchslim.progress import Reporter
@@ -28,7 +27,6 @@ from slimming.search.budget import LATENCY
 from slimming.session import Session, search
 from validate.bundle import digest
 
-Array = npt.NDArray[Any]
 PYTORCH, PYTORCH_SLIM, ONNX_SLIM, ONNX_FP16, ENGINE = "pytorch", "pytorch-slim", "onnx-slim", "onnx-slim-fp16", "engine"
 
 
@@ -36,7 +34,7 @@ PYTORCH, PYTORCH_SLIM, ONNX_SLIM, ONNX_FP16, ENGINE = "pytorch", "pytorch-slim",
 class Stages:
     """What the stages of one run share."""
 
-    options: Options
+    options: ExportOptions
     session: Session
     cache: StageCache
     reporter: Reporter
@@ -209,7 +207,7 @@ class Stages:
         def build(part: Path) -> None:
             with self.reporter.bar("building engines", unit="") as update:
 
-                def progress(report: EngineProgress) -> bool:
+                def progress(report: BuildProgress) -> bool:
                     if report.parent is None:
                         update(report.step, report.total)
                     return True

@@ -6,7 +6,6 @@ import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import onnx
 from onnx import checker, shape_inference
@@ -17,11 +16,9 @@ from graph_passes.onnx_io.files import clipped, read_model, save_model
 from graph_passes.onnx_io.graph_convert import export_model, import_graph, with_shapes
 from graph_passes.onnx_io.model import OnnxModel, as_model
 from graph_passes.pass_registry import PASSES, CutForm, ImageForm, PassResult, Refusal, Settings
-from patchslim.choices import Layout
+from patchslim.choices import Layout, Precision
 from patchslim.errors import InputRejected, UsageError
 from patchslim.plan import SlimPlan
-
-Precision = Literal["fp32", "fp16"]
 
 #: How often a pass that repeats is run at most.
 _ROUNDS = 5

@@ -16,9 +16,9 @@ from graph_passes.analysis.patterns import MatchFailure
 from graph_passes.analysis.vit_structure import Structure, find_structure
 from graph_passes.onnx_io.graph_convert import import_graph, with_shapes
 from graph_passes.onnx_io.model import OnnxModel
-from graph_passes.pass_manager import Precision, run_passes
+from graph_passes.pass_manager import run_passes
 from graph_passes.pass_registry import CutForm, ImageForm, PassResult, Settings
-from patchslim.choices import Layout
+from patchslim.choices import Layout, Precision
 from patchslim.errors import InputRejected
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ PROG = "graph_passes.run"
 
 
 @dataclass(frozen=True)
-class Options:
+class PassOptions:
     """Cut the tokens that a plan drops out of an exported Vision Transformer, whoever exported it."""
 
     model: tyro.conf.Positional[Path | None] = None
@@ -69,7 +69,7 @@ class Options:
     """Print the report as one JSON object instead of tables."""
 
 
-def run(options: Options) -> int:
+def run(options: PassOptions) -> int:
     """Do what the options ask; returns the exit code. Raises ``PatchslimError``."""
     if options.list or options.explain is not None:
         return _describe(options)
@@ -107,7 +107,7 @@ class _Outcome:
     refused: Sequence[RefusedSite] = ()
 
 
-def _cut(options: Options, model: OnnxModel, plan: SlimPlan | None) -> _Outcome:
+def _cut(options: PassOptions, model: OnnxModel, plan: SlimPlan | None) -> _Outcome:
     """Run the passes. A refusal is returned, so that it can be reported before it ends the run."""
     from graph_passes.pass_manager import PassesRefused, slim
     from graph_passes.report import RefusedSite, distinct, look
@@ -146,7 +146,7 @@ def _cut(options: Options, model: OnnxModel, plan: SlimPlan | None) -> _Outcome:
     return _Outcome(before, after, result, passes=result.results)
 
 
-def _load(options: Options, path: Path, size: tuple[int, int] | None) -> OnnxModel:
+def _load(options: PassOptions, path: Path, size: tuple[int, int] | None) -> OnnxModel:
     """The model with the outputs and the image size that were asked for."""
     from graph_passes.onnx_io.files import read_model
 
@@ -180,7 +180,7 @@ def _names(values: Sequence[str]) -> Sequence[str]:
     return [name for value in values for name in value.split(",") if name]
 
 
-def _ensure_chosen(options: Options, plan: SlimPlan | None) -> None:
+def _ensure_chosen(options: PassOptions, plan: SlimPlan | None) -> None:
     """Raise ``UsageError`` before anything is read where the passes and the options for them do not go together."""
     from graph_passes.pass_manager import default_passes, ensure_known, ensure_plan
 
@@ -193,7 +193,7 @@ def _ensure_chosen(options: Options, plan: SlimPlan | None) -> None:
         raise UsageError("--precision fp16 is the work of the pass to_fp16; name it with --passes")
 
 
-def _publish(options: Options, plan: SlimPlan | None, outcome: _Outcome) -> None:
+def _publish(options: PassOptions, plan: SlimPlan | None, outcome: _Outcome) -> None:
     """Print the report and, where asked for, write it; raises ``OSError``."""
     from graph_passes.report import Report, print_report, records, reduction
 
@@ -226,7 +226,7 @@ def _publish(options: Options, plan: SlimPlan | None, outcome: _Outcome) -> None
         print_report(report)
 
 
-def _describe(options: Options) -> int:
+def _describe(options: PassOptions) -> int:
     """Print the passes, or one pass's explanation."""
     from graph_passes import PASSES
     from graph_passes.pass_manager import ensure_known
@@ -247,7 +247,7 @@ def _describe(options: Options) -> int:
 
 def main() -> int:
     """The command line's entry point; returns the exit code."""
-    return run_command(Options, run, prog=PROG, description=Options.__doc__ or "")
+    return run_command(PassOptions, run, prog=PROG, description=PassOptions.__doc__ or "")
 
 
 if __name__ == "__main__":

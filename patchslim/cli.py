@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from patchslim.errors import EXIT_INTERRUPTED, EXIT_UNAVAILABLE, PatchslimError
 
-Options = TypeVar("Options")
+OptionsT = TypeVar("OptionsT")
 
 #: Packages that an extra brings: without one of them a door says what to install.
 _OF_EXTRAS = frozenset(
@@ -30,7 +30,7 @@ _OF_EXTRAS = frozenset(
 )
 
 
-def run_command(options: type[Options], main: Callable[[Options], int], *, prog: str, description: str) -> int:
+def run_command(options: type[OptionsT], main: Callable[[OptionsT], int], *, prog: str, description: str) -> int:
     """Parse the command line into ``options``, run ``main`` and return the exit code.
 
     Errors go to stderr as one message; anything that is not a ``PatchslimError`` is a bug and keeps its traceback.

@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from patchslim.arrays import Array
 from patchslim.errors import InputRejected, Unavailable
-
-Array = npt.NDArray[Any]
 
 
 def open_session(path: Path, *, provider: str = "CPUExecutionProvider", threads: int = 0) -> Any:

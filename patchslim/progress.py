@@ -9,7 +9,10 @@ from typing import Any
 from patchslim.cli import raise_if_interrupted
 
 _UNITS = {"top-down search": "blocks", "compensating": "blocks", "fitting": "steps", "fine-tuning": "steps"}
-Update = Callable[[int, int], None]
+#: Called as work goes on: (done, total).
+Progress = Callable[[int, int], None]
+#: Called as work of several stages goes on: (stage, done, total).
+StageProgress = Callable[[str, int, int], None]
 
 
 class Reporter:

@@ -14,6 +14,7 @@ from torch import Tensor
 from patchslim.choices import Fit, Layout, Mode, ScoreName
 from patchslim.errors import UsageError
 from patchslim.plan import Calibration, Origin, SlimPlan
+from patchslim.progress import StageProgress
 from slimming.data.source import ImageSet, load_tensors
 from slimming.distributed import ALONE, World, chunks
 from slimming.fitting.block_sgd import BlockFitter
@@ -21,7 +22,7 @@ from slimming.fitting.closed_form import can_compensate, compensate
 from slimming.models.reader import ModelReader, check_supported, reader_of
 from slimming.search.budget import LATENCY, Budget, check_similarity, check_summary, resolved_score
 from slimming.search.costs import Cost, MacsCost
-from slimming.search.features import BATCH, DenseFeatures, Progress
+from slimming.search.features import BATCH, DenseFeatures
 from slimming.search.profile import Judge, profile_within, snapped, uniform_within
 from slimming.search.scores import score_named
 from slimming.search.similarity import MergeSearch, SummarySearch, with_summary
@@ -58,7 +59,7 @@ class Calibrated:
         seed: int = 0,
         bound: int = DEFAULT_BOUND,
         world: World = ALONE,
-        progress: Progress | None = None,
+        progress: StageProgress | None = None,
         magnitudes: bool = True,
     ) -> None:
         self.model, self.name, self.mode, self.seed, self.world, self.progress = model, name, mode, seed, world, progress
@@ -66,7 +67,7 @@ class Calibrated:
         digests: list[bytes] = []
         self.features = DenseFeatures(
             self.reader,
-            _batches(images, transform, world, digests),
+            calibration_batches(images, transform, world, digests),
             len(images),
             mode=mode,
             magnitudes=magnitudes,
@@ -141,17 +142,17 @@ class Calibrated:
         if score == "similarity":
             assert cost is not None
             merging = MergeSearch(self.features)
-            return merging.by_counts(_counts(merging, budget, cost, score))
+            return merging.by_counts(counts_for(merging, budget, cost, score))
         ranking = score_named(score, self.seed)
         if budget.criterion == "tolerance":
-            found = _within(TopDownSearch(self.features, ranking, fit=fitter), budget, score)
+            found = within_tolerance(TopDownSearch(self.features, ranking, fit=fitter), budget, score)
             return with_summary(found, self.features.tokens) if summary else found
         assert cost is not None
         search = TopDownSearch(self.features, ranking)
         if summary:
             summarising = SummarySearch(search)
-            return summarising.by_counts(_counts(summarising, budget, cost, score))
-        counts = _counts(search, budget, cost, score)
+            return summarising.by_counts(counts_for(summarising, budget, cost, score))
+        counts = counts_for(search, budget, cost, score)
         return TopDownSearch(self.features, ranking, fit=fitter).by_counts(counts)
 
     def close(self) -> None:
@@ -175,7 +176,7 @@ def find(
     seed: int = 0,
     bound: int = DEFAULT_BOUND,
     world: World = ALONE,
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
 ) -> Found:
     """Find one plan for ``model``, and fit its blocks to it; see ``Calibrated`` and ``Calibrated.find``."""
     (budget or Budget()).check()
@@ -204,7 +205,7 @@ def needs_magnitudes(
     return resolved_score(score, reader.head.fixed, mode, fit, budget, summary) in ("paper", "uniform")
 
 
-def _within(search: TopDownSearch, budget: Budget, score: ScoreName) -> Selection:
+def within_tolerance(search: TopDownSearch, budget: Budget, score: ScoreName) -> Selection:
     """The selection by tolerance; with ``snap``, the counts are rounded up, so that no error grows."""
     if score == "uniform":
         raise UsageError("--score uniform has one count for all blocks, and --tolerance one for each: pass --macs-reduction")
@@ -215,7 +216,7 @@ def _within(search: TopDownSearch, budget: Budget, score: ScoreName) -> Selectio
     return search.by_counts(snapped(search, counts, budget.snap, "up"), budget.value)
 
 
-def _counts(search: Judge, budget: Budget, cost: Cost, score: ScoreName) -> list[int]:
+def counts_for(search: Judge, budget: Budget, cost: Cost, score: ScoreName) -> list[int]:
     """Token counts per block that meet the budget."""
     if budget.criterion == "tokens":
         counts = budget.counts(search.tokens, search.depth, search.prefix)
@@ -231,7 +232,7 @@ def _counts(search: Judge, budget: Budget, cost: Cost, score: ScoreName) -> list
     return within(search, cost, budget.limit(cost), budget.snap)
 
 
-def _batches(images: ImageSet, transform: Any, world: World, digests: list[bytes]) -> Iterator[Tensor]:
+def calibration_batches(images: ImageSet, transform: Any, world: World, digests: list[bytes]) -> Iterator[Tensor]:
     """This process's batches of ``images``, in order; the digest of each is appended to ``digests``."""
     places = list(chunks(len(images), BATCH))
     own = [index for batch in world.own(len(places)) for index in images.indices[places[batch]]]

@@ -1,4 +1,4 @@
-"""Options that every door shares that takes a model and images: the one source of their names, defaults and help."""
+"""Options that every command shares that takes a model and images: the one source of their names, defaults and help."""
 
 from __future__ import annotations
 

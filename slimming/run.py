@@ -31,7 +31,7 @@ PAGE_IMAGES = 4
 
 
 @dataclass(frozen=True)
-class Options(ModelOptions):
+class SlimmingOptions(ModelOptions):
     """Find a slim plan for a Vision Transformer: which tokens each block keeps, from the last block down."""
 
     onnx: Path | None = None
@@ -87,7 +87,7 @@ class Options(ModelOptions):
             )
 
 
-def run(options: Options) -> int:
+def run(options: SlimmingOptions) -> int:
     """Find and save the plan; returns the exit code. Raises ``PatchslimError``."""
     options.check()
     options.check_output()
@@ -102,7 +102,7 @@ def run(options: Options) -> int:
         leave()
 
 
-def _run(options: Options, world: World) -> int:
+def _run(options: SlimmingOptions, world: World) -> int:
     from patchslim.progress import Reporter
     from slimming.data.source import evaluation_set
     from slimming.fitting.fitted_weights import save_fitted
@@ -148,7 +148,7 @@ def _run(options: Options, world: World) -> int:
     return EXIT_DONE
 
 
-def _open_graph(options: Options, images: Any, reporter: Any) -> Session:
+def _open_graph(options: SlimmingOptions, images: Any, reporter: Any) -> Session:
     from slimming.onnx_models.session import described, open_graph
 
     assert options.onnx is not None
@@ -157,7 +157,7 @@ def _open_graph(options: Options, images: Any, reporter: Any) -> Session:
     return session
 
 
-def _latency(options: Options, session: Session) -> Any:
+def _latency(options: SlimmingOptions, session: Session) -> Any:
     """The latency table that a latency budget is solved on, checked against the model; None for the other budgets."""
     from patchslim.latency_table import load_table
     from slimming.api import dense_plan
@@ -171,7 +171,7 @@ def _latency(options: Options, session: Session) -> Any:
 
 
 def _sweep(
-    options: Options, session: Session, calibrated: Any, found: Any, images: Any, world: World, progress: Any
+    options: SlimmingOptions, session: Session, calibrated: Any, found: Any, images: Any, world: World, progress: Any
 ) -> tuple[list[SweepPoint], float | None]:
     """The plan itself and every reduction of the sweep, measured; and the dense model's top-1, where there are images."""
     from patchslim.errors import BudgetUnreachable
@@ -213,7 +213,9 @@ def _sweep(
     return points, dense.top1 if labelled else None
 
 
-def _write_page(options: Options, session: Session, plan: SlimPlan, sweep: list[SweepPoint], dense: float | None) -> Path:
+def _write_page(
+    options: SlimmingOptions, session: Session, plan: SlimPlan, sweep: list[SweepPoint], dense: float | None
+) -> Path:
     import shlex
 
     import numpy as np
@@ -259,7 +261,7 @@ def summarise(plan: SlimPlan, layout: Layout) -> dict[str, object]:
     }
 
 
-def _print(plan: SlimPlan, options: Options, summary: dict[str, object]) -> None:
+def _print(plan: SlimPlan, options: SlimmingOptions, summary: dict[str, object]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -276,7 +278,7 @@ def _print(plan: SlimPlan, options: Options, summary: dict[str, object]) -> None
 
 def main() -> int:
     """The command line's entry point; returns the exit code."""
-    return run_command(Options, run, prog="python -m slimming.run", description=Options.__doc__ or "")
+    return run_command(SlimmingOptions, run, prog="python -m slimming.run", description=SlimmingOptions.__doc__ or "")
 
 
 if __name__ == "__main__":

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patchslim.choices import Layout
 from patchslim.errors import InputRejected, Unavailable
+from patchslim.progress import StageProgress
 from slimming.options import ModelOptions
 
 if TYPE_CHECKING:
     from slimming.api import Calibrated, Found
     from slimming.distributed import World
     from slimming.search.costs import Cost
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ def training_images(options: ModelOptions) -> Any:
     return calibration_set(address, count, options.seed, apart=_apart(address, options.data))
 
 
-def calibrate(options: ModelOptions, session: Session, progress: Progress, world: World | None = None) -> Calibrated:
+def calibrate(options: ModelOptions, session: Session, progress: StageProgress, world: World | None = None) -> Calibrated:
     """The model's dense features on the calibration images; the caller closes them."""
     from slimming.api import Calibrated, needs_magnitudes
     from slimming.distributed import ALONE
@@ -124,7 +122,7 @@ def search(
     options: ModelOptions,
     session: Session,
     layout: Layout,
-    progress: Progress,
+    progress: StageProgress,
     *,
     cost: Cost | None = None,
     calibrated: Calibrated | None = None,
@@ -148,7 +146,9 @@ def search(
     return _finetuned(options, session, found, progress, checkpoint)
 
 
-def _finetuned(options: ModelOptions, session: Session, found: Found, progress: Progress, checkpoint: Path | None) -> Found:
+def _finetuned(
+    options: ModelOptions, session: Session, found: Found, progress: StageProgress, checkpoint: Path | None
+) -> Found:
     import copy
     import dataclasses
 

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from patchslim.arrays import Array
 from patchslim.errors import InputRejected
 from patchslim.records import atomic_path
 
-Array = npt.NDArray[Any]
 #: No bundle needs more; it also bounds the memory that a hostile one can ask for.
 MAX_BYTES = 1 << 30
 _HEADER_BYTES = 4096

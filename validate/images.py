@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
+from patchslim.arrays import Array
 from patchslim.errors import InputRejected, Unavailable
 from validate.manifest import Manifest, Preprocessing
 
 if TYPE_CHECKING:
     from PIL import Image
 
-Array = npt.NDArray[Any]
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 

@@ -8,11 +8,10 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from patchslim.arrays import Array
 from validate.manifest import Rung, ladder_passed
 
-Array = npt.NDArray[Any]
 _Z95 = 1.959963984540054  # the standard normal's 97.5 % point
 
 

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """Options of ``validate.run``."""
+class ValidateOptions:
+    """ValidateOptions of ``validate.run``."""
 
     bundle: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="BUNDLE")]
     """The bundle's folder."""
@@ -35,7 +35,7 @@ class Options:
     """ONNX Runtime's execution provider."""
 
 
-def main(options: Options) -> int:
+def main(options: ValidateOptions) -> int:
     """Check the bundle, print what was found, and return the exit code: 0 right, 3 broken, 5 wrong answers."""
     if options.threads < 0 or options.batch < 1:
         raise UsageError("--threads must not be negative, --batch must be at least 1")
@@ -62,7 +62,7 @@ def main(options: Options) -> int:
     return verdict.exit_code
 
 
-def measure(folder: Path, manifest: Manifest, options: Options) -> list[Rung]:
+def measure(folder: Path, manifest: Manifest, options: ValidateOptions) -> list[Rung]:
     """Top-1 and top-5 over ``options.images`` of every ONNX file that runs in ONNX Runtime.
 
     Drop, agreement and errors are against the first of them; a rung with a NaN or infinite logit has failed.
@@ -93,7 +93,7 @@ def measure(folder: Path, manifest: Manifest, options: Options) -> list[Rung]:
     return [one.model_copy(update={"status": "failed" if one.non_finite else "passed"}) for one in rungs]
 
 
-def _print(verdict: BundleVerdict, measured: list[Rung], options: Options) -> None:
+def _print(verdict: BundleVerdict, measured: list[Rung], options: ValidateOptions) -> None:
     if options.json:
         import json
 
@@ -113,4 +113,4 @@ def _print(verdict: BundleVerdict, measured: list[Rung], options: Options) -> No
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(Options, main, prog="validate", description="Check a patchslim bundle whole."))
+    sys.exit(run_command(ValidateOptions, main, prog="validate", description="Check a patchslim bundle whole."))

@@ -7,19 +7,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from patchslim.choices import Precision
+
 TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 """GPU architectures that TensorRT-RTX builds for on any machine."""
 
 DEFAULT_TARGETS = TARGETS[1:]
 """All from sm80: Turing (sm75) has no fp32 and no bfloat16 matrix product in TensorRT-RTX."""
 
-Precision = Literal["fp16", "fp32"]
 Batch = tuple[int, int, int]
 """Smallest, most usual and largest batch of the optimisation profile."""
 
 
 @dataclass(frozen=True)
-class Progress:
+class BuildProgress:
     """One report from a running build: ``step`` of ``total`` steps of ``phase`` are done (``parent``: the phase around it)."""
 
     target: str
@@ -29,7 +30,7 @@ class Progress:
     total: int
 
 
-ProgressCallback = Callable[[Progress], bool | None]
+BuildProgressCallback = Callable[[BuildProgress], bool | None]
 """Called for each report; returning False cancels the build, which then raises KeyboardInterrupt."""
 
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from export.engines.base import Batch, EngineResult, Precision, ProgressCallback
+from export.engines.base import Batch, BuildProgressCallback, EngineResult
 from export.engines.onnx_info import read_onnx
+from patchslim.choices import Precision
 from patchslim.errors import InputRejected, UsageError
 
 
@@ -19,7 +20,7 @@ def build_engine(
     targets: Sequence[str] | None = None,
     precision: Precision = "fp16",
     batch: Batch = (1, 8, 32),
-    progress: ProgressCallback | None = None,
+    progress: BuildProgressCallback | None = None,
 ) -> EngineResult:
     """Make ``onnx_path`` ready to run and say what was made.
 

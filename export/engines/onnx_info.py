@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.engines.base import Precision
+from patchslim.choices import Precision
 from patchslim.errors import InputRejected, Unavailable
 
 

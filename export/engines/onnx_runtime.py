@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from export.engines.base import Batch, EngineResult, Precision
+from export.engines.base import Batch, EngineResult
 from export.engines.onnx_info import OnnxFacts
+from patchslim.choices import Precision
 from patchslim.errors import InputRejected, Unavailable
 
 if TYPE_CHECKING:

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from export.engines import cuda
-from export.engines.base import DEFAULT_TARGETS, TARGETS, Batch, EngineResult, Precision, Progress, ProgressCallback
+from export.engines.base import DEFAULT_TARGETS, TARGETS, Batch, BuildProgress, BuildProgressCallback, EngineResult
 from export.engines.onnx_info import OnnxFacts
 from export.engines.tensorrt_worker import BuildRequest
+from patchslim.choices import Precision
 from patchslim.errors import InputRejected, Unavailable, UsageError
 
 _GRACE = 5.0  # seconds that a cancelled build has to end by itself
@@ -76,7 +77,7 @@ def build(
     targets: Sequence[str] | None,
     precision: Precision,
     batch: Batch,
-    progress: ProgressCallback,
+    progress: BuildProgressCallback,
 ) -> EngineResult:
     """Build one engine per target, each in its own process; see ``export.engines.build_engine``."""
     backend = choose_backend(targets, precision)
@@ -122,7 +123,7 @@ def build_files(
     *,
     precision: Precision,
     batch: Batch,
-    progress: ProgressCallback,
+    progress: BuildProgressCallback,
 ) -> Built:
     """Build one engine per target of ``backend``, each in its own process, without running any: all of them, or none."""
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -159,7 +160,7 @@ def build_files(
     return Built(files, layers_file, done)
 
 
-def _run_worker(request: BuildRequest, work: Path, target: str, progress: ProgressCallback) -> dict[str, Any]:
+def _run_worker(request: BuildRequest, work: Path, target: str, progress: BuildProgressCallback) -> dict[str, Any]:
     """Run one build process to its end; kill it on any way out, Ctrl-C included."""
     request.write(work / "request.json")
     root = str(Path(__file__).resolve().parents[2])
@@ -193,13 +194,13 @@ def _run_worker(request: BuildRequest, work: Path, target: str, progress: Progre
     raise Unavailable(f"{onnx}: the {name} build for {target} {how}; last messages: {tail or 'none'}")
 
 
-def _follow(worker: subprocess.Popen[str], target: str, progress: ProgressCallback) -> dict[str, Any]:
+def _follow(worker: subprocess.Popen[str], target: str, progress: BuildProgressCallback) -> dict[str, Any]:
     assert worker.stdout is not None
     for line in worker.stdout:
         report: dict[str, Any] = json.loads(line)
         if report["event"] in ("done", "failed"):
             return report
-        if progress(Progress(target, report["phase"], report["parent"], report["step"], report["total"])) is False:
+        if progress(BuildProgress(target, report["phase"], report["parent"], report["step"], report["total"])) is False:
             raise KeyboardInterrupt
     return {"event": "died"}
 

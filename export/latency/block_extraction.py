@@ -12,8 +12,8 @@ from patchslim.plan import Origin, SlimPlan
 if TYPE_CHECKING:
     import onnx_graphsurgeon as gs
 
-    from export.options import Precision
     from graph_passes.onnx_io.model import OnnxModel
+    from patchslim.choices import Precision
 
 
 WHOLE = "whole"

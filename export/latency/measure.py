@@ -7,7 +7,7 @@ Executed on CPUs only so far: of TensorRT the blocks have been built, not timed.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,18 +19,17 @@ from patchslim.choices import Layout, Mode
 from patchslim.errors import Unavailable, UsageError
 from patchslim.latency_table import LatencyPoint, LatencyTable
 from patchslim.plan import SlimPlan
+from patchslim.progress import StageProgress
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from export.options import Engine, Precision
+    from patchslim.choices import EngineName, Precision
 
 #: Parts of N at which a block is measured unless a grid is given; the prefix tokens alone, and what the head reads, are added.
 FRACTIONS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25, 0.1)
 ROUNDS = 15
 _WARMUP, _POLISH = 2, 10
-
-Progress = Callable[[str, int, int], None]
 
 
 def measure_table(
@@ -40,13 +39,13 @@ def measure_table(
     layout: Layout,
     mode: Mode,
     merged: bool = False,
-    engine: Engine = "ort",
+    engine: EngineName = "ort",
     precision: Precision = "fp32",
     batch: int = 8,
     threads: int | None = None,
     grid: Sequence[int] | None = None,
     rounds: int = ROUNDS,
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
 ) -> LatencyTable:
     """Time a block of ``dense_onnx`` for every (tokens in, tokens out) of ``grid``, and the dense model and its two ends.
 
@@ -129,7 +128,7 @@ def _grid(plan: SlimPlan, mode: Mode, grid: Sequence[int] | None) -> list[tuple[
     return [(n, k) for n in reads for k in outputs if k <= n]
 
 
-def _interleaved(runs: list[Run], rounds: int, report: Progress) -> NDArray[np.float64]:
+def _interleaved(runs: list[Run], rounds: int, report: StageProgress) -> NDArray[np.float64]:
     """Seconds (rounds, runs) of every run in every round; each round has an order of its own."""
     shuffle = np.random.default_rng(0)
     times = np.empty((rounds, len(runs)))

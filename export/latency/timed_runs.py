@@ -14,7 +14,7 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from export.options import Precision
+    from patchslim.choices import Precision
 
 
 #: One run of an ONNX file that is ready on its engine; gives the seconds that it took.

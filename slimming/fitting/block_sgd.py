@@ -12,6 +12,7 @@ import torch
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
+from patchslim.progress import StageProgress
 from slimming.distributed import ALONE, World
 from slimming.models.attention import View
 from slimming.models.fused_attention import unfused_attention
@@ -20,7 +21,6 @@ from slimming.search.features import DenseFeatures
 
 #: (inputs (b, n, d), targets (b, rows, d)) of this process's share of the batches asked for, in their order.
 Batches = Callable[[list[int]], Iterator[tuple[Tensor, Tensor]]]
-Progress = Callable[[str, int, int], None]
 
 #: Batches whose gradients make one step: that many processes can share it.
 STEP_BATCHES = 4
@@ -45,7 +45,7 @@ def fit_block(
     epochs: float = 3,
     lr: float = LR,
     world: World = ALONE,
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
 ) -> float:
     """Minimise a slimmed block's mean relative error E over ``parameters`` alone; returns the E that it ends at.
 
@@ -91,7 +91,7 @@ class _Descent:
     images: Sequence[int]
     world: World
 
-    def run(self, epochs: float, lr: float, progress: Progress) -> None:
+    def run(self, epochs: float, lr: float, progress: StageProgress) -> None:
         numbers = range(len(self.images))
         groups = [list(numbers[start : start + STEP_BATCHES]) for start in numbers[::STEP_BATCHES]]
         steps = max(1, round(epochs * len(groups)))
@@ -146,7 +146,7 @@ class BlockFitter:
         *,
         epochs: float = EPOCHS,
         lr: float = LR,
-        progress: Callable[[str, int, int], None] | None = None,
+        progress: StageProgress | None = None,
     ) -> None:
         self.features, self.epochs, self.lr = features, epochs, lr
         self.model: Any = copy.deepcopy(features.reader.model)

@@ -23,7 +23,6 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,14 +40,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from patchslim.errors import InputRejected, UsageError
+from patchslim.progress import StageProgress
 from slimming.data.source import ImageSet
 from slimming.fitting.finetune_checkpoint import as_found, resume, save
 from slimming.fitting.finetune_data import Draws, identity_of, loader_of, read, train_transform
 from slimming.fitting.recipe import FinetuneReport, Recipe
 from slimming.models.fused_attention import unfused_attention
 from slimming.models.loading import state_digest
-
-Progress = Callable[[str, int, int], None]
 
 _LEAST_LR, _WARMUP_LR = 1 / 50, 1 / 500  # of the learning rate, as in DeiT
 _EMA_SHARE = 25_000 / 375_000  # of the steps, as in DeiT
@@ -78,7 +76,7 @@ def finetune(
     recipe: Recipe,
     checkpoint: Path | None = None,
     checkpoint_steps: int | None = None,
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
 ) -> FinetuneReport:
     """Train ``slim`` (a ``SlimViT``) in place on labelled ``images``; at the end it holds the averaged (EMA) weights.
 
@@ -139,7 +137,7 @@ def _train(
     recipe: Recipe,
     checkpoint: Path | None,
     checkpoint_steps: int | None,
-    progress: Progress | None,
+    progress: StageProgress | None,
 ) -> FinetuneReport:
     total = recipe.batch_size * accelerator.num_processes
     steps = max(1, round(recipe.epochs * len(images) / total))

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 import torch
-from numpy.typing import NDArray
 
 from graph_passes.analysis.axes import UNKNOWN_BATCH, Batch, token_axis
 from graph_passes.analysis.axis_propagation import Attention
@@ -29,9 +28,9 @@ from graph_passes.onnx_io.graph_interface import with_image_size
 from graph_passes.onnx_io.model import OnnxModel
 from graph_passes.pass_manager import load_model, run_passes
 from graph_passes.pass_registry import Settings
+from patchslim.arrays import Array
 from patchslim.errors import InputRejected, UsageError
 
-Array = NDArray[Any]
 #: What makes any exporter's graph readable.
 PREPARE = ("fold_constants", "expand_attention")
 

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from graph_passes.analysis.axis_propagation import Attention
+from patchslim.arrays import Array
 from patchslim.macs import Geometry
 from slimming.models.attention import View
-from slimming.onnx_models.masked_graph import Array, Graph, Part, Session
+from slimming.onnx_models.masked_graph import Graph, Part, Session
 
 Pooling = Literal["token", "avg", "map"]
 

@@ -15,14 +15,15 @@ from graph_passes.pass_manager import slim
 from patchslim.choices import Fit, Layout, Mode, ScoreName
 from patchslim.errors import InputRejected, UsageError
 from patchslim.plan import Calibration, Origin, SlimPlan
-from slimming.api import Found, _batches, _counts, _within
+from patchslim.progress import StageProgress
+from slimming.api import Found, calibration_batches, counts_for, within_tolerance
 from slimming.data.source import ImageSet
 from slimming.distributed import ALONE, World
 from slimming.onnx_models.masked_graph import Session
 from slimming.onnx_models.reader import GraphReader, RuntimeModel
 from slimming.search.budget import LATENCY, Budget
 from slimming.search.costs import Cost, MacsCost
-from slimming.search.features import DenseFeatures, Progress
+from slimming.search.features import DenseFeatures
 from slimming.search.scores import Score, score_named
 from slimming.search.top_down import Choose, Selection, TopDownSearch
 from slimming.search.top_down import Fit as BlockFit
@@ -91,12 +92,12 @@ class CalibratedGraph:
         seed: int = 0,
         bound: int = DEFAULT_BOUND,
         world: World = ALONE,
-        progress: Progress | None = None,
+        progress: StageProgress | None = None,
         magnitudes: bool = True,
     ) -> None:
         self.reader, self.name, self.mode, self.seed = reader, name, mode, seed
         digests: list[bytes] = []
-        batches = _batches(images, transform, world, digests)
+        batches = calibration_batches(images, transform, world, digests)
         options: Any = {"mode": mode, "magnitudes": magnitudes, "store": TensorStore(bound), "world": world}
         model: Any = reader  # to the features, what a graph reader offers is a model reader
         self.features = DenseFeatures(model, batches, len(images), progress=progress, **options)
@@ -126,7 +127,7 @@ class CalibratedGraph:
         score = "paper" if score == "auto" else score
         search = GraphSearch(self.features, score_named(score, self.seed))
         if budget.criterion == "tolerance":
-            selection = _within(search, budget, score)
+            selection = within_tolerance(search, budget, score)
         else:
             selection = search.by_counts(self._counts(search, budget, score, layout))
         origin = Origin(
@@ -152,7 +153,7 @@ class CalibratedGraph:
                     f"--tokens: the last block keeps the {beside} prefix tokens and a patch, so at least {beside + 1}"
                 )
             budget = dataclasses.replace(budget, tokens=(*rest, last - beside))
-        return _counts(search, budget, _WithPrefix(cost, beside) if beside else cost, score)
+        return counts_for(search, budget, _WithPrefix(cost, beside) if beside else cost, score)
 
     def _plan(self, selection: Selection, origin: Origin) -> SlimPlan:
         reader = self.reader

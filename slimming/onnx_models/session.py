@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from patchslim.choices import Layout
 from patchslim.errors import InputRejected, UsageError
 from patchslim.plan import SlimPlan
+from patchslim.progress import StageProgress
 from slimming.options import ModelOptions
-from slimming.session import Progress, Session, calibration_images
+from slimming.session import Session, calibration_images
 
 if TYPE_CHECKING:
     from slimming.distributed import World
@@ -94,7 +95,7 @@ def described(config: dict[str, Any]) -> str:
     )
 
 
-def calibrate_graph(options: ModelOptions, session: Session, progress: Progress, world: World) -> CalibratedGraph:
+def calibrate_graph(options: ModelOptions, session: Session, progress: StageProgress, world: World) -> CalibratedGraph:
     """The graph's dense features on the calibration images; the caller closes them."""
     from slimming.onnx_models.search import CalibratedGraph
 

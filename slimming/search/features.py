@@ -10,13 +10,13 @@ from torch import Tensor
 
 from patchslim.choices import Mode
 from patchslim.errors import InputRejected
+from patchslim.progress import StageProgress
 from slimming.distributed import ALONE, World, chunks
 from slimming.models.attention import View
 from slimming.models.reader import ModelReader
 from slimming.search.scores import input_magnitude
 from slimming.tensor_store import TensorStore
 
-Progress = Callable[[str, int, int], None]
 #: Images that are looked at together: few, so that attention maps stay in a CPU's caches.
 BATCH = 8
 #: Images that a score's errors and divergences are measured on, spread over the calibration images.
@@ -41,12 +41,12 @@ class DenseFeatures:
         magnitudes: bool = True,
         store: TensorStore | None = None,
         world: World = ALONE,
-        progress: Progress | None = None,
+        progress: StageProgress | None = None,
     ) -> None:
         self.reader, self.mode, self.images, self.world = reader, mode, images, world
         self.store = store or TensorStore()
         self.device = next(reader.model.parameters()).device
-        self.progress: Progress = progress or (lambda stage, done, total: None)
+        self.progress: StageProgress = progress or (lambda stage, done, total: None)
         self.places = list(chunks(images, BATCH))
         self.own = world.own(len(self.places))
         self.sample = self.spread(ERROR_IMAGES)

@@ -10,7 +10,7 @@ import onnx
 import pytest
 from PIL import Image
 
-from export import Options
+from export import ExportOptions
 from patchslim.plan import load_plan
 from tests.helpers.exports import CALIBRATION, DEPTH, EVALUATION, MODEL, TOKENS, read
 from validate import check_bundle
@@ -27,13 +27,13 @@ def outcome(request: pytest.FixtureRequest) -> Any:
 
 
 def test_the_defaults() -> None:
-    options = Options()
+    options = ExportOptions()
     assert (options.model, options.engine, options.weights, options.data) == ("vit_ti", "ort", "bundled", "digits")
     assert (options.calibration_images, options.eval_images) == (256, 2000)
     assert (options.macs_reduction, options.tolerance, options.mode) == (0.45, None, "compact")
     assert (options.max_top1_drop, options.seed) == (0.2, 0)
     assert (options.engine_precision, options.layout, options.bundle) == ("fp32", "split", Path("bundles/vit_ti-ort"))
-    trt = Options(model="deit_s", engine="trt")
+    trt = ExportOptions(model="deit_s", engine="trt")
     assert (trt.engine_precision, trt.layout, trt.bundle) == ("fp16", "packed", Path("bundles/deit_s-trt"))
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import tyro
 
-from export import Options, export_bundle
+from export import ExportOptions, export_bundle
 from patchslim.errors import BudgetUnreachable, InputRejected
 from patchslim.latency_table import load_table
 from patchslim.plan import load_plan
@@ -166,6 +166,6 @@ def test_preprocessing_of_ones_own_reaches_the_manifest(export_work: Path) -> No
 
 @pytest.mark.parametrize("given", ["sm86 sm89", "sm86,sm89", "sm86 --target sm89"])
 def test_targets_can_be_given_in_every_usual_way(given: str) -> None:
-    parsed = tyro.cli(Options, args=["--engine", "trt", "--target", *given.split(), "--dry-run"])
+    parsed = tyro.cli(ExportOptions, args=["--engine", "trt", "--target", *given.split(), "--dry-run"])
     assert parsed.targets == ("sm86", "sm89")
     assert parsed.dry_run

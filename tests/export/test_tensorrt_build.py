@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from export.engines import cuda
-from export.engines.base import DEFAULT_TARGETS, Progress
+from export.engines.base import DEFAULT_TARGETS, BuildProgress
 from export.engines.build import build_engine
 from export.engines.tensorrt_build import choose_backend
 from export.engines.tensorrt_runner import TrtSession, can_execute
@@ -70,7 +70,7 @@ def fp32(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @needs_rtx
 @ahead_of_time
 def test_fp16_builds_fuse_every_attention_and_are_repeatable(fp16: Path, tmp_path: Path) -> None:
-    reports: list[Progress] = []
+    reports: list[BuildProgress] = []
     result = build_engine("trt", fp16, tmp_path / "a", targets=["sm89", "sm86"], progress=reports.append)
     assert (result.backend, result.targets, result.precision) == ("tensorrt_rtx", ["sm89", "sm86"], "fp16")
     assert (result.fused_attentions, result.attentions) == (DEPTH, DEPTH)
@@ -193,17 +193,17 @@ def children() -> list[int]:
     return [int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]
 
 
-def kill_worker(report: Progress) -> None:
+def kill_worker(report: BuildProgress) -> None:
     before = [pid for pid in children() if b"tensorrt_worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     for pid in before:
         os.kill(pid, signal.SIGKILL)
 
 
-def interrupt(report: Progress) -> None:
+def interrupt(report: BuildProgress) -> None:
     raise KeyboardInterrupt
 
 
-def cancel(report: Progress) -> bool:
+def cancel(report: BuildProgress) -> bool:
     return False
 
 
@@ -213,7 +213,7 @@ def cancel(report: Progress) -> bool:
     ("callback", "expected"), [(cancel, KeyboardInterrupt), (interrupt, KeyboardInterrupt), (kill_worker, Unavailable)]
 )
 def test_an_ended_build_leaves_nothing(
-    callback: Callable[[Progress], bool | None], expected: type[BaseException], fp16: Path, tmp_path: Path
+    callback: Callable[[BuildProgress], bool | None], expected: type[BaseException], fp16: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(expected, match="SIGKILL" if expected is Unavailable else None):
         build_engine("trt", fp16, tmp_path, targets=["sm89", "sm86"], progress=callback)

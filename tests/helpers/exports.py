@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from export.options import Options
+from export.options import ExportOptions
 
 ROOT = Path(__file__).parents[2]
 DEPTH, TOKENS = 3, 10
@@ -20,8 +20,8 @@ CALIBRATION, EVALUATION = 24, 40
 SEED = 8
 
 
-def tiny(work: Path, name: str = "bundle", **changes: Any) -> Options:
-    """Options of a small export into the folder ``name`` beside ``work``."""
+def tiny(work: Path, name: str = "bundle", **changes: Any) -> ExportOptions:
+    """ExportOptions of a small export into the folder ``name`` beside ``work``."""
     given: dict[str, Any] = {
         "model": MODEL,
         "model_arg": ARGUMENTS,
@@ -34,7 +34,7 @@ def tiny(work: Path, name: str = "bundle", **changes: Any) -> Options:
         "output": work.parent / name,
         "work": work,
     }
-    return Options(**{**given, **changes})
+    return ExportOptions(**{**given, **changes})
 
 
 def command(work: Path, name: str, *more: str) -> list[str]:

@@ -26,7 +26,7 @@ from slimming.api import Calibrated
 from slimming.data.source import calibration_set
 from slimming.onnx_models.reader import GraphReader
 from slimming.onnx_models.search import CalibratedGraph, GraphSearch, slim_model
-from slimming.run import Options, run
+from slimming.run import SlimmingOptions, run
 from slimming.search.budget import Budget
 from slimming.search.costs import MacsCost
 from slimming.search.scores import score_named
@@ -257,7 +257,7 @@ def test_two_doors_from_a_file_to_a_slim_file_and_no_pytorch_model_in_between(
         patch.setattr(timm.models, "create_model", never)
         patch.setattr(VisionTransformer, "__init__", never)
         measured = {"eval_images": 20} if name == "plain" else {}
-        options = Options(
+        options = SlimmingOptions(
             onnx=path, data=str(images), output=plan_path, img_size=side, json=True, macs_reduction=0.3, **measured
         )
         assert run(options) == 0
@@ -326,7 +326,7 @@ def test_a_graph_that_cannot_be_searched_is_refused_by_name(make: Any, message: 
     path = tmp_path / "graph.onnx"
     onnx.save(make(), path)
     with pytest.raises(PatchslimError, match=message) as refused:
-        run(Options(onnx=path, data=str(images), output=tmp_path / "plan.json"))
+        run(SlimmingOptions(onnx=path, data=str(images), output=tmp_path / "plan.json"))
     assert refused.value.exit_code == 3
     assert str(path) in str(refused.value)
     assert not (tmp_path / "plan.json").exists()
@@ -356,7 +356,7 @@ def test_options_that_contradict_a_graph_are_refused(
 ) -> None:
     given = {"onnx": files("plain"), "data": str(images), "output": tmp_path / "plan.json", **options}
     with pytest.raises(PatchslimError, match=message) as refused:
-        run(Options(**given))
+        run(SlimmingOptions(**given))
     assert refused.value.exit_code == code
     assert not (tmp_path / "plan.json").exists()
 
@@ -367,7 +367,7 @@ def test_labels_of_other_classes_are_refused_before_the_search(files: Any, tmp_p
         for number in range(5):
             Image.new("RGB", (32, 32), (number, 0, 0)).save(tmp_path / "data" / label / f"{number}.png")
     with pytest.raises(PatchslimError, match=r"has 2 classes, .* gives 10 answers") as refused:
-        run(Options(onnx=files("plain"), data=str(tmp_path / "data"), output=tmp_path / "plan.json", eval_images=4))
+        run(SlimmingOptions(onnx=files("plain"), data=str(tmp_path / "data"), output=tmp_path / "plan.json", eval_images=4))
     assert refused.value.exit_code == 3
 
 

@@ -16,7 +16,7 @@ from tests.helpers.bundles import PREPROCESSING, SIZE, make_bundle, reseal, weig
 from tests.helpers.validate_process import BLOCKED, run
 from validate.images import list_images, preprocess
 from validate.manifest import Preprocessing
-from validate.run import Options, main
+from validate.run import ValidateOptions, main
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +74,11 @@ def test_exit_codes(good: Path, tmp_path: Path) -> None:
 
 def test_options_that_cannot_be_met(good: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--batch"):
-        main(Options(good, batch=0))
+        main(ValidateOptions(good, batch=0))
     with pytest.raises(Unavailable, match="NoSuchProvider"):
-        main(Options(good, provider="NoSuchProvider"))
+        main(ValidateOptions(good, provider="NoSuchProvider"))
     with pytest.raises(InputRejected, match="nowhere"):
-        main(Options(good, images=tmp_path / "nowhere"))
+        main(ValidateOptions(good, images=tmp_path / "nowhere"))
 
 
 def test_help_is_quick() -> None:
