@@ -269,7 +269,7 @@ def test_two_doors_from_a_file_to_a_slim_file_and_no_pytorch_model_in_between(
     plan = load_plan(plan_path)
     assert plan.model == path.stem.replace(":", "_")
     size: dict[str, Any] = {} if side is None else {"image_size": str(side)}
-    assert graph_passes_run.run(graph_passes_run.Options(path, plan_path, slim, **size)) == 0
+    assert graph_passes_run.run(graph_passes_run.PassOptions(path, plan_path, slim, **size)) == 0
     given = pixels(1).numpy()
     if name == "plain":
         expected = reference(dense("plain")[0], plan, pixels(1))
