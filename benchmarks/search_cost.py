@@ -51,7 +51,7 @@ def measure(model: str, images: int, rounds: int, reduction: float) -> dict[str,
     import torch
     from timm.data import create_transform
 
-    from slimming import Budget, calibration_set, find, load_model
+    from slimming import Budget, calibration_set, find_plan, load_model
     from slimming.data.source import load_tensors
 
     torch.set_num_threads(1)
@@ -67,7 +67,7 @@ def measure(model: str, images: int, rounds: int, reduction: float) -> dict[str,
             loaded.module(batch)
 
     def search(fit: Fit) -> None:
-        find(loaded.module, ready, name=model, transform=None, budget=Budget("macs-reduction", reduction), fit=fit)
+        find_plan(loaded.module, ready, name=model, transform=None, budget=Budget("macs-reduction", reduction), fit=fit)
 
     dense()  # the first pass is slow
     found: dict[str, list[float]] = {}

@@ -24,7 +24,7 @@ from patchslim.errors import InputRejected
 from patchslim.plan import SlimPlan, load_plan
 from patchslim.progress import Reporter
 from slimming.search.budget import LATENCY
-from slimming.session import Session, search
+from slimming.session import SlimmingSession, search
 from validate.bundle import digest
 
 PYTORCH, PYTORCH_SLIM, ONNX_SLIM, ONNX_FP16, ENGINE = "pytorch", "pytorch-slim", "onnx-slim", "onnx-slim-fp16", "engine"
@@ -35,7 +35,7 @@ class Stages:
     """What the stages of one run share."""
 
     options: ExportOptions
-    session: Session
+    session: SlimmingSession
     cache: StageCache
     reporter: Reporter
 

@@ -1,7 +1,7 @@
 """Which tokens each block of a Vision Transformer can do without: model and calibration images in, ``SlimPlan`` out.
 
-- ``find(model, images, name=..., transform=..., budget=Budget("macs-reduction", 0.45))``: a plan, and the weights fitted to it.
-- ``Calibrated(model, images, ...)``: the same for many plans on one set of features.
+- ``find_plan(model, images, name=..., transform=..., budget=Budget("macs-reduction", 0.45))``: a plan and its fitted weights.
+- ``PlanFinder(model, images, ...)``: the same for many plans on one set of features.
 - ``dense_plan(model, name)``, ``make_plan(model, name, kept)``: plans without a search.
 - ``SlimViT(model, plan)``: the PyTorch reference of a model under a plan.
 - ``SlimPlan``, ``load_plan(path)``: the plan itself; free of torch.
@@ -18,7 +18,7 @@ from patchslim.lazy import lazy_names
 
 if TYPE_CHECKING:
     from patchslim.plan import SlimPlan, load_plan
-    from slimming.api import Calibrated, Found, dense_plan, find, make_plan
+    from slimming.api import FoundPlan, PlanFinder, dense_plan, find_plan, make_plan
     from slimming.data.source import calibration_set, evaluation_set
     from slimming.models.loading import load_model
     from slimming.models.slim_vit import SlimViT
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Budget",
-    "Calibrated",
-    "Found",
+    "FoundPlan",
+    "PlanFinder",
     "SlimPlan",
     "SlimViT",
     "calibration_set",
     "dense_plan",
     "evaluation_set",
-    "find",
+    "find_plan",
     "load_model",
     "load_plan",
     "make_plan",
@@ -43,14 +43,14 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "Budget": "slimming.search.budget",
-        "Calibrated": "slimming.api",
-        "Found": "slimming.api",
+        "PlanFinder": "slimming.api",
+        "FoundPlan": "slimming.api",
         "SlimPlan": "patchslim.plan",
         "SlimViT": "slimming.models.slim_vit",
         "calibration_set": "slimming.data.source",
         "dense_plan": "slimming.api",
         "evaluation_set": "slimming.data.source",
-        "find": "slimming.api",
+        "find_plan": "slimming.api",
         "load_model": "slimming.models.loading",
         "load_plan": "patchslim.plan",
         "make_plan": "slimming.api",

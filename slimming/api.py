@@ -16,14 +16,14 @@ from patchslim.errors import UsageError
 from patchslim.plan import Calibration, Origin, SlimPlan
 from patchslim.progress import StageProgress
 from slimming.data.source import ImageSet, load_tensors
-from slimming.distributed import ALONE, World, chunks
+from slimming.distributed import SINGLE_PROCESS, ProcessGroup, batch_slices
 from slimming.fitting.block_sgd import BlockFitter
 from slimming.fitting.closed_form import can_compensate, compensate
 from slimming.models.reader import ModelReader, check_supported, reader_of
 from slimming.search.budget import LATENCY, Budget, check_similarity, check_summary, resolved_score
 from slimming.search.costs import Cost, MacsCost
 from slimming.search.features import BATCH, DenseFeatures
-from slimming.search.profile import Judge, profile_within, snapped, uniform_within
+from slimming.search.profile import ProfileEvaluator, profile_within, snapped, uniform_within
 from slimming.search.scores import score_named
 from slimming.search.similarity import MergeSearch, SummarySearch, with_summary
 from slimming.search.top_down import Selection, TopDownSearch
@@ -31,7 +31,7 @@ from slimming.tensor_store import DEFAULT_BOUND, TensorStore
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundPlan:
     """A plan, and the model to run under it: the given one, or a copy whose blocks were refitted to the cut."""
 
     plan: SlimPlan
@@ -40,11 +40,11 @@ class Found:
     finetune: dict[str, float | int | str] | None = None  # the recipe and its outcome, where there was one
 
 
-class Calibrated:
+class PlanFinder:
     """A timm ViT with its dense features on calibration images, on which any number of plans can be searched.
 
     ``transform`` maps a PIL image to the model's input tensor. ``bound`` is the number of bytes of per-image state held in
-    memory before it spills to disk. Every process of ``world`` makes one with the same arguments and finds the same plans.
+    memory before it spills to disk. Every process of a group makes one with the same arguments and finds the same plans.
     Raises ``InputRejected`` for a model or images that cannot be used.
     """
 
@@ -58,30 +58,37 @@ class Calibrated:
         mode: Mode = "compact",
         seed: int = 0,
         bound: int = DEFAULT_BOUND,
-        world: World = ALONE,
+        process_group: ProcessGroup = SINGLE_PROCESS,
         progress: StageProgress | None = None,
         magnitudes: bool = True,
     ) -> None:
-        self.model, self.name, self.mode, self.seed, self.world, self.progress = model, name, mode, seed, world, progress
+        self.model, self.name, self.mode, self.seed, self.process_group, self.progress = (
+            model,
+            name,
+            mode,
+            seed,
+            process_group,
+            progress,
+        )
         self.reader = reader_of(model, name)
         digests: list[bytes] = []
         self.features = DenseFeatures(
             self.reader,
-            calibration_batches(images, transform, world, digests),
+            calibration_batches(images, transform, process_group, digests),
             len(images),
             mode=mode,
             magnitudes=magnitudes,
             store=TensorStore(bound),
-            world=world,
+            process_group=process_group,
             progress=progress,
         )
         self.calibration = Calibration(
             data=f"{images.address} ({images.split}, {images.share})",
             images=len(images),
-            fingerprint=world.same(digests, len(self.features.places)),
+            fingerprint=process_group.digest_over_batches(digests, len(self.features.places)),
         )
 
-    def find(
+    def find_plan(
         self,
         budget: Budget | None = None,
         *,
@@ -90,11 +97,11 @@ class Calibrated:
         fit: Fit = "none",
         layout: Layout = "split",
         summary: bool = False,
-    ) -> Found:
+    ) -> FoundPlan:
         """Find the top-down masks that meet ``budget``, and fit the blocks to them.
 
         ``cost`` is what a latency budget is solved on; MAC budgets count the projections as ``layout`` lays them. A model whose
-        blocks end in norms cannot be refitted in closed form, and is not: ``Found.fit`` says so. With the score
+        blocks end in norms cannot be refitted in closed form, and is not: ``FoundPlan.fit`` says so. With the score
         ``similarity`` the plan merges tokens; with ``summary`` it keeps the mean of those that the score drops, which the
         budget and the fit count and scores and errors do not.
         Raises ``BudgetUnreachable``, ``UsageError``.
@@ -133,7 +140,7 @@ class Calibrated:
         if fit == "closed-form":
             fitted = copy.deepcopy(self.model)
             compensate(fitted, self.features, plan, progress=self.progress)
-        return Found(plan, fitted, fit)
+        return FoundPlan(plan, fitted, fit)
 
     def _selected(
         self, budget: Budget, cost: Cost | None, score: ScoreName, summary: bool, fitter: BlockFitter | None
@@ -160,7 +167,7 @@ class Calibrated:
         self.features.close()
 
 
-def find(
+def find_plan(
     model: Any,
     images: ImageSet,
     *,
@@ -175,12 +182,12 @@ def find(
     summary: bool = False,
     seed: int = 0,
     bound: int = DEFAULT_BOUND,
-    world: World = ALONE,
+    process_group: ProcessGroup = SINGLE_PROCESS,
     progress: StageProgress | None = None,
-) -> Found:
-    """Find one plan for ``model``, and fit its blocks to it; see ``Calibrated`` and ``Calibrated.find``."""
+) -> FoundPlan:
+    """Find one plan for ``model``, and fit its blocks to it; see ``PlanFinder`` and ``PlanFinder.find_plan``."""
     (budget or Budget()).check()
-    calibrated = Calibrated(
+    finder = PlanFinder(
         model,
         images,
         name=name,
@@ -188,14 +195,14 @@ def find(
         mode=mode,
         seed=seed,
         bound=bound,
-        world=world,
+        process_group=process_group,
         progress=progress,
         magnitudes=needs_magnitudes(score, reader_of(model, name), mode, fit, budget or Budget(), summary),
     )
     try:
-        return calibrated.find(budget, cost=cost, score=score, fit=fit, layout=layout, summary=summary)
+        return finder.find_plan(budget, cost=cost, score=score, fit=fit, layout=layout, summary=summary)
     finally:
-        calibrated.close()
+        finder.close()
 
 
 def needs_magnitudes(
@@ -216,7 +223,7 @@ def within_tolerance(search: TopDownSearch, budget: Budget, score: ScoreName) ->
     return search.by_counts(snapped(search, counts, budget.snap, "up"), budget.value)
 
 
-def counts_for(search: Judge, budget: Budget, cost: Cost, score: ScoreName) -> list[int]:
+def counts_for(search: ProfileEvaluator, budget: Budget, cost: Cost, score: ScoreName) -> list[int]:
     """Token counts per block that meet the budget."""
     if budget.criterion == "tokens":
         counts = budget.counts(search.tokens, search.depth, search.prefix)
@@ -232,10 +239,12 @@ def counts_for(search: Judge, budget: Budget, cost: Cost, score: ScoreName) -> l
     return within(search, cost, budget.limit(cost), budget.snap)
 
 
-def calibration_batches(images: ImageSet, transform: Any, world: World, digests: list[bytes]) -> Iterator[Tensor]:
+def calibration_batches(
+    images: ImageSet, transform: Any, process_group: ProcessGroup, digests: list[bytes]
+) -> Iterator[Tensor]:
     """This process's batches of ``images``, in order; the digest of each is appended to ``digests``."""
-    places = list(chunks(len(images), BATCH))
-    own = [index for batch in world.own(len(places)) for index in images.indices[places[batch]]]
+    places = list(batch_slices(len(images), BATCH))
+    own = [index for batch in process_group.own_batches(len(places)) for index in images.indices[places[batch]]]
     if not own:
         return
     for batch, _ in load_tensors(dataclasses.replace(images, indices=own), transform, BATCH):

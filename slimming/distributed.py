@@ -1,4 +1,4 @@
-"""The processes that one job runs on (torchrun), and sums over all of them that do not depend on how many there are."""
+"""The processes of one job (torchrun), and sums over them whose result does not depend on how many there are."""
 
 from __future__ import annotations
 
@@ -13,21 +13,28 @@ from torch import distributed as dist
 
 
 @dataclass(frozen=True)
-class World:
-    """This process's place among ``size``; work is dealt out by batches: batch i is process ``i % size``'s."""
+class ProcessGroup:
+    """This process's ``rank`` among ``size`` processes. Work is shared out by batches: batch i belongs to rank ``i % size``."""
 
     rank: int = 0
     size: int = 1
 
-    def own(self, batches: int) -> list[int]:
-        """The batches, of ``batches``, that are this process's."""
+    @property
+    def is_primary(self) -> bool:
+        """Whether this process is the one that prints and writes files (rank 0)."""
+        return self.rank == 0
+
+    def own_batches(self, batches: int) -> list[int]:
+        """The numbers, out of ``range(batches)``, of this process's batches."""
         return list(range(self.rank, batches, self.size))
 
-    def total(self, own: Sequence[Tensor], batches: Sequence[int]) -> Tensor:
-        """The sum of one float64 tensor per batch, added in the order ``batches`` whichever process each came from.
+    def sum_over_batches(self, own: Sequence[Tensor], batches: Sequence[int]) -> Tensor:
+        """Return the float64 sum of one tensor per batch, added in the order of ``batches`` whichever process holds each.
 
-        ``own`` are this process's tensors, in order; batch i of ``batches`` is process ``i % size``'s. Every process gets the
-        same bits, and the same as one process alone would. Raises ``ValueError`` without any batch.
+        ``own`` are this process's tensors, one per own batch, in order and of one shape. Every process gets the same bits, and
+        the same bits as a single process would.
+
+        Raises ``ValueError`` where ``batches`` is empty.
         """
         if not batches:
             raise ValueError("no batches to add up")
@@ -51,16 +58,16 @@ class World:
         queues = [iter(part.cpu()) for part in gathered]
         return [next(queues[batch % self.size]) for batch in batches]
 
-    def added(self, own: Tensor) -> Tensor:
-        """The sum of one float64 tensor per process; every process gets the same bits."""
+    def all_reduce_sum(self, own: Tensor) -> Tensor:
+        """Return the sum of one float64 tensor per process; every process gets the same bits."""
         if self.size == 1:
             return own
         moved = own.cuda() if dist.get_backend() == "nccl" else own.clone()
         dist.all_reduce(moved)
         return moved.to(own.device)
 
-    def same(self, digests: Sequence[bytes], batches: int) -> str:
-        """SHA-256 over one digest per batch, in the order of the batches: the same on every process."""
+    def digest_over_batches(self, digests: Sequence[bytes], batches: int) -> str:
+        """Return the SHA-256 over one digest per batch, in the order of the batches: the same on every process."""
         everyone: list[Sequence[bytes]] = [digests]
         if self.size > 1:
             everyone = [()] * self.size
@@ -68,39 +75,34 @@ class World:
         queues = [iter(each) for each in everyone]
         return hashlib.sha256(b"".join(next(queues[batch % self.size]) for batch in range(batches))).hexdigest()
 
-    @property
-    def leads(self) -> bool:
-        """Whether this process is the one that speaks and writes."""
-        return self.rank == 0
-
-    def wait(self) -> None:
-        """Until every process has come this far."""
+    def barrier(self) -> None:
+        """Wait until every process has reached this call."""
         if self.size > 1:
             dist.barrier()
 
 
-ALONE = World()
+SINGLE_PROCESS = ProcessGroup()
 
 
-def join(device: str = "cpu") -> World:
-    """The world that torchrun started this process in, its process group opened (nccl on GPUs, else gloo); alone without it."""
+def open_process_group(device: str = "cpu") -> ProcessGroup:
+    """Join the job that torchrun started this process in (nccl on ``cuda``, else gloo); ``SINGLE_PROCESS`` without torchrun."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        return ALONE
+        return SINGLE_PROCESS
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    return World(dist.get_rank(), dist.get_world_size())
+    return ProcessGroup(dist.get_rank(), dist.get_world_size())
 
 
-def leave() -> None:
-    """Close the process group, if one is open."""
+def close_process_group() -> None:
+    """Close PyTorch's process group, if one is open."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def chunks(images: int, size: int) -> Iterator[slice]:
-    """Consecutive batches of ``size`` images."""
+def batch_slices(images: int, size: int) -> Iterator[slice]:
+    """Yield the slices of consecutive batches of ``size`` images; the last one may be smaller."""
     for start in range(0, images, size):
         yield slice(start, min(start + size, images))

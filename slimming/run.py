@@ -21,9 +21,9 @@ from slimming.options import ModelOptions
 from slimming.search.budget import LATENCY
 
 if TYPE_CHECKING:
-    from slimming.distributed import World
+    from slimming.distributed import ProcessGroup
     from slimming.report.page import SweepPoint
-    from slimming.session import Session
+    from slimming.session import SlimmingSession
 
 #: Held-out images that a sweep is measured on.
 SWEEP_IMAGES = 1000
@@ -93,40 +93,40 @@ def run(options: SlimmingOptions) -> int:
     options.check_output()
     if options.onnx is not None:
         options = dataclasses.replace(options, fit="none")
-    from slimming.distributed import join, leave
+    from slimming.distributed import close_process_group, open_process_group
 
-    world = join(options.device)
+    process_group = open_process_group(options.device)
     try:
-        return _run(options, world)
+        return _run(options, process_group)
     finally:
-        leave()
+        close_process_group()
 
 
-def _run(options: SlimmingOptions, world: World) -> int:
+def _run(options: SlimmingOptions, process_group: ProcessGroup) -> int:
     from patchslim.progress import Reporter
     from slimming.data.source import evaluation_set
     from slimming.fitting.fitted_weights import save_fitted
-    from slimming.onnx_models.session import calibrate_graph
-    from slimming.session import calibrate, open_session, search
+    from slimming.onnx_models.session import open_graph_finder
+    from slimming.session import open_finder, open_session, search
 
-    reporter = Reporter(quiet=not world.leads)
+    reporter = Reporter(quiet=not process_group.is_primary)
     images = evaluation_set(options.data, options.measured) if options.measured else None
-    session = open_session(options, images, world) if options.onnx is None else _open_graph(options, images, reporter)
+    session = open_session(options, images, process_group) if options.onnx is None else _open_graph(options, images, reporter)
     cost = _latency(options, session)
     reporter.say(
         f"{options.onnx or options.model}: searching on {len(session.calibration)} images of {session.calibration.address}"
     )
     checkpoint = options.output.with_suffix(".checkpoint")
     with reporter.stages() as progress:
-        opened = calibrate if options.onnx is None else calibrate_graph
-        calibrated: Any = opened(options, session, progress, world)
+        opened = open_finder if options.onnx is None else open_graph_finder
+        finder: Any = opened(options, session, progress, process_group)
         try:
-            found = search(options, session, options.layout, progress, cost=cost, calibrated=calibrated, checkpoint=checkpoint)
-            sweep, dense = _sweep(options, session, calibrated, found, images, world, progress)
+            found = search(options, session, options.layout, progress, cost=cost, finder=finder, checkpoint=checkpoint)
+            sweep, dense = _sweep(options, session, finder, found, images, process_group, progress)
         finally:
-            calibrated.close()
-    if not world.leads:
-        world.wait()
+            finder.close()
+    if not process_group.is_primary:
+        process_group.barrier()
         return EXIT_DONE
     if options.fit != found.fit:
         reporter.say(f"the blocks of {options.model} end in norms, so they cannot be refitted in closed form: --fit none")
@@ -144,11 +144,11 @@ def _run(options: SlimmingOptions, world: World) -> int:
         print(json.dumps(summary))
     else:
         _print(plan, options, summary)
-    world.wait()
+    process_group.barrier()
     return EXIT_DONE
 
 
-def _open_graph(options: SlimmingOptions, images: Any, reporter: Any) -> Session:
+def _open_graph(options: SlimmingOptions, images: Any, reporter: Any) -> SlimmingSession:
     from slimming.onnx_models.session import described, open_graph
 
     assert options.onnx is not None
@@ -157,7 +157,7 @@ def _open_graph(options: SlimmingOptions, images: Any, reporter: Any) -> Session
     return session
 
 
-def _latency(options: SlimmingOptions, session: Session) -> Any:
+def _latency(options: SlimmingOptions, session: SlimmingSession) -> Any:
     """The latency table that a latency budget is solved on, checked against the model; None for the other budgets."""
     from patchslim.latency_table import load_table
     from slimming.api import dense_plan
@@ -171,7 +171,13 @@ def _latency(options: SlimmingOptions, session: Session) -> Any:
 
 
 def _sweep(
-    options: SlimmingOptions, session: Session, calibrated: Any, found: Any, images: Any, world: World, progress: Any
+    options: SlimmingOptions,
+    session: SlimmingSession,
+    finder: Any,
+    found: Any,
+    images: Any,
+    process_group: ProcessGroup,
+    progress: Any,
 ) -> tuple[list[SweepPoint], float | None]:
     """The plan itself and every reduction of the sweep, measured; and the dense model's top-1, where there are images."""
     from patchslim.errors import BudgetUnreachable
@@ -185,7 +191,7 @@ def _sweep(
     for reduction in options.reductions:
         try:
             budget = Budget("macs-reduction", reduction, snap=options.snap)
-            every.append(calibrated.find(budget, score=score, fit=options.fit, layout=options.layout, summary=options.summary))
+            every.append(finder.find_plan(budget, score=score, fit=options.fit, layout=options.layout, summary=options.summary))
         except BudgetUnreachable:
             continue
     if images is None:
@@ -197,7 +203,7 @@ def _sweep(
             models.append(slimmed(session, each.plan, options.layout))
         else:
             models.append(SlimViT(each.model, each.plan).to(next(original.parameters()).device).eval())
-    dense, *each_accuracy = evaluate(models, images, session.transform, world=world, progress=progress)
+    dense, *each_accuracy = evaluate(models, images, session.transform, process_group=process_group, progress=progress)
     labelled = bool(images.labels)
     points = [
         SweepPoint(
@@ -214,7 +220,7 @@ def _sweep(
 
 
 def _write_page(
-    options: SlimmingOptions, session: Session, plan: SlimPlan, sweep: list[SweepPoint], dense: float | None
+    options: SlimmingOptions, session: SlimmingSession, plan: SlimPlan, sweep: list[SweepPoint], dense: float | None
 ) -> Path:
     import shlex
 

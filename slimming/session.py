@@ -13,13 +13,13 @@ from patchslim.progress import StageProgress
 from slimming.options import ModelOptions
 
 if TYPE_CHECKING:
-    from slimming.api import Calibrated, Found
-    from slimming.distributed import World
+    from slimming.api import FoundPlan, PlanFinder
+    from slimming.distributed import ProcessGroup
     from slimming.search.costs import Cost
 
 
 @dataclass(frozen=True)
-class Session:
+class SlimmingSession:
     """A loaded model (``slimming.models.loading.LoadedModel``), its evaluation transform, and its calibration images."""
 
     loaded: Any
@@ -27,10 +27,10 @@ class Session:
     calibration: Any
 
 
-def open_session(options: ModelOptions, evaluated: Any = None, world: World | None = None) -> Session:
+def open_session(options: ModelOptions, evaluated: Any = None, process_group: ProcessGroup | None = None) -> SlimmingSession:
     """Load what the options name; ``evaluated`` is the ``ImageSet`` to be measured on, if any, whose classes are the model's.
 
-    Every process of ``world`` has a device of its own.
+    Every process of ``process_group`` has a device of its own.
 
     Raises ``PatchslimError`` with the next step in its message.
     """
@@ -66,10 +66,10 @@ def open_session(options: ModelOptions, evaluated: Any = None, world: World | No
             "pass data of the model's classes, or --model-arg num_classes=N with weights that fit"
         )
     device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
-    if device == "cuda" and world is not None and world.size > 1:
+    if device == "cuda" and process_group is not None and process_group.size > 1:
         device = f"cuda:{torch.cuda.current_device()}"
     loaded.module.to(device)
-    return Session(loaded, create_transform(**loaded.data_config), calibration)
+    return SlimmingSession(loaded, create_transform(**loaded.data_config), calibration)
 
 
 def calibration_images(options: ModelOptions) -> Any:
@@ -97,20 +97,22 @@ def training_images(options: ModelOptions) -> Any:
     return calibration_set(address, count, options.seed, apart=_apart(address, options.data))
 
 
-def calibrate(options: ModelOptions, session: Session, progress: StageProgress, world: World | None = None) -> Calibrated:
+def open_finder(
+    options: ModelOptions, session: SlimmingSession, progress: StageProgress, process_group: ProcessGroup | None = None
+) -> PlanFinder:
     """The model's dense features on the calibration images; the caller closes them."""
-    from slimming.api import Calibrated, needs_magnitudes
-    from slimming.distributed import ALONE
+    from slimming.api import PlanFinder, needs_magnitudes
+    from slimming.distributed import SINGLE_PROCESS
     from slimming.models.reader import reader_of
 
-    return Calibrated(
+    return PlanFinder(
         session.loaded.module,
         session.calibration,
         name=session.loaded.architecture,
         transform=session.transform,
         mode=options.mode,
         seed=options.seed,
-        world=world or ALONE,
+        process_group=process_group or SINGLE_PROCESS,
         progress=progress,
         magnitudes=needs_magnitudes(
             options.score, reader_of(session.loaded.module), options.mode, options.fit, options.budget, options.summary
@@ -120,26 +122,26 @@ def calibrate(options: ModelOptions, session: Session, progress: StageProgress, 
 
 def search(
     options: ModelOptions,
-    session: Session,
+    session: SlimmingSession,
     layout: Layout,
     progress: StageProgress,
     *,
     cost: Cost | None = None,
-    calibrated: Calibrated | None = None,
+    finder: PlanFinder | None = None,
     checkpoint: Path | None = None,
-) -> Found:
+) -> FoundPlan:
     """Search the plan that the options ask for, fit the weights to it, and fine-tune them where that is asked.
 
-    ``calibrated`` is reused where one is at hand; ``checkpoint`` is a folder from which an interrupted fine-tuning goes on.
+    ``finder`` is reused where one is at hand; ``checkpoint`` is a folder from which an interrupted fine-tuning goes on.
     Raises ``PatchslimError``.
     """
-    own = calibrated or calibrate(options, session, progress)
+    own = finder or open_finder(options, session, progress)
     try:
-        found = own.find(
+        found = own.find_plan(
             options.budget, cost=cost, score=options.score, fit=options.fit, layout=layout, summary=options.summary
         )
     finally:
-        if calibrated is None:
+        if finder is None:
             own.close()
     if not options.finetune_epochs:
         return found
@@ -147,8 +149,8 @@ def search(
 
 
 def _finetuned(
-    options: ModelOptions, session: Session, found: Found, progress: StageProgress, checkpoint: Path | None
-) -> Found:
+    options: ModelOptions, session: SlimmingSession, found: FoundPlan, progress: StageProgress, checkpoint: Path | None
+) -> FoundPlan:
     import copy
     import dataclasses
 

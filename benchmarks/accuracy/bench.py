@@ -191,7 +191,7 @@ class Ours:
         self.features.progress = lambda stage, done, total: None
 
     def plan(self, score: ScoreName, budget: float) -> Any:
-        """The plan that ``slimming.api.find`` makes of these images; raises ``NotMeasured``."""
+        """The plan that ``slimming.api.find_plan`` makes of these images; raises ``NotMeasured``."""
         from slimming.api import make_plan
         from slimming.search.costs import MacsCost
         from slimming.search.profile import profile_within, uniform_within

@@ -13,8 +13,8 @@ from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
 from patchslim.progress import StageProgress
-from slimming.distributed import ALONE, World
-from slimming.models.attention import View
+from slimming.distributed import SINGLE_PROCESS, ProcessGroup
+from slimming.models.attention import AttentionInput
 from slimming.models.fused_attention import unfused_attention
 from slimming.models.reader import ModelReader
 from slimming.search.features import DenseFeatures
@@ -44,13 +44,13 @@ def fit_block(
     *,
     epochs: float = 3,
     lr: float = LR,
-    world: World = ALONE,
+    process_group: ProcessGroup = SINGLE_PROCESS,
     progress: StageProgress | None = None,
 ) -> float:
     """Minimise a slimmed block's mean relative error E over ``parameters`` alone; returns the E that it ends at.
 
     ``block_run`` maps inputs (b, n, d) to the block's output at its kept rows (b, rows, d). ``images`` says how many images
-    each batch has, over all processes, and ``batches`` reads those of ``world``'s share; gradients are added in the order of
+    each batch has, over all processes, and ``batches`` reads this process's share; gradients are added in the order of
     the batches, so that several processes learn what one would. ``epochs`` counts passes (3 in the paper; may be fractional).
     The paper names no optimiser for this step: AdamW without weight decay, since the block is to stay near the dense one,
     cosine to zero and gradients clipped to norm 1; ``STEP_BATCHES`` batches a step. E is measured before and after;
@@ -65,14 +65,14 @@ def fit_block(
     own = list(parameters)
     required = [parameter.requires_grad for parameter in own]
     before = [parameter.detach().clone() for parameter in own]
-    end = start = _measure(block_run, batches, images, world)
-    descent = _Descent(block_run, own, batches, images, world)
+    end = start = _measure(block_run, batches, images, process_group)
+    descent = _Descent(block_run, own, batches, images, process_group)
     try:
         with torch.inference_mode(False), torch.enable_grad():
             for parameter in own:
                 parameter.requires_grad_(True)
             descent.run(epochs, lr, progress or (lambda stage, done, total: None))
-        end = _measure(block_run, batches, images, world)
+        end = _measure(block_run, batches, images, process_group)
     finally:
         with torch.no_grad():
             for parameter, found, flag in zip(own, before, required, strict=True):
@@ -89,7 +89,7 @@ class _Descent:
     own: list[nn.Parameter]
     batches: Batches
     images: Sequence[int]
-    world: World
+    process_group: ProcessGroup
 
     def run(self, epochs: float, lr: float, progress: StageProgress) -> None:
         numbers = range(len(self.images))
@@ -98,7 +98,9 @@ class _Descent:
         optimizer = torch.optim.AdamW(self.own, lr=lr, weight_decay=0.0)
         scheduler, _ = create_scheduler_v2(optimizer, "cosine", num_epochs=steps, step_on_epochs=False, updates_per_epoch=1)
         for step, group in enumerate(islice(cycle(groups), steps), start=1):
-            mean = self.world.total(list(self._gradients(group)), group) / sum(self.images[number] for number in group)
+            mean = self.process_group.sum_over_batches(list(self._gradients(group)), group) / sum(
+                self.images[number] for number in group
+            )
             parts = torch.split(mean, [parameter.numel() for parameter in self.own])
             for parameter, part in zip(self.own, parts, strict=True):
                 parameter.grad = part.to(parameter).view_as(parameter)
@@ -117,11 +119,13 @@ class _Descent:
 
 
 @torch.no_grad()
-def _measure(block_run: Callable[[Tensor], Tensor], batches: Batches, images: Sequence[int], world: World) -> float:
+def _measure(
+    block_run: Callable[[Tensor], Tensor], batches: Batches, images: Sequence[int], process_group: ProcessGroup
+) -> float:
     """Mean E over all images."""
     every = list(range(len(images)))
     found = [relative_error(block_run(inputs), target).double().sum() for inputs, target in batches(every)]
-    return float(world.total(found, every)) / sum(images)
+    return float(process_group.sum_over_batches(found, every)) / sum(images)
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -170,7 +174,7 @@ class BlockFitter:
             output = reader.blocks[block].run(reader.view(tokens, features.everything, kept, rope))
             rope = self.ropes[block + 1]
             if features.mode == "stale":
-                view: View = reader.view(tokens.index_copy(1, positions, output), features.everything, above, rope)
+                view: AttentionInput = reader.view(tokens.index_copy(1, positions, output), features.everything, above, rope)
             else:
                 view = reader.view(output, kept, above, rope)
             return reader.blocks[block + 1].run(view)
@@ -188,6 +192,6 @@ class BlockFitter:
                 images,
                 epochs=self.epochs,
                 lr=self.lr,
-                world=features.world,
+                process_group=features.process_group,
                 progress=self.progress,
             )

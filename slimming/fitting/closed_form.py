@@ -16,7 +16,7 @@ from torch import Tensor
 
 from patchslim.errors import InputRejected
 from patchslim.plan import SlimPlan
-from slimming.models.attention import View
+from slimming.models.attention import AttentionInput
 from slimming.models.blocks import Stage
 from slimming.models.reader import ModelReader
 from slimming.models.token_cut import Cut, averages_of, cuts_of
@@ -77,16 +77,16 @@ def compensate(
             progress("compensating", index + 1, plan.depth)
 
 
-def _views(streams: list[Tensor], look: Callable[[Tensor], View]) -> Iterator[View]:
+def _views(streams: list[Tensor], look: Callable[[Tensor], AttentionInput]) -> Iterator[AttentionInput]:
     """What a stage is given, batch by batch."""
     yield from map(look, streams)
 
 
-def _whole(stream: Tensor) -> View:
-    return View(stream, stream)
+def _whole(stream: Tensor) -> AttentionInput:
+    return AttentionInput(stream, stream)
 
 
-def _seen(cut: Cut, rope: Tensor | None, stream: Tensor) -> View:
+def _seen(cut: Cut, rope: Tensor | None, stream: Tensor) -> AttentionInput:
     """What a block's first stage sees of a stream."""
     return cut.view(stream, rope)
 
@@ -120,7 +120,7 @@ def _kept(store: TensorStore, tensor: Tensor) -> Tensor:
 
 
 def _refit(
-    stage: Stage, views: Callable[[], Iterator[View]], wanted: list[Tensor], features: DenseFeatures, ridge: float
+    stage: Stage, views: Callable[[], Iterator[AttentionInput]], wanted: list[Tensor], features: DenseFeatures, ridge: float
 ) -> None:
     """Change the stage's projections so that its output comes closest to ``wanted``, jointly where branches share an addition.
 
@@ -135,7 +135,9 @@ def _refit(
     stride = max(1, total // (ROWS_PER_FEATURE * size))
     moment = torch.zeros(size, size, dtype=torch.float64, device=features.device)
     cross = torch.zeros(size, out, dtype=torch.float64, device=features.device)
-    for number, view, target in zip(features.own, views(), wanted, strict=True):  # rows are left out alike in any world
+    for number, view, target in zip(
+        features.own, views(), wanted, strict=True
+    ):  # rows are left out alike on any number of processes
         inputs = [branch.inner(view) for branch in stage.branches]
         stream = view.queried
         for branch, read in zip(stage.branches, inputs, strict=True):
@@ -146,7 +148,7 @@ def _refit(
             rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
         moment += (rows.T @ rows).double()
         cross += (rows.T @ missing).double()
-    moment, cross = features.world.added(moment), features.world.added(cross)
+    moment, cross = features.process_group.all_reduce_sum(moment), features.process_group.all_reduce_sum(cross)
     if not bool(moment.isfinite().all()) or not bool(cross.isfinite().all()):
         raise InputRejected("the statistics of a block's refit are not finite: are the weights damaged?")
     strength = ridge * moment.diagonal()[: sum(widths)].mean().clamp_min(_TINY)

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 
 @dataclass(frozen=True)
-class Mix:
+class TokenMix:
     """Constant sums of tokens: ``own`` (k, 1) times the ``rows`` (k,), and ``taken`` (k, r) times the rows ``dropped`` (r,)."""
 
     rows: Tensor
@@ -28,7 +28,7 @@ class Mix:
 
 
 @dataclass(frozen=True)
-class View:
+class AttentionInput:
     """What one block is given: the tokens that it may read, and those whose output it computes.
 
     ``read`` is (b, n, d), ``queried`` (b, k, d); ``rope`` and ``queried_rope`` are the rotary tables of their positions, (n, c)
@@ -42,14 +42,14 @@ class View:
     queried_rope: Tensor | None = None
     key_bias: Tensor | None = None
     sink: list[Tensor] | None = None  # the softmax maps that a run computes are appended here
-    mix: Mix | None = None
+    mix: TokenMix | None = None
 
-    def normed(self, norm: Any) -> View:
+    def normed(self, norm: Any) -> AttentionInput:
         """The same view after a token-wise normalisation."""
         read = norm(self.read)
         same = self.queried is self.read
         queried = self.mix(read) if self.mix is not None else read if same else norm(self.queried)
-        return View(read, queried, self.rope, self.queried_rope, self.key_bias, self.sink, self.mix)
+        return AttentionInput(read, queried, self.rope, self.queried_rope, self.key_bias, self.sink, self.mix)
 
 
 class AttentionReader:
@@ -93,12 +93,12 @@ class AttentionReader:
                 heads = apply_rot_embed_cat(heads, rope, half=half).type_as(projected)
         return heads if heads.shape[1] == self.heads else heads.repeat_interleave(self.heads // heads.shape[1], dim=1)
 
-    def _scores(self, view: View) -> Tensor:
+    def _scores(self, view: AttentionInput) -> Tensor:
         query = self._heads(view.queried, 0, view.queried_rope) * self.module.scale
         scores: Tensor = query @ self._heads(view.read, 1, view.rope).transpose(-2, -1)
         return scores if view.key_bias is None else scores + view.key_bias
 
-    def maps(self, view: View) -> Tensor:
+    def maps(self, view: AttentionInput) -> Tensor:
         """Softmax matrices P (b, heads, k, n) of normalised tokens."""
         return self._scores(view).softmax(-1)
 
@@ -107,11 +107,11 @@ class AttentionReader:
         flat: Tensor = self.module.norm(mixed.transpose(1, 2).flatten(2))
         return flat if self.module.gate is None else flat * self.module.gate(queried).sigmoid()
 
-    def values(self, view: View) -> Tensor:
+    def values(self, view: AttentionInput) -> Tensor:
         """V (b, heads, n, head_dim) of normalised tokens."""
         return self._heads(view.read, 2, None)
 
-    def inner(self, view: View) -> Tensor:
+    def inner(self, view: AttentionInput) -> Tensor:
         """What the output projection reads, from normalised tokens: (b, k, heads * head_dim)."""
         if view.sink is not None or not self.module.fused_attn:
             maps = self.maps(view)

@@ -16,7 +16,7 @@ from timm.models.eva import EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ParallelScalingBlock, ParallelThingsBlock, ResPostBlock
 from torch import Tensor, nn
 
-from slimming.models.attention import AttentionReader, ParallelReader, View, attention_fault
+from slimming.models.attention import AttentionInput, AttentionReader, ParallelReader, attention_fault
 
 Tokens = Callable[[Tensor], Tensor]
 
@@ -25,7 +25,7 @@ Tokens = Callable[[Tensor], Tensor]
 class Branch:
     """One residual branch: ``scale(output(inner(view)))``. ``gamma`` is its LayerScale; None where a norm scales instead."""
 
-    inner: Callable[[View], Tensor]
+    inner: Callable[[AttentionInput], Tensor]
     output: Callable[[Tensor], Tensor]
     scale: Tokens
     projection: nn.Linear | None  # the output as a layer that can be refitted; None where it cannot
@@ -38,7 +38,7 @@ class Stage:
 
     branches: list[Branch]
 
-    def run(self, view: View) -> Tensor:
+    def run(self, view: AttentionInput) -> Tensor:
         """The residual stream after the addition, at the queried tokens: (b, k, d)."""
         stream = view.queried
         for branch in self.branches:
@@ -57,20 +57,20 @@ class BlockReader:
     mlp_hidden_dim: int
     packed_mlp_dim: int = 0  # width of the projection of q, k and v that goes to the MLP's hidden layer
 
-    def maps(self, view: View) -> Tensor:
+    def maps(self, view: AttentionInput) -> Tensor:
         """Softmax matrices P (b, heads, k, n); parallel attentions side by side."""
         found = [reader.maps(view.normed(norm)) for norm, reader in self.attentions]
         return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
-    def value_norms(self, view: View) -> Tensor:
+    def value_norms(self, view: AttentionInput) -> Tensor:
         """Norms of the values (b, heads, n); parallel attentions side by side."""
         return torch.cat([reader.values(view.normed(norm)).norm(dim=-1) for norm, reader in self.attentions], dim=1)
 
-    def run(self, view: View) -> Tensor:
+    def run(self, view: AttentionInput) -> Tensor:
         """The block's output at the queried tokens: (b, k, d)."""
         stream = self.stages[0].run(view)
         for stage in self.stages[1:]:
-            stream = stage.run(View(stream, stream))
+            stream = stage.run(AttentionInput(stream, stream))
         return stream
 
     @property
@@ -121,7 +121,7 @@ def _mlp_macs(mlp: Any) -> tuple[int, int]:
     return sum(layer.weight.numel() for layer in layers), int(mlp.fc2.in_features)
 
 
-def _branch(inner: Callable[[View], Tensor], projection: nn.Linear, scale: nn.Module | Tensor | None) -> Branch:
+def _branch(inner: Callable[[AttentionInput], Tensor], projection: nn.Linear, scale: nn.Module | Tensor | None) -> Branch:
     if scale is None or isinstance(scale, nn.Identity):
         return Branch(inner, projection, _same, projection)
     gamma: Tensor = scale if isinstance(scale, Tensor) else scale.gamma  # type: ignore[assignment]
@@ -176,10 +176,10 @@ def _parallel_scaling(block: Any) -> BlockReader:
     attention = ParallelReader(block)
     hidden = int(block.in_split[0])
 
-    def mixed(view: View) -> Tensor:
+    def mixed(view: AttentionInput) -> Tensor:
         return attention.inner(view.normed(block.in_norm))
 
-    def activated(view: View) -> Tensor:
+    def activated(view: AttentionInput) -> Tensor:
         bias = block.in_proj.bias[:hidden] if block.mlp_bias is None else block.mlp_bias
         queried = view.normed(block.in_norm).queried
         projected = nn.functional.linear(queried, block.in_proj.weight[:hidden], bias)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from patchslim.errors import InputRejected
 from patchslim.macs import Geometry
-from slimming.models.attention import View, identity_rope
+from slimming.models.attention import AttentionInput, identity_rope
 from slimming.models.blocks import BlockReader, block_fault, read_block
 from slimming.models.heads import HeadReader, head_fault
 
@@ -86,14 +86,14 @@ class ModelReader:
         full = identity_rope(table, self.prefix)
         return [full[block] if model.rope_mixed else full for block in range(len(self.blocks))]
 
-    def view(self, read: Tensor, present: Sequence[int], wanted: Sequence[int] | None, rope: Tensor | None) -> View:
+    def view(self, read: Tensor, present: Sequence[int], wanted: Sequence[int] | None, rope: Tensor | None) -> AttentionInput:
         """What a block is given: ``read`` (b, n, d) holds the tokens ``present``, and it computes ``wanted`` (None: all)."""
         table = rope if rope is None or len(present) == self.tokens else rope[..., list(present), :]
         if wanted is None or len(wanted) == len(present):
-            return View(read, read, table, table)
+            return AttentionInput(read, read, table, table)
         place = {token: position for position, token in enumerate(present)}
         rows = torch.tensor([place[token] for token in wanted], device=read.device)
-        return View(read, read[:, rows], table, None if table is None else table[..., rows, :])
+        return AttentionInput(read, read[:, rows], table, None if table is None else table[..., rows, :])
 
     def geometry(self) -> Geometry:
         """The sizes behind the analytic MAC count."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from patchslim.choices import Mode
 from patchslim.token_groups import mixing_of, sizes_of, stands_for
-from slimming.models.attention import Mix, View
+from slimming.models.attention import AttentionInput, TokenMix
 
 
 def split(present: Sequence[int], kept: Collection[int]) -> tuple[Tensor, Tensor]:
@@ -55,18 +55,18 @@ class Cut(nn.Module):
         """Whether the block computes fewer tokens than it reads."""
         return len(self.dropped) > 0
 
-    def view(self, tokens: Tensor, rope: Tensor | None) -> View:
+    def view(self, tokens: Tensor, rope: Tensor | None) -> AttentionInput:
         """What the block is given: ``tokens`` (b, n, d) are those present, ``rope`` is the table of all N (None without)."""
         table = rope if rope is None or len(self.places) == rope.shape[-2] else rope[..., self.places, :]
         bias = self.bias if isinstance(self.bias, Tensor) else None
         if not self.drops:
-            return View(tokens, tokens, table, table, bias)
+            return AttentionInput(tokens, tokens, table, table, bias)
         own, taken = self.own, self.taken
         mix = None
         if isinstance(own, Tensor) and isinstance(taken, Tensor):
-            mix = Mix(self.rows, self.dropped, own, taken)
+            mix = TokenMix(self.rows, self.dropped, own, taken)
         queried = tokens[:, self.rows] if mix is None else mix(tokens)
-        return View(tokens, queried, table, None if table is None else table[..., self.rows, :], bias, mix=mix)
+        return AttentionInput(tokens, queried, table, None if table is None else table[..., self.rows, :], bias, mix=mix)
 
 
 def cuts_of(kept: list[list[int]], tokens: int, mode: Mode = "compact", merged_into: list[int] | None = None) -> list[Cut]:

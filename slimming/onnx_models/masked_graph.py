@@ -35,7 +35,7 @@ from patchslim.errors import InputRejected, UsageError
 PREPARE = ("fold_constants", "expand_attention")
 
 
-class Session:
+class OnnxExecutor:
     """A model in ONNX Runtime on the CPU, for any number of images whatever batch it was exported for.
 
     ``model`` is a file or a serialised model. Raises ``InputRejected`` where ONNX Runtime cannot load it.
@@ -70,14 +70,14 @@ class Session:
         return [part[: len(part) // (-(-count // size) * size) * count].astype(np.float32, copy=False) for part in parts]
 
 
-class Part:
+class GraphPart:
     """A stretch of the graph as a session, made when it is first run: from one tensor, and masks, to ``outputs``."""
 
-    def __init__(self, graph: Graph, source: gs.Variable, outputs: Sequence[gs.Variable]) -> None:
+    def __init__(self, graph: MaskedGraph, source: gs.Variable, outputs: Sequence[gs.Variable]) -> None:
         self.graph, self.source, self.outputs = graph, source, list(outputs)
 
     @cached_property
-    def _session(self) -> Session:
+    def _session(self) -> OnnxExecutor:
         graph, images = self.graph.graph, self.graph.images
         ends = {id(self.source)}
         wanted, seen = list(self.outputs), set[int]()
@@ -94,7 +94,7 @@ class Part:
         part = gs.Graph(nodes, inputs, self.outputs, opset=graph.opset, import_domains=graph.import_domains)
         with contextlib.redirect_stdout(sys.stderr):  # onnx-graphsurgeon logs to stdout, which is kept for the result
             model = export_model(part, like=self.graph.model)
-        return Session(model.to_proto().SerializeToString(), self.graph.name, self.graph.batch)
+        return OnnxExecutor(model.to_proto().SerializeToString(), self.graph.name, self.graph.batch)
 
     def run(self, value: Array, masks: dict[str, Array], outputs: Sequence[gs.Variable] | None = None) -> list[Array]:
         """``outputs`` (default: all) for ``value``, which has a row per image."""
@@ -107,7 +107,7 @@ class Part:
         return session.run(names, images, masks)
 
 
-class Graph:
+class MaskedGraph:
     """A dense graph that was understood, with a mask in front of every attention's Softmax and every mean of the head.
 
     ``key_masks`` and ``mean_masks`` are inputs by the attention's or mean's own node, ``pooled`` the tokens (plan indices) that

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from graph_passes.analysis.axis_propagation import Attention
 from patchslim.arrays import Array
 from patchslim.macs import Geometry
-from slimming.models.attention import View
-from slimming.onnx_models.masked_graph import Graph, Part, Session
+from slimming.models.attention import AttentionInput
+from slimming.onnx_models.masked_graph import GraphPart, MaskedGraph, OnnxExecutor
 
 Pooling = Literal["token", "avg", "map"]
 
 
 @dataclass(frozen=True)
-class TokenView(View):
+class MaskedInput(AttentionInput):
     """What a block is given: ``read`` (b, N, d) has every token in its place; those not ``present`` are not to be seen."""
 
     present: Sequence[int] = ()
@@ -36,7 +36,7 @@ class TokenView(View):
 class RuntimeModel(nn.Module):
     """A session from images (b, 3, h, w) to answers (b, classes), called as a PyTorch model is."""
 
-    def __init__(self, session: Session, images: str, answers: str, *, channels_last: bool = False) -> None:
+    def __init__(self, session: OnnxExecutor, images: str, answers: str, *, channels_last: bool = False) -> None:
         super().__init__()
         self.session, self.images, self.answers, self.channels_last = session, images, answers, channels_last
         self.place = nn.Parameter(torch.empty(0), requires_grad=False)  # says that the images belong on the CPU
@@ -57,23 +57,23 @@ class BlockPart:
         softmaxes = [attention.softmax for attention in self.attentions if attention.softmax is not None]
         self.weights: list[gs.Variable] = [node.outputs[0] for node in softmaxes]
         self.values: list[gs.Variable] = [node.inputs[operand] for node, operand in (a.values for a in self.attentions)]
-        self.whole = Part(graph, block.input, [block.output, *self.weights])
-        self.looks = Part(graph, block.input, self.weights)
-        self.looks_with_values = Part(graph, block.input, [*self.weights, *self.values])
+        self.whole = GraphPart(graph, block.input, [block.output, *self.weights])
+        self.looks = GraphPart(graph, block.input, self.weights)
+        self.looks_with_values = GraphPart(graph, block.input, [*self.weights, *self.values])
 
-    def run(self, view: View) -> Tensor:
+    def run(self, view: AttentionInput) -> Tensor:
         """The block's output at the wanted tokens (b, k, d); its maps go into the view's sink, if it has one."""
         outputs = [self.output, *(self.weights if view.sink is not None else [])]
         result, *weights = self._run(self.whole, view, outputs)
         if view.sink is not None:
             view.sink.extend(self._maps(each, view) for each in weights)
-        return torch.from_numpy(result)[:, self.reader.places(view.wanted if isinstance(view, TokenView) else None)]
+        return torch.from_numpy(result)[:, self.reader.places(view.wanted if isinstance(view, MaskedInput) else None)]
 
-    def maps(self, view: View) -> Tensor:
+    def maps(self, view: AttentionInput) -> Tensor:
         """Softmax matrices P (b, heads, k, n) of the wanted tokens over those present; attentions side by side."""
         return torch.cat([self._maps(each, view) for each in self._run(self.looks, view)], dim=1)
 
-    def value_norms(self, view: View) -> Tensor:
+    def value_norms(self, view: AttentionInput) -> Tensor:
         """Norms of the values of the tokens present (b, heads, n); attentions side by side."""
         _, columns = self._rows(view)
         found = self._run(self.looks_with_values, view)
@@ -86,19 +86,19 @@ class BlockPart:
             each.append(norms.repeat_interleave(heads // norms.shape[1], dim=1)[..., columns])
         return torch.cat(each, dim=1)
 
-    def _run(self, part: Part, view: View, outputs: list[gs.Variable] | None = None) -> list[Array]:
-        graph, present = self.reader.graph, view.present if isinstance(view, TokenView) else range(self.reader.tokens)
+    def _run(self, part: GraphPart, view: AttentionInput, outputs: list[gs.Variable] | None = None) -> list[Array]:
+        graph, present = self.reader.graph, view.present if isinstance(view, MaskedInput) else range(self.reader.tokens)
         masks = {graph.key_masks[id(a.mix)].name: self.reader.key_mask(a, present) for a in self.attentions}
         return part.run(view.read[:, self.reader.order].numpy(), masks, outputs)
 
-    def _maps(self, weights: Array, view: View) -> Tensor:
+    def _maps(self, weights: Array, view: AttentionInput) -> Tensor:
         rows, columns = self._rows(view)
         heads = torch.from_numpy(weights).reshape(len(view.read), -1, *weights.shape[-2:])
         return heads if rows == columns == list(range(self.reader.tokens)) else heads[:, :, rows][..., columns]
 
-    def _rows(self, view: View) -> tuple[list[int], list[int]]:
+    def _rows(self, view: AttentionInput) -> tuple[list[int], list[int]]:
         """Places of the wanted and of the present tokens in the graph's order."""
-        if not isinstance(view, TokenView):
+        if not isinstance(view, MaskedInput):
             return self.reader.places(None), self.reader.places(None)
         return self.reader.places(view.wanted), self.reader.places(view.present)
 
@@ -118,11 +118,11 @@ class HeadPart:
         self.pool_tokens = [] if pool is None else graph.pooled[id(pool)]
         self.beside = [*range(structure.prefix_tokens)] if self.single and pool is not None else []
         self.tokens = sorted({*self.beside, *self.single, *self.pool_tokens})
-        self.answers = Part(graph, structure.stream[-1], [graph.graph.outputs[0]])
-        self.pool = None if pool is None else Part(graph, structure.stream[-1], [pool.outputs[0], *self._weights(graph)])
+        self.answers = GraphPart(graph, structure.stream[-1], [graph.graph.outputs[0]])
+        self.pool = None if pool is None else GraphPart(graph, structure.stream[-1], [pool.outputs[0], *self._weights(graph)])
 
     @staticmethod
-    def _weights(graph: Graph) -> list[gs.Variable]:
+    def _weights(graph: MaskedGraph) -> list[gs.Variable]:
         return [pool.softmax.outputs[0] for pool in graph.pools if pool.softmax is not None]
 
     @property
@@ -161,7 +161,7 @@ class HeadPart:
         """Where the given tokens are laid: to a pool it is all the same, and single tokens come first."""
         return self.tokens[: tokens.shape[1]]
 
-    def _run(self, part: Part, tokens: Tensor) -> list[Array]:
+    def _run(self, part: GraphPart, tokens: Tensor) -> list[Array]:
         graph, slots = self.reader.graph, self._slots(tokens)
         stream = self.reader.laid(tokens, slots)[:, self.reader.order]
         masks = {graph.key_masks[id(pool.mix)].name: self.reader.key_mask(pool, slots) for pool in graph.pools}
@@ -177,17 +177,17 @@ class GraphReader:
     """A graph as embedding, blocks and head: as ``slimming.models.reader.ModelReader``. Raises ``InputRejected``."""
 
     def __init__(self, path: Path, side: int | None = None) -> None:
-        self.graph = Graph(path, side)
+        self.graph = MaskedGraph(path, side)
         structure = self.graph.structure
         self.prefix, self.tokens, self.grid = structure.prefix_tokens, structure.tokens, structure.grid
         self.order = structure.order
         self._place = {token: place for place, token in enumerate(self.order)}
-        self.stem = Part(self.graph, self.graph.images, [structure.stream[0]])
+        self.stem = GraphPart(self.graph, self.graph.images, [structure.stream[0]])
         self.blocks = [BlockPart(self, index) for index in range(len(structure.blocks))]
         self.head = HeadPart(self)
-        self.model = self.runtime(Session(path, str(path), self.graph.batch))
+        self.model = self.runtime(OnnxExecutor(path, str(path), self.graph.batch))
 
-    def runtime(self, session: Session) -> RuntimeModel:
+    def runtime(self, session: OnnxExecutor) -> RuntimeModel:
         """A session with this graph's inputs and outputs, as a model."""
         graph = self.graph
         return RuntimeModel(session, graph.images.name, graph.graph.outputs[0].name, channels_last=graph.channels_last)
@@ -211,10 +211,10 @@ class GraphReader:
         """None for each block: rotary tables are in the graph."""
         return [None] * len(self.blocks)
 
-    def view(self, read: Tensor, present: Sequence[int], wanted: Sequence[int] | None, rope: Tensor | None) -> TokenView:
+    def view(self, read: Tensor, present: Sequence[int], wanted: Sequence[int] | None, rope: Tensor | None) -> MaskedInput:
         """What a block is given: ``read`` (b, n, d) holds the tokens ``present``, and it computes ``wanted`` (None: all)."""
         laid = self.laid(read, present)
-        return TokenView(laid, laid, present=list(present), wanted=list(present if wanted is None else wanted))
+        return MaskedInput(laid, laid, present=list(present), wanted=list(present if wanted is None else wanted))
 
     def laid(self, tokens: Tensor, present: Sequence[int]) -> Tensor:
         """The tokens (b, n, d) in their places among all (b, N, d); the others repeat the first, since norms take no zeros."""

@@ -16,17 +16,16 @@ from patchslim.choices import Fit, Layout, Mode, ScoreName
 from patchslim.errors import InputRejected, UsageError
 from patchslim.plan import Calibration, Origin, SlimPlan
 from patchslim.progress import StageProgress
-from slimming.api import Found, calibration_batches, counts_for, within_tolerance
+from slimming.api import FoundPlan, calibration_batches, counts_for, within_tolerance
 from slimming.data.source import ImageSet
-from slimming.distributed import ALONE, World
-from slimming.onnx_models.masked_graph import Session
+from slimming.distributed import SINGLE_PROCESS, ProcessGroup
+from slimming.onnx_models.masked_graph import OnnxExecutor
 from slimming.onnx_models.reader import GraphReader, RuntimeModel
 from slimming.search.budget import LATENCY, Budget
 from slimming.search.costs import Cost, MacsCost
 from slimming.search.features import DenseFeatures
 from slimming.search.scores import Score, score_named
-from slimming.search.top_down import Choose, Selection, TopDownSearch
-from slimming.search.top_down import Fit as BlockFit
+from slimming.search.top_down import Choose, Selection, TopDownSearch, TrialError
 from slimming.tensor_store import DEFAULT_BOUND, TensorStore
 
 
@@ -45,7 +44,7 @@ class GraphSearch(TopDownSearch):
         """How many tokens of the last block the head can read, or pool."""
         return len(self.head.tokens) - len(self.beside)
 
-    def _chooser(self, counts: Sequence[int], error: BlockFit) -> Choose:
+    def _chooser(self, counts: Sequence[int], error: TrialError) -> Choose:
         return super()._chooser([*counts[:-1], counts[-1] + len(self.beside)], error)
 
     def _top(self, choose: Choose, batches: list[int]) -> tuple[list[int], float]:
@@ -78,8 +77,8 @@ class _WithPrefix:
         return self.cost.dense()
 
 
-class CalibratedGraph:
-    """A graph with its dense features on calibration images: as ``slimming.api.Calibrated``."""
+class GraphPlanFinder:
+    """A graph with its dense features on calibration images: as ``slimming.api.PlanFinder``."""
 
     def __init__(
         self,
@@ -91,23 +90,23 @@ class CalibratedGraph:
         mode: Mode = "compact",
         seed: int = 0,
         bound: int = DEFAULT_BOUND,
-        world: World = ALONE,
+        process_group: ProcessGroup = SINGLE_PROCESS,
         progress: StageProgress | None = None,
         magnitudes: bool = True,
     ) -> None:
         self.reader, self.name, self.mode, self.seed = reader, name, mode, seed
         digests: list[bytes] = []
-        batches = calibration_batches(images, transform, world, digests)
-        options: Any = {"mode": mode, "magnitudes": magnitudes, "store": TensorStore(bound), "world": world}
+        batches = calibration_batches(images, transform, process_group, digests)
+        options: Any = {"mode": mode, "magnitudes": magnitudes, "store": TensorStore(bound), "process_group": process_group}
         model: Any = reader  # to the features, what a graph reader offers is a model reader
         self.features = DenseFeatures(model, batches, len(images), progress=progress, **options)
         self.calibration = Calibration(
             data=f"{images.address} ({images.split}, {images.share})",
             images=len(images),
-            fingerprint=world.same(digests, len(self.features.places)),
+            fingerprint=process_group.digest_over_batches(digests, len(self.features.places)),
         )
 
-    def find(
+    def find_plan(
         self,
         budget: Budget | None = None,
         *,
@@ -116,7 +115,7 @@ class CalibratedGraph:
         fit: Fit = "none",
         layout: Layout = "split",
         summary: bool = False,
-    ) -> Found:
+    ) -> FoundPlan:
         """The plan that meets ``budget``, and the graph's own dense model. Raises ``BudgetUnreachable`` and ``UsageError``."""
         budget = budget or Budget()
         budget.check()
@@ -140,7 +139,7 @@ class CalibratedGraph:
             snap=budget.snap,
             errors=[float(error) for error in selection.errors],
         )
-        return Found(self._plan(selection, origin), self.reader.model, "none")
+        return FoundPlan(self._plan(selection, origin), self.reader.model, "none")
 
     def _counts(self, search: GraphSearch, budget: Budget, score: ScoreName, layout: Layout) -> list[int]:
         reader, beside = self.reader, len(search.beside)
@@ -186,4 +185,4 @@ def slim_model(reader: GraphReader, plan: SlimPlan, layout: Layout = "split") ->
     with tempfile.TemporaryDirectory(prefix="patchslim-") as folder:
         path = Path(folder) / "slim.onnx"
         save_model(result.model, path)
-        return reader.runtime(Session(path, f"{graph.path}, cut", graph.batch))
+        return reader.runtime(OnnxExecutor(path, f"{graph.path}, cut", graph.batch))

@@ -12,12 +12,12 @@ from patchslim.errors import InputRejected, UsageError
 from patchslim.plan import SlimPlan
 from patchslim.progress import StageProgress
 from slimming.options import ModelOptions
-from slimming.session import Session, calibration_images
+from slimming.session import SlimmingSession, calibration_images
 
 if TYPE_CHECKING:
-    from slimming.distributed import World
+    from slimming.distributed import ProcessGroup
     from slimming.onnx_models.reader import GraphReader, RuntimeModel
-    from slimming.onnx_models.search import CalibratedGraph
+    from slimming.onnx_models.search import GraphPlanFinder
 
 _MODEL = ("model", "weights", "model_arg")
 
@@ -57,7 +57,7 @@ def check_options(options: ModelOptions, path: Path) -> None:
         raise UsageError("--onnx runs in ONNX Runtime on the CPU: leave --device out")
 
 
-def open_graph(options: ModelOptions, path: Path, evaluated: Any = None) -> Session:
+def open_graph(options: ModelOptions, path: Path, evaluated: Any = None) -> SlimmingSession:
     """Read the graph at ``path`` and the images that the options name; ``evaluated`` is to be measured on, if anything is.
 
     Raises ``PatchslimError`` with the next step in its message.
@@ -82,7 +82,7 @@ def open_graph(options: ModelOptions, path: Path, evaluated: Any = None) -> Sess
     config = {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
     name = re.sub(r"[^A-Za-z0-9._-]", "_", path.stem)
     loaded = LoadedGraph(name, reader, reader.model, config, path.name)
-    return Session(loaded, create_transform(**config), calibration_images(options))
+    return SlimmingSession(loaded, create_transform(**config), calibration_images(options))
 
 
 def described(config: dict[str, Any]) -> str:
@@ -95,24 +95,26 @@ def described(config: dict[str, Any]) -> str:
     )
 
 
-def calibrate_graph(options: ModelOptions, session: Session, progress: StageProgress, world: World) -> CalibratedGraph:
+def open_graph_finder(
+    options: ModelOptions, session: SlimmingSession, progress: StageProgress, process_group: ProcessGroup
+) -> GraphPlanFinder:
     """The graph's dense features on the calibration images; the caller closes them."""
-    from slimming.onnx_models.search import CalibratedGraph
+    from slimming.onnx_models.search import GraphPlanFinder
 
-    return CalibratedGraph(
+    return GraphPlanFinder(
         session.loaded.reader,
         session.calibration,
         name=session.loaded.architecture,
         transform=session.transform,
         mode=options.mode,
         seed=options.seed,
-        world=world,
+        process_group=process_group,
         progress=progress,
         magnitudes=options.score in ("auto", "paper", "uniform"),
     )
 
 
-def slimmed(session: Session, plan: SlimPlan, layout: Layout) -> RuntimeModel:
+def slimmed(session: SlimmingSession, plan: SlimPlan, layout: Layout) -> RuntimeModel:
     """The session's graph cut to ``plan``, in ONNX Runtime."""
     from slimming.onnx_models.search import slim_model
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from slimming.data.source import ImageSet, load_tensors
-from slimming.distributed import ALONE, World, chunks
+from slimming.distributed import SINGLE_PROCESS, ProcessGroup, batch_slices
 
 BATCH = 8
 
@@ -29,12 +29,12 @@ def evaluate(
     images: ImageSet,
     transform: Any,
     *,
-    world: World = ALONE,
+    process_group: ProcessGroup = SINGLE_PROCESS,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Accuracy]:
     """Every model's accuracy on the same ``images``; the first one is what the others are compared with."""
-    places = list(chunks(len(images), BATCH))
-    own = [index for batch in world.own(len(places)) for index in images.indices[places[batch]]]
+    places = list(batch_slices(len(images), BATCH))
+    own = [index for batch in process_group.own_batches(len(places)) for index in images.indices[places[batch]]]
     device = next(models[0].parameters()).device
     hits = torch.zeros(len(models), 2, dtype=torch.float64)
     done = 0
@@ -44,6 +44,6 @@ def evaluate(
             hits[index] += torch.tensor([int((answer == targets).sum()), int((answer == answers[0]).sum())])
         done += len(batch)
         if progress:
-            progress("measuring", min(done * world.size, len(images)), len(images))
-    shares = 100 * world.added(hits) / len(images)
+            progress("measuring", min(done * process_group.size, len(images)), len(images))
+    shares = 100 * process_group.all_reduce_sum(hits) / len(images)
     return [Accuracy(float(top1), float(agreement)) for top1, agreement in shares]

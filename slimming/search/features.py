@@ -11,8 +11,8 @@ from torch import Tensor
 from patchslim.choices import Mode
 from patchslim.errors import InputRejected
 from patchslim.progress import StageProgress
-from slimming.distributed import ALONE, World, chunks
-from slimming.models.attention import View
+from slimming.distributed import SINGLE_PROCESS, ProcessGroup, batch_slices
+from slimming.models.attention import AttentionInput
 from slimming.models.reader import ModelReader
 from slimming.search.scores import input_magnitude
 from slimming.tensor_store import TensorStore
@@ -40,15 +40,15 @@ class DenseFeatures:
         mode: Mode = "compact",
         magnitudes: bool = True,
         store: TensorStore | None = None,
-        world: World = ALONE,
+        process_group: ProcessGroup = SINGLE_PROCESS,
         progress: StageProgress | None = None,
     ) -> None:
-        self.reader, self.mode, self.images, self.world = reader, mode, images, world
+        self.reader, self.mode, self.images, self.process_group = reader, mode, images, process_group
         self.store = store or TensorStore()
         self.device = next(reader.model.parameters()).device
         self.progress: StageProgress = progress or (lambda stage, done, total: None)
-        self.places = list(chunks(images, BATCH))
-        self.own = world.own(len(self.places))
+        self.places = list(batch_slices(images, BATCH))
+        self.own = process_group.own_batches(len(self.places))
         self.sample = self.spread(ERROR_IMAGES)
         self.everything = list(range(reader.tokens))
         self.features: list[Tensor] = []
@@ -74,7 +74,7 @@ class DenseFeatures:
                 rope = self.ropes[index]
                 # The last block's are asked for where the head leaves a choice of its tokens.
                 asked = magnitudes and (index < last or not self.reader.head.fixed)
-                output = block.run(View(tokens, tokens, rope, rope, sink=maps if asked else None))
+                output = block.run(AttentionInput(tokens, tokens, rope, rope, sink=maps if asked else None))
                 if asked:
                     found = maps[0] if len(maps) == 1 else torch.cat(maps, dim=1)
                     self.magnitudes[index][rows] = input_magnitude(found, tokens).cpu()
@@ -83,13 +83,13 @@ class DenseFeatures:
             if not bool(tokens.isfinite().all()):
                 raise InputRejected("the model's features on the calibration images are not finite: are its weights damaged?")
             done += len(tokens)
-            self.progress("dense features", min(done * self.world.size, self.images), self.images)
+            self.progress("dense features", min(done * self.process_group.size, self.images), self.images)
 
     def rows(self, batches: list[int]) -> Iterator[slice]:
         """Where this process holds each of its share of ``batches``."""
         for batch in batches:
-            if batch % self.world.size == self.world.rank:
-                start = batch // self.world.size * BATCH
+            if batch % self.process_group.size == self.process_group.rank:
+                start = batch // self.process_group.size * BATCH
                 yield slice(start, start + self.places[batch].stop - self.places[batch].start)
 
     def spread(self, images: int) -> list[int]:
@@ -110,7 +110,7 @@ class DenseFeatures:
         """Block ``block``'s dense output (b, N, d); -1 is the first block's input."""
         return self.features[block + 1][rows].to(self.device)
 
-    def view(self, block: int, rows: slice, kept: list[int], wanted: list[int]) -> View:
+    def view(self, block: int, rows: slice, kept: list[int], wanted: list[int]) -> AttentionInput:
         """What block ``block`` + 1 is given when ``block`` keeps ``kept`` and the block above ``wanted``."""
         output = self.features[block + 1][rows]
         if self.mode == "compact":
@@ -130,7 +130,7 @@ class DenseFeatures:
             return 0.0
         return self.mean_error(block, lambda view: self.reader.blocks[block + 1].run(view), kept, above)
 
-    def mean_error(self, block: int, run: Callable[[View], Tensor], kept: list[int], above: list[int]) -> float:
+    def mean_error(self, block: int, run: Callable[[AttentionInput], Tensor], kept: list[int], above: list[int]) -> float:
         """``error`` with what stands above the cut given as ``run``; raises ``InputRejected`` where it is not finite."""
 
         def look(rows: slice) -> tuple[Tensor, Tensor]:
@@ -155,7 +155,7 @@ class DenseFeatures:
             difference = (result - wanted).square().flatten(1).sum(1).double()
             norm = wanted.square().flatten(1).sum(1).double().clamp_min(_TINY)  # all-zero features have no error
             found.append((difference / norm).sum().cpu())
-        total = float(self.world.total(found, batches))
+        total = float(self.process_group.sum_over_batches(found, batches))
         if not math.isfinite(total):
             raise InputRejected(f"the error of block {block + 2} under a cut is not finite: are the weights damaged?")
         return total / self.count(batches)

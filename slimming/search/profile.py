@@ -20,7 +20,7 @@ POWERS = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
 _FIRST = 4
 
 
-class Judge(Protocol):
+class ProfileEvaluator(Protocol):
     """What a search knows of its model."""
 
     tokens: int
@@ -44,7 +44,7 @@ class _Snapped:
     """What counts cost once they are snapped down, so that a limit still holds after snapping."""
 
     cost: Cost
-    judge: Judge
+    evaluator: ProfileEvaluator
     multiple: int
 
     @property
@@ -52,29 +52,29 @@ class _Snapped:
         return self.cost.unit
 
     def of(self, counts: Sequence[int]) -> float:
-        return self.cost.of(snapped(self.judge, counts, self.multiple, "down"))
+        return self.cost.of(snapped(self.evaluator, counts, self.multiple, "down"))
 
     def dense(self) -> float:
         return self.cost.dense()
 
 
-def snapped(judge: Judge, counts: Sequence[int], multiple: int, rounding: Rounding = "nearest") -> list[int]:
+def snapped(evaluator: ProfileEvaluator, counts: Sequence[int], multiple: int, rounding: Rounding = "nearest") -> list[int]:
     """``counts`` rounded by ``slimming.search.costs.snap``.
 
     The last block of a head that pools needs no prefix tokens, but the blocks below keep them: it is rounded with them counted
     in, so that nesting adds nothing to the others.
     """
-    least = _least(judge)
-    rounded = snap(list(counts), multiple, judge.tokens, least, rounding)
-    if judge.fixed_head is None and counts[-1] < judge.tokens - judge.prefix:
-        rounded[-1] = snap([counts[-1] + judge.prefix], multiple, judge.tokens, least, rounding)[0] - judge.prefix
-    elif judge.fixed_head is None:
+    least = _least(evaluator)
+    rounded = snap(list(counts), multiple, evaluator.tokens, least, rounding)
+    if evaluator.fixed_head is None and counts[-1] < evaluator.tokens - evaluator.prefix:
+        rounded[-1] = snap([counts[-1] + evaluator.prefix], multiple, evaluator.tokens, least, rounding)[0] - evaluator.prefix
+    elif evaluator.fixed_head is None:
         rounded[-1] = counts[-1]
     return rounded
 
 
-def _reachable(judge: Judge, cost: Cost, limit: float) -> None:
-    dense, lowest = cost.dense(), cost.of(curve(judge, 0.0, _least(judge)))
+def _reachable(evaluator: ProfileEvaluator, cost: Cost, limit: float) -> None:
+    dense, lowest = cost.dense(), cost.of(curve(evaluator, 0.0, _least(evaluator)))
     if lowest > limit:
         raise BudgetUnreachable(
             f"{1 - limit / dense:.1%} of the {cost.unit} cannot be removed: no patches at all remove {1 - lowest / dense:.1%} "
@@ -82,43 +82,45 @@ def _reachable(judge: Judge, cost: Cost, limit: float) -> None:
         )
 
 
-def _least(judge: Judge) -> int:
-    return judge.prefix + (judge.fixed_head is None)
+def _least(evaluator: ProfileEvaluator) -> int:
+    return evaluator.prefix + (evaluator.fixed_head is None)
 
 
-def uniform_within(judge: Judge, cost: Cost, limit: float, multiple: int = 1) -> list[int]:
+def uniform_within(evaluator: ProfileEvaluator, cost: Cost, limit: float, multiple: int = 1) -> list[int]:
     """The same count in every block but the last, a multiple of ``multiple``, as large as ``limit`` allows.
 
     Raises ``BudgetUnreachable`` naming the nearest reachable point.
     """
-    cost = _Snapped(cost, judge, multiple)
-    _reachable(judge, cost, limit)
-    ends = [end for end in range(_least(judge), judge.tokens + 1) if cost.of(curve(judge, 0.0, end)) <= limit]
-    return snapped(judge, curve(judge, 0.0, max(ends)), multiple, "down")
+    cost = _Snapped(cost, evaluator, multiple)
+    _reachable(evaluator, cost, limit)
+    ends = [end for end in range(_least(evaluator), evaluator.tokens + 1) if cost.of(curve(evaluator, 0.0, end)) <= limit]
+    return snapped(evaluator, curve(evaluator, 0.0, max(ends)), multiple, "down")
 
 
-def profile_within(judge: Judge, cost: Cost, limit: float, multiple: int = 1) -> list[int]:
+def profile_within(evaluator: ProfileEvaluator, cost: Cost, limit: float, multiple: int = 1) -> list[int]:
     """The token counts of the profile that diverges least among those that cost at most ``limit``, snapped to ``multiple``.
 
     Raises ``BudgetUnreachable`` naming the nearest reachable point.
     """
-    cost = _Snapped(cost, judge, multiple)
-    _reachable(judge, cost, limit)
-    exact = curve(judge, 1.0, judge.tokens)
+    cost = _Snapped(cost, evaluator, multiple)
+    _reachable(evaluator, cost, limit)
+    exact = curve(evaluator, 1.0, evaluator.tokens)
     if cost.of(exact) <= limit:
         return exact
-    profiles = {index: found for index, power in enumerate(POWERS) if (found := _ending(judge, cost, limit, power)) is not None}
+    profiles = {
+        index: found for index, power in enumerate(POWERS) if (found := _ending(evaluator, cost, limit, power)) is not None
+    }
     if not profiles:
         power = POWERS[0]
-        while (found := _ending(judge, cost, limit, power)) is None:
+        while (found := _ending(evaluator, cost, limit, power)) is None:
             power = power / 2 if power > 1e-3 else 0.0
-        return snapped(judge, found, multiple, "down")
-    profiles = {index: snapped(judge, found, multiple, "down") for index, found in profiles.items()}
+        return snapped(evaluator, found, multiple, "down")
+    profiles = {index: snapped(evaluator, found, multiple, "down") for index, found in profiles.items()}
     tried: dict[int, float] = {}
 
     def merit(index: int) -> float:
         if index not in tried:
-            tried[index] = judge.divergence(profiles[index])
+            tried[index] = evaluator.divergence(profiles[index])
         return tried[index]
 
     best = min(profiles, key=lambda index: abs(index - _FIRST))
@@ -130,39 +132,39 @@ def profile_within(judge: Judge, cost: Cost, limit: float, multiple: int = 1) ->
         best = better
 
 
-def curve(judge: Judge, power: float, end: int) -> list[int]:
+def curve(evaluator: ProfileEvaluator, power: float, end: int) -> list[int]:
     """The token counts of one profile, prefix tokens included, that ends at ``end``."""
-    head = judge.fixed_head
-    free = judge.depth - (head is not None)
-    counts = [round(judge.tokens - (judge.tokens - end) * ((block + 1) / free) ** power) for block in range(free)]
+    head = evaluator.fixed_head
+    free = evaluator.depth - (head is not None)
+    counts = [round(evaluator.tokens - (evaluator.tokens - end) * ((block + 1) / free) ** power) for block in range(free)]
     if head is not None:
         return [*counts, head]
     # Where the head pools, prefix tokens end with the block before, and are in its count.
-    return [*counts[:-1], judge.readable if counts[-1] == judge.tokens else max(1, counts[-1] - judge.prefix)]
+    return [*counts[:-1], evaluator.readable if counts[-1] == evaluator.tokens else max(1, counts[-1] - evaluator.prefix)]
 
 
-def _ending(judge: Judge, cost: Cost, limit: float, power: float) -> list[int] | None:
+def _ending(evaluator: ProfileEvaluator, cost: Cost, limit: float, power: float) -> list[int] | None:
     """The profile of this power that ends as high as ``limit`` allows; None where no end is low enough."""
-    low, high = _least(judge), judge.tokens
-    if cost.of(curve(judge, power, low)) > limit:
+    low, high = _least(evaluator), evaluator.tokens
+    if cost.of(curve(evaluator, power, low)) > limit:
         return None
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if cost.of(curve(judge, power, middle)) <= limit else (low, middle - 1)
-    return _filled(curve(judge, power, low), judge, cost, limit)
+        low, high = (middle, high) if cost.of(curve(evaluator, power, middle)) <= limit else (low, middle - 1)
+    return _filled(curve(evaluator, power, low), evaluator, cost, limit)
 
 
-def _filled(counts: list[int], judge: Judge, cost: Cost, limit: float) -> list[int]:
+def _filled(counts: list[int], evaluator: ProfileEvaluator, cost: Cost, limit: float) -> list[int]:
     """What is left of the budget, spent token by token on the deepest block that it pays for."""
-    last = len(counts) - 1 - (judge.fixed_head is not None)
+    last = len(counts) - 1 - (evaluator.fixed_head is not None)
     for block in range(last, -1, -1):
-        top = judge.tokens if block < len(counts) - 1 else judge.readable
+        top = evaluator.tokens if block < len(counts) - 1 else evaluator.readable
         while counts[block] < top:
             raised = list(counts)
             raised[block] += 1
             for index in range(block - 1, -1, -1):
-                room = judge.prefix if index + 2 == len(counts) and judge.fixed_head is None else 0
-                raised[index] = max(raised[index], min(raised[index + 1] + room, judge.tokens))
+                room = evaluator.prefix if index + 2 == len(counts) and evaluator.fixed_head is None else 0
+                raised[index] = max(raised[index], min(raised[index + 1] + room, evaluator.tokens))
             if cost.of(raised) > limit:
                 break
             counts = raised

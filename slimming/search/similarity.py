@@ -26,7 +26,7 @@ class MergeSearch:
     """Merges, block after block from the first, the groups of patches that are most alike. No score ranks tokens here.
 
     Distances look at every calibration image, errors and divergences at half of them. For heads that read single
-    tokens. A ``slimming.search.profile.Judge``.
+    tokens. A ``slimming.search.profile.ProfileEvaluator``.
     """
 
     def __init__(self, features: DenseFeatures) -> None:
@@ -98,7 +98,7 @@ class MergeSearch:
                 tokens = features.output(block - 1, rows)
                 gram = torch.einsum("bnd,bmd->nm", tokens, tokens).double().cpu()
                 parts.append(gram)
-            gram = features.world.total(parts, features.all_batches)
+            gram = features.process_group.sum_over_batches(parts, features.all_batches)
             own = gram.diagonal()
             self._distances[block] = (own[:, None] + own[None] - 2 * gram).clamp_min(0).numpy()
         return self._distances[block]
@@ -127,7 +127,7 @@ class MergeSearch:
 class SummarySearch:
     """Another search whose plans keep the mean of all that they drop as one more token, in the place of the first one dropped.
 
-    Its counts have that token in them. Related: EViT's fused token. For heads that read single tokens. A ``Judge``.
+    Its counts have that token in them. Related: EViT's fused token. For heads that read single tokens. A ``ProfileEvaluator``.
     """
 
     def __init__(self, search: TopDownSearch) -> None:

@@ -20,7 +20,7 @@ from slimming.search.scores import PathGram, Score, Seen, SeenByHead, State
 STEP = 10
 
 #: Fits block ``block`` for a trial mask, and gives E of the block above: (block, kept, above) -> E.
-Fit = Callable[[int, list[int], list[int]], float]
+TrialError = Callable[[int, list[int], list[int]], float]
 #: What a block keeps, and the error of it: (block, tokens it must keep, tokens above, ranking) -> (kept, E).
 Choose = Callable[[int, list[int], list[int], list[int]], tuple[list[int], float]]
 
@@ -42,7 +42,7 @@ class TopDownSearch:
     every image, errors at the features' sample. ``fit`` refits a block before its error counts; without it nothing is fitted.
     """
 
-    def __init__(self, features: DenseFeatures, score: Score, *, step: int = STEP, fit: Fit | None = None) -> None:
+    def __init__(self, features: DenseFeatures, score: Score, *, step: int = STEP, fit: TrialError | None = None) -> None:
         self.features, self.score, self.step, self.fit = features, score, step, fit
         self.reader = features.reader
         self.depth, self.tokens, self.prefix = len(self.reader.blocks), self.reader.tokens, self.reader.prefix
@@ -77,7 +77,7 @@ class TopDownSearch:
         """``counts[l]`` tokens out of every block l, or as few as nesting allows; with the error that each cut causes."""
         return self._walk(self._chooser(counts, self.error), tolerance)
 
-    def _chooser(self, counts: Sequence[int], error: Fit) -> Choose:
+    def _chooser(self, counts: Sequence[int], error: TrialError) -> Choose:
         """Keeps the top of the ranking up to each block's count."""
 
         def choose(block: int, base: list[int], above: list[int], ranking: list[int]) -> tuple[list[int], float]:
@@ -116,7 +116,7 @@ class TopDownSearch:
         reads = list(self.head.tokens)
         if self.head.fixed:
             return reads, 0.0
-        total = partial(self.features.world.total, batches=batches)
+        total = partial(self.features.process_group.sum_over_batches, batches=batches)
         scores = self.score.head_scores(self.depth - 1, self.tokens, self._head_looks(reads, batches), total)
         readable = set(reads)
         ranking = [token for token in torch.argsort(scores, descending=True, stable=True).tolist() if token in readable]
@@ -133,7 +133,7 @@ class TopDownSearch:
 
     def _ranking(self, block: int, above: list[int], states: list[State], batches: list[int]) -> list[int]:
         """Every token of ``block``'s output, the most significant first."""
-        total = partial(self.features.world.total, batches=batches)
+        total = partial(self.features.process_group.sum_over_batches, batches=batches)
         scores = self.score.scores(block, self.tokens, self._looks(block, above, states, batches), total)
         return torch.argsort(scores, descending=True, stable=True).tolist()
 
@@ -247,4 +247,4 @@ def divergence_of(
         dense = reader.head.logits(features.output(last, rows)[:, reader.head.tokens])
         each = (dense.softmax(-1) * (dense.log_softmax(-1) - slim.log_softmax(-1))).sum(-1)
         found.append(each.double().sum().cpu())
-    return float(features.world.total(found, batches)) / features.count(batches)
+    return float(features.process_group.sum_over_batches(found, batches)) / features.count(batches)

@@ -20,7 +20,7 @@ from benchmarks.accuracy.plot import correct_of, difference_error, draw, markdow
 from benchmarks.accuracy.rows import EVIT_FORMS, FITS, SCORES, Case, Options, public
 from benchmarks.accuracy.tables import main, measure
 from patchslim.errors import InputRejected, UsageError
-from slimming.api import find
+from slimming.api import find_plan
 from slimming.data.source import calibration_set, evaluation_set, load_tensors
 from slimming.models.loading import load_model
 from slimming.models.slim_vit import SlimViT
@@ -89,7 +89,7 @@ def test_rows_of_ours_are_what_find_and_the_slim_model_give(
     transform = create_transform(**loaded.data_config)
     calibration = calibration_set("digits", options.calibration_images, 1)
     budget = Budget("macs-reduction", 0.4)
-    found = find(
+    found = find_plan(
         loaded.module, calibration, name=loaded.architecture, transform=transform, budget=budget, score=score, fit=fit, seed=1
     )
     slim, hits, same, divergences = SlimViT(found.model, found.plan).eval(), [], [], []

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import distributed as dist
 
 from export.engines import cuda
-from slimming.distributed import World, join, leave
+from slimming.distributed import ProcessGroup, close_process_group, open_process_group
 from tests.helpers.commands import door_here
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
@@ -103,9 +103,9 @@ def test_sums_over_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
     dist.init_process_group("nccl", rank=0, world_size=1)
     try:
-        assert join("cuda").size == 1
+        assert open_process_group("cuda").size == 1
         parts = [torch.arange(6.0, device="cuda").view(2, 3) + index for index in range(3)]
-        gathered = World()._gathered(parts, [0, 1, 2])  # as it is with more processes
+        gathered = ProcessGroup()._gathered(parts, [0, 1, 2])  # as it is with more processes
         assert all(torch.equal(found, part.double().cpu()) for found, part in zip(gathered, parts, strict=True))
     finally:
-        leave()
+        close_process_group()

@@ -10,7 +10,7 @@ import torch
 from timm.data import create_transform
 from torch import Tensor
 
-from slimming.api import Found, find
+from slimming.api import FoundPlan, find_plan
 from slimming.data.source import calibration_set
 from slimming.fitting.block_sgd import BlockFitter
 from slimming.models.reader import ModelReader
@@ -28,10 +28,10 @@ def features_of(model: Any, mode: Any = "compact", images: int = 16) -> DenseFea
     return DenseFeatures(ModelReader(model), iter(images_for(model, images).split(8)), images, mode=mode)
 
 
-def found_by(model: Any, fit: Any, budget: Budget, mode: Any = "compact", **options: Any) -> Found:
+def found_by(model: Any, fit: Any, budget: Budget, mode: Any = "compact", **options: Any) -> FoundPlan:
     size = tuple(model.patch_embed.img_size)
     images = calibration_set("digits", 16)
-    return find(
+    return find_plan(
         model, images, name="tiny", transform=create_transform((3, *size)), budget=budget, fit=fit, mode=mode, **options
     )
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from slimming.fitting.block_sgd import fit_block, relative_error
-from slimming.models.attention import View
+from slimming.models.attention import AttentionInput
 from slimming.models.fused_attention import unfused_attention
 from slimming.models.reader import ModelReader
 from tests.helpers.timm_models import build, images_for
@@ -22,7 +22,7 @@ Batches = Callable[[list[int]], Iterator[tuple[Tensor, Tensor]]]
 
 def kept_rows(model: Any, given: Tensor) -> Tensor:
     """The block's kept rows when it reads ``given``."""
-    return ModelReader(model).blocks[BLOCK].run(View(given, given[:, KEPT]))
+    return ModelReader(model).blocks[BLOCK].run(AttentionInput(given, given[:, KEPT]))
 
 
 @torch.no_grad()

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from patchslim.errors import InputRejected
 from patchslim.plan import SlimPlan
-from slimming.api import dense_plan, find, make_plan
+from slimming.api import dense_plan, find_plan, make_plan
 from slimming.data.source import calibration_set
 from slimming.fitting import closed_form as module
 from slimming.fitting.closed_form import RIDGE, can_compensate, compensate
-from slimming.models.attention import View
+from slimming.models.attention import AttentionInput
 from slimming.models.blocks import Stage
 from slimming.models.reader import ModelReader
 from slimming.models.slim_vit import SlimViT
@@ -75,7 +75,7 @@ def changed(model: Any, before: dict[str, Tensor]) -> list[str]:
     return [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
 
 
-def stage_inputs(model: Any, plan: SlimPlan, images: Tensor) -> list[tuple[int, Stage, View]]:
+def stage_inputs(model: Any, plan: SlimPlan, images: Tensor) -> list[tuple[int, Stage, AttentionInput]]:
     """Every stage of ``model`` under ``plan`` with what it is given, all images at once."""
     reader, everything = ModelReader(model), list(range(plan.tokens))
     tokens, present, found = reader.embed(images), everything, []
@@ -84,7 +84,7 @@ def stage_inputs(model: Any, plan: SlimPlan, images: Tensor) -> list[tuple[int, 
         for stage in block.stages:
             found.append((index, stage, view))
             stream = stage.run(view)
-            view = View(stream, stream)
+            view = AttentionInput(stream, stream)
         tokens = tokens.index_copy(1, torch.tensor(kept), stream) if plan.mode == "stale" else stream
         present = kept
     return found
@@ -95,11 +95,11 @@ def targets(model: Any, plan: SlimPlan, images: Tensor) -> list[Tensor]:
     reader, found = ModelReader(model), []
     tokens = reader.embed(images)
     for block, kept in zip(reader.blocks, plan.kept, strict=True):
-        view = View(tokens, tokens)
+        view = AttentionInput(tokens, tokens)
         for stage in block.stages:
             tokens = stage.run(view)
             found.append(tokens[:, kept])
-            view = View(tokens, tokens)
+            view = AttentionInput(tokens, tokens)
     return found
 
 
@@ -291,7 +291,7 @@ def test_blocks_that_end_in_norms_are_not_refitted() -> None:
     model = build(block_fn=ResPostBlock, depth=2)
     assert not can_compensate(model)
     assert all(can_compensate(model_of(kind)) for kind in KINDS)
-    found = find(
+    found = find_plan(
         model,
         calibration_set("digits", 4),
         name="tiny",
@@ -307,7 +307,7 @@ def test_blocks_that_end_in_norms_are_not_refitted() -> None:
 def test_find_refits_a_copy(kind: str) -> None:
     model = model_of(kind)
     before = state(model)
-    found = find(
+    found = find_plan(
         model,
         calibration_set("digits", 12),
         name="tiny",

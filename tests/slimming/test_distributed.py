@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from slimming.distributed import ALONE, World, chunks, join
+from slimming.distributed import SINGLE_PROCESS, ProcessGroup, batch_slices, open_process_group
 from tests.helpers.timm_models import build
 
 #: What every process does, the first one alone beforehand; the images are an odd number of batches, and with one batch the
@@ -23,18 +23,18 @@ from pathlib import Path
 import torch
 from tests.helpers.timm_models import build
 from timm.data import create_transform
-from slimming.api import find
+from slimming.api import find_plan
 from slimming.search.budget import Budget
 from slimming.data.source import calibration_set
 from slimming.fitting import closed_form
-from slimming.distributed import ALONE, join, leave
+from slimming.distributed import SINGLE_PROCESS, close_process_group, open_process_group
 
 closed_form.ROWS_PER_FEATURE = 2  # rows are left out, and must be the same ones
 transform = create_transform((3, 48, 48))
 def run(label, model, images, budget, **options):
     images = calibration_set("digits", images)
-    found = find(model, images, name="tiny", transform=transform, budget=budget, world=world, **options)
-    torch.save(found.model.state_dict(), Path(sys.argv[1]) / f"{label}-{world.size}-{world.rank}.pt")
+    found = find_plan(model, images, name="tiny", transform=transform, budget=budget, process_group=process_group, **options)
+    torch.save(found.model.state_dict(), Path(sys.argv[1]) / f"{label}-{process_group.size}-{process_group.rank}.pt")
     answer[label] = found.plan.model_dump(mode="json")
 def run_all():
     for score in ("paper", "residual"):
@@ -47,23 +47,23 @@ def run_all():
     run("random", build(depth=3), 20, Budget("macs-reduction", 0.5), score="random")
     run("one-batch", build(depth=3), 7, Budget("macs-reduction", 0.5), fit="closed-form")
     run("sgd", build(depth=3), 50, Budget("macs-reduction", 0.5), fit="sgd")
-    Path(sys.argv[1], f"answer-{world.size}-{world.rank}.json").write_text(json.dumps(answer))
+    Path(sys.argv[1], f"answer-{process_group.size}-{process_group.rank}.json").write_text(json.dumps(answer))
 
 if os.environ["RANK"] == "0":
-    world, answer = ALONE, {}
+    process_group, answer = SINGLE_PROCESS, {}
     run_all()
     assert not torch.distributed.is_initialized()
-world, answer = join(), {}
+process_group, answer = open_process_group(), {}
 run_all()
-world.wait()
-leave()
+process_group.barrier()
+close_process_group()
 """
 
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what one process found, and each of two."""
-    folder = tmp_path_factory.mktemp("world")
+    folder = tmp_path_factory.mktemp("process_group")
     script = folder / "script.py"
     script.write_text(SCRIPT)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
@@ -108,30 +108,30 @@ def test_two_processes_refit_to_the_weights_of_one(answers: Path, rank: int) -> 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_work_is_dealt_out_whole(size: int) -> None:
-    dealt = [World(rank, size).own(7) for rank in range(size)]
+    dealt = [ProcessGroup(rank, size).own_batches(7) for rank in range(size)]
     assert sorted(batch for own in dealt for batch in own) == list(range(7))
     assert all(batch % size == rank for rank, own in enumerate(dealt) for batch in own)
 
 
 def test_one_process_alone_adds_in_order() -> None:
     parts = [torch.tensor(value, dtype=torch.float64) for value in (1e16, 1.0, -1e16, 1.0)]
-    assert float(ALONE.total(parts, [0, 1, 2, 3])) == ((1e16 + 1.0) - 1e16) + 1.0
-    assert ALONE.leads
+    assert float(SINGLE_PROCESS.sum_over_batches(parts, [0, 1, 2, 3])) == ((1e16 + 1.0) - 1e16) + 1.0
+    assert SINGLE_PROCESS.is_primary
     with pytest.raises(ValueError, match="no batches"):
-        ALONE.total([], [])
+        SINGLE_PROCESS.sum_over_batches([], [])
 
 
 def test_without_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert join() is ALONE
+    assert open_process_group() is SINGLE_PROCESS
     assert not torch.distributed.is_initialized()
 
 
 def test_chunks_cover_all_images_once() -> None:
-    assert [(part.start, part.stop) for part in chunks(20, 8)] == [(0, 8), (8, 16), (16, 20)]
-    assert list(chunks(0, 8)) == []
+    assert [(part.start, part.stop) for part in batch_slices(20, 8)] == [(0, 8), (8, 16), (16, 20)]
+    assert list(batch_slices(0, 8)) == []
 
 
 def test_the_fingerprint_is_of_the_batches_in_order() -> None:
-    assert ALONE.same([b"a", b"b"], 2) != ALONE.same([b"b", b"a"], 2)
-    assert ALONE.same([b"a", b"b"], 2) == ALONE.same([b"a", b"b"], 2)
+    assert SINGLE_PROCESS.digest_over_batches([b"a", b"b"], 2) != SINGLE_PROCESS.digest_over_batches([b"b", b"a"], 2)
+    assert SINGLE_PROCESS.digest_over_batches([b"a", b"b"], 2) == SINGLE_PROCESS.digest_over_batches([b"a", b"b"], 2)

@@ -10,7 +10,7 @@ import timm
 import torch
 
 from patchslim.errors import InputRejected, Unavailable, UsageError
-from slimming.api import dense_plan, find
+from slimming.api import dense_plan, find_plan
 from slimming.data.source import calibration_set
 from slimming.models.loading import BUNDLED, PRESETS, load_model, parse_arguments
 from slimming.models.reader import check_supported, reader_of
@@ -146,7 +146,7 @@ def test_find_is_the_same_twice_and_says_where_the_plan_comes_from() -> None:
     images = calibration_set("digits", 6, seed=2)
     budget = Budget("macs-reduction", 0.3)
     plans = [
-        find(loaded.module, images, name=VIT, transform=transform, budget=budget, bound=bound, seed=2).plan
+        find_plan(loaded.module, images, name=VIT, transform=transform, budget=budget, bound=bound, seed=2).plan
         for bound in (1 << 30, 1)
     ]
     assert plans[0] == plans[1]
@@ -155,7 +155,7 @@ def test_find_is_the_same_twice_and_says_where_the_plan_comes_from() -> None:
     assert (origin.score, origin.criterion, origin.value, origin.seed) == ("similarity", "macs-reduction", 0.3, 2)
     assert origin.calibration is not None
     assert (origin.calibration.data, origin.calibration.images) == ("digits (train, all)", 6)
-    found = find(loaded.module, images, name=VIT, transform=transform, budget=Budget("tolerance", 0.05))
+    found = find_plan(loaded.module, images, name=VIT, transform=transform, budget=Budget("tolerance", 0.05))
     assert (found.plan.origin.criterion, found.plan.origin.value, found.plan.origin.tolerance) == ("tolerance", 0.05, 0.05)
     assert found.plan.origin.calibration == origin.calibration
     assert (found.fit, found.model) == ("none", loaded.module)
@@ -167,7 +167,7 @@ def test_find_meets_a_budget_closely_in_a_deep_model(asked: float, mode: Any) ->
     loaded = load_model(VIT, weights="random", arguments=TINY | {"depth": 12, "img_size": 160})  # 101 tokens
     transform = timm.data.create_transform(**loaded.data_config, is_training=False)
     images, budget = calibration_set("digits", 8), Budget("macs-reduction", asked)
-    plan = find(loaded.module, images, name=VIT, transform=transform, budget=budget, mode=mode).plan
+    plan = find_plan(loaded.module, images, name=VIT, transform=transform, budget=budget, mode=mode).plan
     assert asked <= 1 - plan.macs() / plan.dense_macs() <= asked + 0.005
 
 
@@ -179,7 +179,7 @@ def test_find_keeps_a_budget_whatever_the_head_the_counts_and_the_rounding(snap:
     transform = timm.data.create_transform((3, 48, 48))
     for asked in (0.3, 0.7):
         budget = Budget("macs-reduction", asked, snap=snap)
-        plan = find(model, calibration_set("digits", 4), name="tiny", transform=transform, budget=budget, score=score).plan
+        plan = find_plan(model, calibration_set("digits", 4), name="tiny", transform=transform, budget=budget, score=score).plan
         assert 1 - plan.macs() / plan.dense_macs() >= asked
         assert all(count % snap == 0 or count in (1, plan.tokens) for count in plan.counts[:-1])
 
@@ -188,7 +188,7 @@ def test_find_keeps_the_counts_that_it_is_given() -> None:
     model = build(patch_size=8)
     transform = timm.data.create_transform((3, 48, 48))
     images = calibration_set("digits", 4)
-    plan = find(model, images, name="tiny", transform=transform, budget=Budget("tokens", 0.0, (30, 20, 10, 1))).plan
+    plan = find_plan(model, images, name="tiny", transform=transform, budget=Budget("tokens", 0.0, (30, 20, 10, 1))).plan
     assert plan.counts == [30, 20, 10, 1]
     assert (plan.origin.criterion, plan.origin.value) == ("tokens", 0.0)
     for tokens, fault in (
@@ -196,7 +196,7 @@ def test_find_keeps_the_counts_that_it_is_given() -> None:
         ((30, 20, 1), "3 token counts for 4"),
     ):
         with pytest.raises(UsageError, match=fault):
-            find(model, images, name="tiny", transform=transform, budget=Budget("tokens", 0.0, tokens))
+            find_plan(model, images, name="tiny", transform=transform, budget=Budget("tokens", 0.0, tokens))
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_find_keeps_the_counts_that_it_is_given() -> None:
 )
 def test_find_refuses_budgets_that_mean_nothing(budget: Budget, fault: str) -> None:
     with pytest.raises(UsageError, match=fault) as raised:
-        find(build(), calibration_set("digits", 2), name="tiny", transform=None, budget=budget)
+        find_plan(build(), calibration_set("digits", 2), name="tiny", transform=None, budget=budget)
     assert raised.value.exit_code == 2
     assert torch.is_inference_mode_enabled() is False
 
@@ -224,7 +224,7 @@ def test_find_refuses_what_does_not_go_together() -> None:
         (Budget("tolerance", 0.1), "uniform", "--score uniform"),
     ):
         with pytest.raises(UsageError, match=fault):
-            find(build(), calibration_set("digits", 2), name="tiny", transform=transform, budget=budget, score=score)  # type: ignore[arg-type]
+            find_plan(build(), calibration_set("digits", 2), name="tiny", transform=transform, budget=budget, score=score)  # type: ignore[arg-type]
 
 
 def test_a_model_of_any_image_size_is_fixed_at_its_own() -> None:

@@ -15,7 +15,7 @@ from timm.models.vision_transformer import Block, DiffParallelScalingBlock, Visi
 
 from patchslim.errors import InputRejected
 from slimming.api import dense_plan
-from slimming.models.attention import View
+from slimming.models.attention import AttentionInput
 from slimming.models.reader import check_supported, reader_of
 from slimming.models.slim_vit import SlimViT
 from tests.helpers.timm_models import ALL_KINDS, TINY, build, head_of, images_for, pools, without_fused_attention
@@ -51,7 +51,7 @@ def test_every_part_is_what_timm_computes_in_its_own_forward_pass(kind: str) -> 
     torch.testing.assert_close(reader.embed(images), seen[0][0], **CLOSE)
     assert (reader.tokens, reader.prefix) == (seen[0][0].shape[1], model.num_prefix_tokens)
     for block, rope, (tokens, named, output) in zip(reader.blocks, reader.ropes(), seen, strict=True):
-        torch.testing.assert_close(block.run(View(tokens, tokens, rope, rope)), output, **CLOSE)
+        torch.testing.assert_close(block.run(AttentionInput(tokens, tokens, rope, rope)), output, **CLOSE)
         if named.get("rope") is None:
             assert rope is None
         else:
@@ -83,7 +83,7 @@ def test_the_maps_times_the_values_are_timms_attention(kind: str) -> None:
     reader = reader_of(model)
     (tokens, named, _), block = block_inputs(model, images_for(model, 2))[1], reader.blocks[1]
     rope = reader.ropes()[1]
-    view = View(tokens, tokens, rope, rope)
+    view = AttentionInput(tokens, tokens, rope, rope)
     maps = block.maps(view)
     assert maps.shape[2:] == (reader.tokens, reader.tokens)
     torch.testing.assert_close(maps.sum(-1), torch.ones(maps.shape[:3]))
@@ -99,7 +99,7 @@ def test_the_maps_times_the_values_are_timms_attention(kind: str) -> None:
     norm, attention = block.attentions[0]
     torch.testing.assert_close(norms[:, : attention.heads], attention.values(view.normed(norm)).norm(dim=-1))
     sink: list[torch.Tensor] = []
-    watched = block.run(View(tokens, tokens, rope, rope, None, sink))
+    watched = block.run(AttentionInput(tokens, tokens, rope, rope, None, sink))
     torch.testing.assert_close(watched, block.run(view), **CLOSE)
     torch.testing.assert_close(torch.cat(sink, dim=1), maps)
 
@@ -117,9 +117,9 @@ def test_a_log_count_on_a_key_is_as_many_copies_of_its_token(kind: str, fused: b
     bias = torch.zeros(reader.tokens)
     bias[4] = torch.tensor(3.0).log()
     repeated = None if rope is None else rope[..., places, :]
-    wanted = reader.blocks[0].run(View(tokens[:, places], tokens, repeated, rope))
-    torch.testing.assert_close(reader.blocks[0].run(View(tokens, tokens, rope, rope, bias)), wanted, **CLOSE)
-    assert (reader.blocks[0].run(View(tokens, tokens, rope, rope)) - wanted).abs().max() > 1e-3
+    wanted = reader.blocks[0].run(AttentionInput(tokens[:, places], tokens, repeated, rope))
+    torch.testing.assert_close(reader.blocks[0].run(AttentionInput(tokens, tokens, rope, rope, bias)), wanted, **CLOSE)
+    assert (reader.blocks[0].run(AttentionInput(tokens, tokens, rope, rope)) - wanted).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", ALL_KINDS)

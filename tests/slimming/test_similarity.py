@@ -18,10 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from patchslim.errors import UsageError
 from patchslim.plan import SlimPlan, load_plan
-from slimming.api import Calibrated, find, make_plan
+from slimming.api import PlanFinder, find_plan, make_plan
 from slimming.data.source import calibration_set
 from slimming.fitting.closed_form import compensate
-from slimming.models.attention import View
+from slimming.models.attention import AttentionInput
 from slimming.models.fused_attention import unfused_attention
 from slimming.models.reader import ModelReader
 from slimming.models.slim_vit import SlimViT
@@ -119,9 +119,9 @@ def test_a_key_with_log_c_weighs_as_much_as_c_copies(fused: bool) -> None:
     tokens, queried = torch.randn(2, 5, 48), torch.randn(2, 3, 48)
     copies = torch.cat([tokens, *[tokens[:, -1:]] * 6], dim=1)
     bias = torch.tensor([1.0, 1.0, 1.0, 1.0, 7.0]).log()
-    once = attention.inner(View(tokens, queried, key_bias=bias))
-    torch.testing.assert_close(once, attention.inner(View(copies, queried)))
-    assert not torch.allclose(once, attention.inner(View(tokens, queried)), atol=1e-3)
+    once = attention.inner(AttentionInput(tokens, queried, key_bias=bias))
+    torch.testing.assert_close(once, attention.inner(AttentionInput(copies, queried)))
+    assert not torch.allclose(once, attention.inner(AttentionInput(tokens, queried)), atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", SINGLE)
@@ -190,8 +190,8 @@ def test_a_pooled_head_takes_no_merged_tokens() -> None:
         make_plan(model, "tiny", [list(range(10))] * 4, merged_into=[-1] * 10)
     images, transform = calibration_set("digits", 8), create_transform((3, 48, 48))
     with pytest.raises(UsageError, match="this model's pools"):
-        find(model, images, name="tiny", transform=transform, score="similarity")
-    assert find(model, images, name="tiny", transform=transform).plan.origin.score == "paper"
+        find_plan(model, images, name="tiny", transform=transform, score="similarity")
+    assert find_plan(model, images, name="tiny", transform=transform).plan.origin.score == "paper"
 
 
 def test_a_plan_survives_its_file(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_groups_are_wards_by_brute_force() -> None:
 )
 def test_find_meets_the_budget_with_the_merging_counted(layout: Any, more: dict[str, Any]) -> None:
     model = build(patch_size=8)
-    found = find(
+    found = find_plan(
         model,
         calibration_set("digits", 24),
         name="tiny",
@@ -265,10 +265,10 @@ def test_find_meets_the_budget_with_the_merging_counted(layout: Any, more: dict[
 
 def test_auto_is_similarity_and_its_plan_is_the_same_again() -> None:
     model = build(patch_size=8)
-    calibrated = Calibrated(
+    calibrated = PlanFinder(
         model, calibration_set("digits", 24), name="tiny", transform=create_transform((3, 48, 48)), magnitudes=False
     )
-    first, second = (calibrated.find(Budget("macs-reduction", 0.4), score=score).plan for score in ("auto", "similarity"))
+    first, second = (calibrated.find_plan(Budget("macs-reduction", 0.4), score=score).plan for score in ("auto", "similarity"))
     assert first == second
     assert first.origin.score == "similarity"
 
@@ -361,6 +361,6 @@ def test_counts_of_a_pooled_head_that_would_lose_prefix_tokens_are_refused() -> 
     model = build("avg_with_class")
     images, transform = calibration_set("digits", 8), create_transform((3, 48, 48))
     with pytest.raises(UsageError, match="4 in the last block need at least 5 in the one before"):
-        find(model, images, name="tiny", transform=transform, budget=Budget("tokens", tokens=(4, 4, 4, 4)))
-    found = find(model, images, name="tiny", transform=transform, budget=Budget("tokens", tokens=(5, 5, 5, 4)))
+        find_plan(model, images, name="tiny", transform=transform, budget=Budget("tokens", tokens=(4, 4, 4, 4)))
+    found = find_plan(model, images, name="tiny", transform=transform, budget=Budget("tokens", tokens=(5, 5, 5, 4)))
     assert found.plan.counts == [5, 5, 5, 4]
