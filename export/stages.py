@@ -272,7 +272,7 @@ class Stages:
         return read, np.load(folders[PYTORCH] / "targets.npy", allow_pickle=False)
 
     def _runner(self, stage: str, plan: SlimPlan, fitted: Any, graphs: dict[str, Path], engine: EngineResult) -> Runner:
-        from export.engines.onnx_runtime import OrtSession
+        from export.engines.onnx_runtime import open_runner
         from slimming.models.slim_vit import SlimViT
 
         module = self.session.loaded.module
@@ -284,7 +284,7 @@ class Stages:
             from export.engines.tensorrt_runner import TrtSession
 
             return TrtSession(graphs[stage], engine.backend).run
-        return OrtSession(graphs[stage]).run
+        return open_runner(graphs[stage]).infer
 
 
 def onnxruntime_providers() -> list[str]:

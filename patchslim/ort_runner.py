@@ -1,72 +1,157 @@
-"""Running an ONNX file in ONNX Runtime: the one place that opens sessions."""
+"""ONNX models in ONNX Runtime: the one place that opens its sessions."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Final, NamedTuple, Self
 
 import numpy as np
 
 from patchslim.arrays import Array
 from patchslim.errors import InputRejected, Unavailable
+from patchslim.runner import BatchLimits
+
+CPU: Final = "CPUExecutionProvider"
+_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
 
 
-def open_session(path: Path, *, provider: str = "CPUExecutionProvider", threads: int = 0) -> Any:
-    """Open ``path`` in ONNX Runtime on ``threads`` threads (0: its own choice) that do not spin between runs.
+class TensorInfo(NamedTuple):
+    """An input or output of a model: ``type`` in ONNX Runtime's words; an axis of free length is ``'batch'``."""
 
-    Raises ``Unavailable`` when ONNX Runtime, the provider or an operator's kernel is not here, ``InputRejected`` when ONNX
-    Runtime refuses the file.
+    name: str
+    type: str
+    shape: tuple[int | str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.type} [{', '.join(map(str, self.shape))}]"
+
+
+class OrtModel:
+    """A model of any inputs and outputs in ONNX Runtime. Use it in a ``with`` block to give its memory back at the end.
+
+    ``model`` is a file or a serialised model, ``name`` what messages call it (default: the file). ``threads`` 0 leaves their
+    number to ONNX Runtime. Threads do not spin between runs: that would disturb whatever runs next in the same process.
+
+    Raises ``Unavailable`` where ONNX Runtime, ``provider`` or an operator's kernel is not here, ``InputRejected`` where ONNX
+    Runtime cannot load the model.
     """
+
+    def __init__(self, model: Path | bytes, *, name: str = "", provider: str = CPU, threads: int = 0) -> None:
+        self.name = name or (str(model) if isinstance(model, Path) else "the ONNX model")
+        self.provider = provider
+        self._session = _open(model, self.name, provider, threads)
+        self.inputs = [_described(tensor) for tensor in self._session.get_inputs()]
+        self.outputs = [_described(tensor) for tensor in self._session.get_outputs()]
+
+    def dtype_of(self, tensor: TensorInfo) -> np.dtype[Any]:
+        """The NumPy type of an input or output; float32 for types that NumPy does not have."""
+        return np.dtype(_DTYPES.get(tensor.type, np.float32))
+
+    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> list[Array]:
+        """Return the named ``outputs`` (None: all) for ``feeds``, arrays of the inputs' own types by name.
+
+        Raises ``InputRejected`` where ONNX Runtime cannot run the model on them.
+        """
+        try:
+            return list(self._session.run(None if outputs is None else list(outputs), dict(feeds)))
+        except Exception as error:  # ONNX Runtime's exceptions share no base of their own
+            shapes = ", ".join(f"{name} {value.shape}" for name, value in feeds.items())
+            raise InputRejected(f"{self.name}: ONNX Runtime cannot run it on {shapes}: {_first_line(error)}") from error
+
+    def bound(self, values: Array) -> Callable[[], None]:
+        """Return what runs the model on ``values``, its one input, laid where it is read: no copy is part of a run.
+
+        Made for timing; the output is dropped.
+        """
+        import onnxruntime as ort
+
+        device = "cuda" if self.provider.startswith("CUDA") else "cpu"
+        source = ort.OrtValue.ortvalue_from_numpy(values.astype(self.dtype_of(self.inputs[0]), copy=False), device, 0)
+        binding = self._session.io_binding()
+        binding.bind_ortvalue_input(self.inputs[0].name, source)
+        for output in self.outputs:
+            binding.bind_output(output.name, device)
+        session = self._session
+        return lambda: session.run_with_iobinding(binding)
+
+    def close(self) -> None:
+        """Give the model's memory back; it cannot be run afterwards."""
+        self._session = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+
+class OrtRunner(OrtModel):
+    """An image classifier in ONNX Runtime: a ``Runner``, opened as ``OrtModel`` is.
+
+    Raises ``InputRejected``, beside ``OrtModel``'s, unless the model has one floating-point input (batch, channels, height,
+    width) of which only the batch may be free.
+    """
+
+    def __init__(self, model: Path | bytes, *, name: str = "", provider: str = CPU, threads: int = 0) -> None:
+        super().__init__(model, name=name, provider=provider, threads=threads)
+        first = self.inputs[0] if len(self.inputs) == 1 else None
+        sizes = [] if first is None else [axis for axis in first.shape[1:] if isinstance(axis, int)]
+        if first is None or first.type not in _DTYPES or len(first.shape) != 4 or len(sizes) != 3:
+            found = "; ".join(map(str, self.inputs)) or "none"
+            wanted = "one floating-point input (batch, channels, height, width), only batch free"
+            raise InputRejected(f"{self.name}: expected {wanted}; found {found}")
+        batch = first.shape[0]
+        self.batch_limits: BatchLimits = (batch, batch) if isinstance(batch, int) else (1, None)
+        self.image_shape: tuple[int, int, int] = (sizes[0], sizes[1], sizes[2])
+        self.dtype = self.dtype_of(first)
+
+    def infer(self, images: Array) -> Array:
+        """Return the first output, logits (b, classes) float32, for ``images`` (b, channels, height, width) of any float type.
+
+        Raises ``InputRejected`` for images that do not fit, or answers that are not logits.
+        """
+        feed = np.ascontiguousarray(images, dtype=self.dtype)
+        logits = self.run({self.inputs[0].name: feed}, [self.outputs[0].name])[0]
+        if logits.ndim != 2 or len(logits) != len(images):
+            raise InputRejected(
+                f"{self.name}: answers with shape {logits.shape} for {len(images)} images, not (images, classes)"
+            )
+        return np.asarray(logits, dtype=np.float32)
+
+
+def _open(model: Path | bytes, name: str, provider: str, threads: int) -> Any:
     try:
         import onnxruntime as ort
     except ImportError as error:
-        raise Unavailable("ONNX Runtime is not installed: install patchslim[edge]") from error
+        raise Unavailable('ONNX Runtime is not installed; install it: pip install "patchslim[edge]"') from error
     if provider not in ort.get_available_providers():
         here = ", ".join(ort.get_available_providers())
         raise Unavailable(f"ONNX Runtime has no {provider} here; it has {here}")
+    if isinstance(model, Path) and not model.is_file():
+        raise InputRejected(f"{name}: is not a file")
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 4
+    options.log_severity_level = 4  # its errors are raised, not logged as well
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    source = str(model) if isinstance(model, Path) else model
     try:
         # Left to itself ONNX Runtime answers a provider that fails to start by running on the CPU.
-        session = ort.InferenceSession(str(path), options, providers=[provider], enable_fallback=0)
-    except Exception as error:  # onnxruntime's exceptions share no base of their own
+        session = ort.InferenceSession(source, options, providers=[provider], enable_fallback=0)
+    except Exception as error:  # ONNX Runtime's exceptions share no base of their own
         if type(error).__name__ == "NotImplemented":
-            raise Unavailable(f"{path}: ONNX Runtime has no kernel for it on {provider}: {error}") from error
-        raise InputRejected(f"{path}: ONNX Runtime refuses it: {error}") from error
+            raise Unavailable(f"{name}: ONNX Runtime has no kernel for it on {provider}: {_first_line(error)}") from error
+        raise InputRejected(f"{name}: ONNX Runtime cannot load it: {_first_line(error)}") from error
     if session.get_providers()[0] != provider:
         raise Unavailable(f"{provider} does not start here; ONNX Runtime offers {session.get_providers()[0]} instead")
     return session
 
 
-def interface(session: Any) -> list[tuple[str, str, list[int | str]]]:
-    """(name, ONNX Runtime type, shape) of the inputs and then the outputs; a free axis is ``'batch'``."""
-    tensors = [*session.get_inputs(), *session.get_outputs()]
-    return [(t.name, t.type, [axis if isinstance(axis, int) else "batch" for axis in t.shape]) for t in tensors]
+def _described(tensor: Any) -> TensorInfo:
+    shape = tuple(axis if isinstance(axis, int) else "batch" for axis in tensor.shape)
+    return TensorInfo(tensor.name, tensor.type, shape)
 
 
-def run_logits(session: Any, images: Array, *, batch: int = 8) -> Array:
-    """Logits (n, classes) float32 of ``images`` (n, channels, height, width), run in batches; raises ``InputRejected``.
-
-    A model of fixed batch size is fed that size, the last batch filled up by repeating its last image.
-    """
-    feed = session.get_inputs()[0]
-    output = session.get_outputs()[0].name
-    fixed = isinstance(feed.shape[0], int)
-    size = feed.shape[0] if fixed else batch
-    dtype = np.float16 if feed.type == "tensor(float16)" else np.float32
-    parts = []
-    for start in range(0, len(images), size):
-        chunk = images[start : start + size]
-        wanted = len(chunk)
-        if fixed and wanted < size:
-            chunk = np.concatenate([chunk, np.repeat(chunk[-1:], size - wanted, axis=0)])
-        try:
-            logits = session.run([output], {feed.name: chunk.astype(dtype, copy=False)})[0]
-        except Exception as error:
-            raise InputRejected(f"ONNX Runtime fails to run it: {error}") from error
-        if logits.ndim != 2 or len(logits) != len(chunk):
-            raise InputRejected(f"answers with shape {logits.shape} for {len(chunk)} images")
-        parts.append(np.asarray(logits[:wanted], dtype=np.float32))
-    return np.concatenate(parts)
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from patchslim.errors import (
     EXIT_DONE,
@@ -20,6 +20,10 @@ from patchslim.records import StrictRecord
 from validate import bundle as files
 from validate.bundle import list_files, load_manifest, load_parity, read_json_text
 from validate.manifest import Manifest, OnnxRecord, Status, TensorSpec
+
+if TYPE_CHECKING:
+    from patchslim.ort_runner import TensorInfo
+    from validate.golden import Golden
 
 Progress = Callable[[str], None]
 _CHUNK = 8  # images per run of a model with a free batch axis
@@ -177,9 +181,10 @@ def _check_graphs(folder: Path, manifest: Manifest, provider: str, threads: int,
 
 
 def _check_graph(
-    folder: Path, manifest: Manifest, record: OnnxRecord, golden: Any, provider: str, threads: int
+    folder: Path, manifest: Manifest, record: OnnxRecord, golden: Golden, provider: str, threads: int
 ) -> Iterator[Check]:
-    from patchslim.ort_runner import interface, open_session, run_logits
+    from patchslim.ort_runner import OrtRunner
+    from patchslim.runner import infer_in_batches
     from validate.onnx_file import check_onnx
     from validate.parity import rung
 
@@ -191,15 +196,13 @@ def _check_graph(
             name="golden parity", subject=record.path, status="not executed", detail="declared not to run in ONNX Runtime"
         )
         return
-    session = open_session(path, provider=provider, threads=threads)
-    expected = [_described(spec, record) for spec in [*manifest.inputs, *manifest.outputs]]
-    if (found := interface(session)) != expected:
-        raise InputRejected(f"{path}: has inputs and outputs {found}, and manifest.json says {expected}")
-    yield Check(name="graph", subject=record.path, status="passed", detail="names, types and shapes are the manifest's")
-    try:
-        logits = run_logits(session, golden.inputs, batch=_CHUNK)
-    except InputRejected as error:
-        raise InputRejected(f"{path}: {error}") from error
+    with OrtRunner(path, provider=provider, threads=threads) as runner:
+        expected = [_described(spec, record) for spec in [*manifest.inputs, *manifest.outputs]]
+        if (found := [*runner.inputs, *runner.outputs]) != expected:
+            here, wanted = ("; ".join(map(str, tensors)) for tensors in (found, expected))
+            raise InputRejected(f"{path}: has inputs and outputs {here}, and manifest.json says {wanted}")
+        yield Check(name="graph", subject=record.path, status="passed", detail="names, types and shapes are the manifest's")
+        logits = infer_in_batches(runner, golden.inputs, _CHUNK)
     if logits.shape[1] != manifest.classes:
         raise InputRejected(f"{path}: answers {logits.shape[1]} classes, not {manifest.classes}")
     measured = rung(
@@ -227,8 +230,10 @@ def _check_graph(
         yield _failed("golden parity", record.path, f"{path}: {detail}", EXIT_PARITY)
 
 
-def _described(spec: TensorSpec, record: OnnxRecord) -> tuple[str, str, list[int | str]]:
-    return spec.name, _ORT_TYPES[record.dtype], list(spec.shape)
+def _described(spec: TensorSpec, record: OnnxRecord) -> TensorInfo:
+    from patchslim.ort_runner import TensorInfo
+
+    return TensorInfo(spec.name, _ORT_TYPES[record.dtype], tuple(spec.shape))
 
 
 def _inside(path: str, base: PurePosixPath) -> bool:

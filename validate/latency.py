@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 from pydantic import Field
 
+from patchslim.arrays import Array
 from patchslim.errors import InputRejected
-from patchslim.ort_runner import interface, open_session
+from patchslim.ort_runner import OrtRunner
 from patchslim.records import StrictRecord
 from validate.onnx_file import check_onnx
 
@@ -54,24 +55,22 @@ def compare_latency(
     neither session's threads spin while the other runs. Raises ``InputRejected`` for files that do not run or differ in
     their inputs, ``Unavailable`` where ONNX Runtime or ``provider`` is not here.
     """
-    sessions = []
+    runners = []
     for path in (dense, slim):
         if not path.is_file():
             raise InputRejected(f"{path}: is not a file")
         check_onnx(path)
-        sessions.append(open_session(path, provider=provider, threads=threads))
-    feeds = [_feed(session, path, batch) for session, path in zip(sessions, (dense, slim), strict=True)]
-    if interface(sessions[0])[0][2] != interface(sessions[1])[0][2]:
-        raise InputRejected(
-            f"{slim}: its input is {interface(sessions[1])[0][2]}, and {dense} has {interface(sessions[0])[0][2]}"
-        )
+        runners.append(OrtRunner(path, provider=provider, threads=threads))
+    feeds = [_feed(runner, batch) for runner in runners]
+    if runners[0].image_shape != runners[1].image_shape:
+        raise InputRejected(f"{slim}: takes images {runners[1].image_shape}, and {dense} takes {runners[0].image_shape}")
     for _ in range(warmup):
-        for session, feed in zip(sessions, feeds, strict=True):
-            _seconds(session, feed)
+        for runner, feed in zip(runners, feeds, strict=True):
+            _seconds(runner, feed)
     times = np.empty((rounds, 2))
     for number in range(rounds):
         for which in (0, 1) if number % 2 == 0 else (1, 0):
-            times[number, which] = _seconds(sessions[which], feeds[which])
+            times[number, which] = _seconds(runners[which], feeds[which])
     ratios = times[:, 0] / times[:, 1]
     low, speedup, high = (float(value) for value in np.percentile(ratios, [10, 50, 90]))
     efficiency = None if macs_ratio is None else speedup / macs_ratio
@@ -93,19 +92,15 @@ def compare_latency(
     )
 
 
-def _feed(session: Any, path: Path, batch: int) -> dict[str, Any]:
-    inputs = session.get_inputs()
-    if len(inputs) != 1 or len(inputs[0].shape) != 4 or not all(isinstance(axis, int) for axis in inputs[0].shape[1:]):
-        raise InputRejected(f"{path}: must have one input (batch, channels, height, width), not {interface(session)}")
-    fixed = inputs[0].shape[0]
-    if isinstance(fixed, int) and fixed != batch:
-        raise InputRejected(f"{path}: has the fixed batch size {fixed}, not {batch}")
-    dtype = np.float16 if inputs[0].type == "tensor(float16)" else np.float32
-    shape = (batch, *inputs[0].shape[1:])
-    return {inputs[0].name: np.random.default_rng(0).standard_normal(shape).astype(dtype)}
+def _feed(runner: OrtRunner, batch: int) -> dict[str, Array]:
+    fewest, most = runner.batch_limits
+    if batch < fewest or (most is not None and batch > most):
+        raise InputRejected(f"{runner.name}: has the fixed batch size {fewest}, not {batch}")
+    values = np.random.default_rng(0).standard_normal((batch, *runner.image_shape))
+    return {runner.inputs[0].name: values.astype(runner.dtype)}
 
 
-def _seconds(session: Any, feed: dict[str, Any]) -> float:
+def _seconds(runner: OrtRunner, feed: dict[str, Array]) -> float:
     start = time.perf_counter()
-    session.run(None, feed)
+    runner.run(feed)
     return time.perf_counter() - start

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from patchslim.cli import run_command
-from patchslim.errors import InputRejected, ParityFailed, UsageError
+from patchslim.errors import ParityFailed, UsageError
 
 if TYPE_CHECKING:
+    from patchslim.arrays import Array
     from validate.check import BundleVerdict
     from validate.manifest import Manifest, Rung
 
@@ -69,23 +70,21 @@ def measure(folder: Path, manifest: Manifest, options: ValidateOptions) -> list[
     """
     import numpy as np
 
-    from patchslim.ort_runner import open_session, run_logits
+    from patchslim.ort_runner import OrtRunner
+    from patchslim.runner import infer_in_batches
     from validate import parity
     from validate.images import batches, list_images
 
     assert options.images is not None
     images = list_images(options.images, manifest)
     records = [record for record in manifest.onnx if record.max_error is not None]
-    sessions = [open_session(folder / r.path, provider=options.provider, threads=options.threads) for r in records]
-    logits: list[list[np.ndarray]] = [[] for _ in records]
+    runners = [OrtRunner(folder / r.path, provider=options.provider, threads=options.threads) for r in records]
+    logits: list[list[Array]] = [[] for _ in records]
     targets = []
     for tensors, classes in batches(images, manifest.preprocessing, options.batch):
         targets.append(classes)
-        for record, session, parts in zip(records, sessions, logits, strict=True):
-            try:
-                parts.append(run_logits(session, tensors, batch=options.batch))
-            except InputRejected as error:
-                raise InputRejected(f"{folder / record.path}: {error}") from error
+        for runner, parts in zip(runners, logits, strict=True):
+            parts.append(infer_in_batches(runner, tensors, options.batch))
     whole = [np.concatenate(parts) for parts in logits]
     rungs = [parity.rung(records[0].stage, whole[0], np.concatenate(targets))]
     for record, one in zip(records[1:], whole[1:], strict=True):

@@ -187,7 +187,8 @@ class Workshop:
 
         from export.onnx_export import export_dense
         from graph_passes.onnx_io.files import read_model, save_model
-        from patchslim.ort_runner import open_session, run_logits
+        from patchslim.ort_runner import OrtRunner
+        from patchslim.runner import infer_in_batches
 
         path = self.folder / f"{name}.onnx"
         if (record := path.with_suffix(".json")).exists():
@@ -204,7 +205,7 @@ class Workshop:
         pixels = self.bench.pixels[:COMPARED]
         with torch.inference_mode():
             wanted = reference(pixels).numpy()
-        errors = np.abs(run_logits(open_session(path, threads=self.options.threads), pixels.numpy()) - wanted).max(axis=1)
+        errors = np.abs(infer_in_batches(OrtRunner(path, threads=self.options.threads), pixels.numpy()) - wanted).max(axis=1)
         if (errors > TOLERANCE).mean() > FLIPS:
             raise RuntimeError(f"{name}: the exported {type(module).__name__} differs from PyTorch by {np.median(errors)}")
         apart = int((errors > TOLERANCE).sum())
@@ -229,17 +230,17 @@ def timed(paths: list[Path], pixels: Any, options: Options, report: Callable[[in
     """
     import numpy as np
 
-    from patchslim.ort_runner import open_session
+    from patchslim.ort_runner import OrtModel
 
-    sessions = [open_session(path, threads=options.threads) for path in paths]
-    feeds = [{session.get_inputs()[0].name: pixels} for session in sessions]
+    models = [OrtModel(path, threads=options.threads) for path in paths]
+    feeds = [{model.inputs[0].name: pixels} for model in models]
     shuffle = np.random.default_rng(0)
     times = np.empty((2, options.rounds, len(paths)))
     for number in range(-_WARMUP, options.rounds):
         for index in shuffle.permutation(len(paths)):
-            sessions[index].run(None, feeds[index])
+            models[index].run(feeds[index])
             wall, cpu = time.perf_counter(), time.thread_time()
-            sessions[index].run(None, feeds[index])
+            models[index].run(feeds[index])
             taken = time.thread_time() - cpu, time.perf_counter() - wall
             if number >= 0:
                 times[:, number, index] = taken

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 Run = Callable[[], float]
 
 
-def random_values(batch: int, shape: list[Any]) -> NDArray[np.float64]:
+def random_values(batch: int, shape: Sequence[int | str]) -> NDArray[np.float64]:
     """A batch of standard normal numbers for an input of ``shape``, always the same."""
-    return np.random.default_rng(0).standard_normal([batch, *shape[1:]])
+    return np.random.default_rng(0).standard_normal([batch, *map(int, shape[1:])])
 
 
 class OnnxRuntime:
@@ -32,9 +32,9 @@ class OnnxRuntime:
     def __init__(self, dense: Path, threads: int | None, batch: int) -> None:
         import onnxruntime
 
-        from export.engines.onnx_runtime import OrtSession
+        from export.engines.onnx_runtime import open_runner
 
-        self.provider, self.threads, self.batch = OrtSession(dense).providers[0], threads, batch
+        self.provider, self.threads, self.batch = open_runner(dense).provider, threads, batch
         self.version: str = onnxruntime.__version__
         self.device = _processor(self.provider)
 
@@ -50,29 +50,19 @@ class _OrtRun:
     """An ONNX file in ONNX Runtime with its input, random, already where it is read: copies are not part of a block."""
 
     def __init__(self, path: Path, provider: str, threads: int | None, batch: int) -> None:
-        import onnxruntime
+        from patchslim.ort_runner import CPU, OrtModel
 
-        from patchslim.ort_runner import interface, open_session
-
-        self._session: Any = open_session(path, provider=provider, threads=threads or 0)
-        (name, kind, shape), (output, _, _) = interface(self._session)
-        values = random_values(batch, list(shape))
-        device = "cuda" if provider.startswith("CUDA") else "cpu"
-        self._input = onnxruntime.OrtValue.ortvalue_from_numpy(
-            values.astype(np.float16 if kind == "tensor(float16)" else np.float32), device, 0
-        )
-        self._binding: Any = self._session.io_binding()
-        self._binding.bind_ortvalue_input(name, self._input)
-        self._binding.bind_output(output, device)
+        model = OrtModel(path, provider=provider, threads=threads or 0)
+        self._run = model.bound(random_values(batch, model.inputs[0].shape))
 
         # ONNX Runtime's only thread is then the calling one. Its own clock stands still while other processes have its core:
         # they would hold up long runs more often than short ones, so that no average of wall times is fair to both.
-        self._clock = time.thread_time if threads == 1 and device == "cpu" else time.perf_counter
+        self._clock = time.thread_time if threads == 1 and provider == CPU else time.perf_counter
 
     def seconds(self) -> float:
         """Time of one run, until its output is there: of one thread on a CPU its CPU time, else wall time."""
         start = self._clock()
-        self._session.run_with_iobinding(self._binding)
+        self._run()
         return self._clock() - start
 
 

@@ -30,6 +30,7 @@ from graph_passes.pass_manager import load_model, run_passes
 from graph_passes.pass_registry import Settings
 from patchslim.arrays import Array
 from patchslim.errors import InputRejected, UsageError
+from patchslim.ort_runner import OrtModel
 
 #: What makes any exporter's graph readable.
 PREPARE = ("fold_constants", "expand_attention")
@@ -42,19 +43,9 @@ class OnnxExecutor:
     """
 
     def __init__(self, model: Path | bytes, name: str, batch: int = UNKNOWN_BATCH) -> None:
-        import onnxruntime as ort
-
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3
-        source = str(model) if isinstance(model, Path) else model
-        try:
-            self.session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime's own classes share no base but this one
-            raise InputRejected(f"{name}: ONNX Runtime cannot load it: {str(error).strip().splitlines()[0]}") from error
+        self.model = OrtModel(model, name=name, threads=torch.get_num_threads())
         self.batch = batch
-        kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
-        self.types = {given.name: kinds.get(given.type, np.float32) for given in self.session.get_inputs()}
+        self.types = {given.name: self.model.dtype_of(given) for given in self.model.inputs}
 
     def run(self, names: Sequence[str], images: dict[str, Array], shared: dict[str, Array] | None = None) -> list[Array]:
         """The outputs ``names`` as float32: ``images`` are inputs with a row per image, ``shared`` the others."""
@@ -65,7 +56,7 @@ class OnnxExecutor:
         for start in range(0, count, size):
             rows = [row if row < count else start for row in range(start, start + size)]  # the last batch is filled up
             feeds = {name: np.ascontiguousarray(value[rows], self.types[name]) for name, value in images.items()}
-            found.append(self.session.run(list(names), {**feeds, **fixed}))
+            found.append(self.model.run({**feeds, **fixed}, names))
         parts = [np.concatenate(each) if len(each) > 1 else each[0] for each in zip(*found, strict=True)]
         return [part[: len(part) // (-(-count // size) * size) * count].astype(np.float32, copy=False) for part in parts]
 

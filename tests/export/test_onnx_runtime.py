@@ -9,7 +9,7 @@ import torch
 
 from export.engines.build import build_engine
 from export.engines.onnx_info import read_onnx
-from export.engines.onnx_runtime import OrtSession
+from export.engines.onnx_runtime import open_runner
 from patchslim.errors import InputRejected, UsageError
 
 
@@ -30,13 +30,14 @@ def onnx_path(model: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) 
     return path
 
 
-def test_session_answers_like_torch(model: torch.nn.Module, onnx_path: Path) -> None:
+def test_runner_answers_like_torch(model: torch.nn.Module, onnx_path: Path) -> None:
     images = torch.randn(5, 3, 32, 32)
     with torch.inference_mode():
         expected = model(images).numpy()
-    session = OrtSession(onnx_path, threads=1)
-    assert session.providers[-1] == "CPUExecutionProvider"
-    logits = session.run(images.numpy())
+    runner = open_runner(onnx_path, threads=1)
+    assert runner.provider in ("CPUExecutionProvider", "CUDAExecutionProvider")
+    assert (runner.name, runner.batch_limits, runner.image_shape) == (str(onnx_path), (1, None), (3, 32, 32))
+    logits = runner.infer(images.numpy())
     assert logits.dtype == np.float32
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
 
@@ -56,7 +57,7 @@ def test_facts_are_read_from_the_file(onnx_path: Path) -> None:
 
 def test_wrong_image_shape_is_rejected(onnx_path: Path) -> None:
     with pytest.raises(InputRejected, match=r"model\.onnx.*\(1, 3, 16, 16\)"):
-        OrtSession(onnx_path).run(np.zeros((1, 3, 16, 16)))
+        open_runner(onnx_path).infer(np.zeros((1, 3, 16, 16)))
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut", "noise"])
@@ -66,7 +67,7 @@ def test_damaged_file_is_rejected_by_name(damage: str, onnx_path: Path, tmp_path
     if damage in content:
         path.write_bytes(content[damage])
     with pytest.raises(InputRejected, match=r"damaged\.onnx"):
-        OrtSession(path)
+        open_runner(path)
     with pytest.raises(InputRejected, match=r"damaged\.onnx"):
         build_engine("ort", path, tmp_path / "out", precision="fp32")
     assert not (tmp_path / "out").exists()
