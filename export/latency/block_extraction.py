@@ -114,7 +114,7 @@ class ModelParts:
 
 def _batch_is_known(graph: gs.Graph, batch: int) -> None:
     """Put constants for the shape of the images, which an attention pool's query takes its batch from, far behind them."""
-    from graph_passes.analysis.patterns import make_constant, replace_input
+    from graph_passes.node_builder import make_constant, replace_all_uses
 
     images = graph.inputs[0]
     shape = [batch, *images.shape[1:]]
@@ -123,19 +123,17 @@ def _batch_is_known(graph: gs.Graph, batch: int) -> None:
     for node in [reader for reader in images.outputs if reader.op == "Shape"]:
         output = node.outputs[0]
         known = make_constant(f"{output.name}.known", shape[slice(node.attrs.get("start"), node.attrs.get("end"))])
-        for reader in list(output.outputs):
-            replace_input(reader, output, known)
+        replace_all_uses(output, known)
 
 
 def _first_blocks(model: OnnxModel, depth: int) -> OnnxModel:
     """The model with its head right behind its first ``depth`` blocks."""
-    from graph_passes.analysis.patterns import replace_input
     from graph_passes.analysis.vit_structure import find_structure
+    from graph_passes.node_builder import replace_all_uses
     from graph_passes.onnx_io.graph_convert import export_model, import_graph, with_shapes
 
     graph = import_graph(with_shapes(model))
     blocks = find_structure(graph).blocks
     if len(blocks) > depth:
-        for reader in list(blocks[-1].output.outputs):
-            replace_input(reader, blocks[-1].output, blocks[depth - 1].output)
+        replace_all_uses(blocks[-1].output, blocks[depth - 1].output)
     return export_model(graph, like=model)

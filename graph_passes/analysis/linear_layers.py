@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from graph_passes.analysis.axes import Batch, Tokens, has, token_axis
 from graph_passes.analysis.axis_propagation import Labels
-from graph_passes.analysis.patterns import constant, integers, make_constant, operands, rows_of_slice
+from graph_passes.analysis.patterns import constant, integers, operands, rows_of_slice
 
 MOVES = {"Reshape", "Transpose", "Split", "Slice", "Gather", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Cast"}
 
@@ -172,16 +172,3 @@ def _moved(node: gs.Node, output: gs.Tensor, values: NDArray[np.int64], labels: 
         return parts[next(number for number, tensor in enumerate(node.outputs) if tensor is output)]
     shape = _shape(labels, output)
     return None if shape is None else values.reshape(shape)
-
-
-def set_linear(linear: Linear, name: str, weight: NDArray[np.generic], bias: NDArray[np.generic] | None) -> None:
-    """Give a linear layer fresh constants ``weight [in, out]`` and ``bias [out]``."""
-    transposed = linear.product.op == "Gemm" and linear.product.attrs.get("transB", 0)
-    linear.product.inputs[1] = make_constant(f"{name}.weight", weight.T if transposed else weight)
-    if bias is None:
-        return
-    if linear.add is None:
-        linear.product.inputs[2] = make_constant(f"{name}.bias", bias)
-    else:
-        index = next(i for i, tensor in enumerate(linear.add.inputs) if tensor is not linear.product.outputs[0])
-        linear.add.inputs[index] = make_constant(f"{name}.bias", bias)

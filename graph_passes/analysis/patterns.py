@@ -87,19 +87,6 @@ def one_hot_rows(matrix: NDArray[np.generic]) -> list[int] | None:
     return [int(row) for row in flat.argmax(axis=1)]
 
 
-def make_constant(name: str, values: NDArray[np.generic] | Sequence[int]) -> gs.Constant:
-    """A fresh initializer; Python integers become int64. Weights are never changed in place: exporters share them."""
-    array = values if isinstance(values, np.ndarray) else np.asarray(values, dtype=np.int64)
-    return gs.Constant(name, np.array(array, order="C"))  # ascontiguousarray would make a scalar one-dimensional
-
-
-def replace_input(node: gs.Node, old: gs.Tensor, new: gs.Tensor) -> None:
-    """Make ``node`` read ``new`` wherever it reads ``old``."""
-    for index, tensor in enumerate(node.inputs):
-        if tensor is old:
-            node.inputs[index] = new
-
-
 def is_unpadded(conv: gs.Node) -> bool:
     """Whether a convolution reads its input's own elements only."""
     return not any(conv.attrs.get("pads", [])) and conv.attrs.get("auto_pad", "NOTSET") in ("NOTSET", "VALID")

@@ -3,92 +3,83 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from graph_passes.analysis.patterns import MatchFailure, make_constant
+from graph_passes.analysis.patterns import MatchFailure
+from graph_passes.node_builder import NodeBuilder
 from graph_passes.pass_registry import CutForm
 
 
-def take_rows(
-    graph: gs.Graph, source: gs.Tensor, rows: Sequence[int], shape: tuple[int, int, int], name: str, form: CutForm = "auto"
-) -> gs.Variable:
-    """Append what takes ``rows`` of ``source``, by position, and return its output; ``shape`` is ``(rank, axis, length)``.
+class RowAxis(NamedTuple):
+    """Where a tensor has its rows: its rank, the rows' axis (from 0), and how many rows there are."""
 
-    ``auto`` is a Slice where the rows follow each other, else a Gather; ``slice`` one Slice for each run of rows and a Concat;
-    ``gather`` a Gather; ``matmul`` a one-hot matrix times the rows. Raises ``MatchFailure`` for rows that no matrix can take.
+    rank: int
+    axis: int
+    length: int
+
+
+def take_rows(build: NodeBuilder, source: gs.Tensor, rows: Sequence[int], at: RowAxis, form: CutForm = "auto") -> gs.Variable:
+    """Add the nodes that take ``rows`` (positions on ``at.axis``) of ``source``, and return their output.
+
+    ``auto``: a Slice where the rows follow each other, else a Gather; ``slice``: one Slice for each run of rows, and a Concat;
+    ``gather``: a Gather; ``matmul``: a one-hot matrix times the rows.
+    Raises ``MatchFailure`` for ``matmul`` where the rows are the last axis.
     """
-    rank, axis, length = shape
-    maker = _Maker(graph, source, name)
     runs = _runs(rows)
     if form == "matmul":
-        matrix = np.zeros((len(rows), length), dtype=source.dtype or np.float32)
+        matrix = np.zeros((len(rows), at.length), dtype=source.dtype or np.float32)
         matrix[np.arange(len(rows)), list(rows)] = 1
-        return _by_matrix(maker, make_constant(f"{name}.matrix", matrix), rank, axis)
+        return _times_rows(build, build.constant("matrix", matrix), source, at)
     if form == "gather" or (form == "auto" and len(runs) > 1):
-        return maker.append("Gather", "", [source, make_constant(f"{name}.indices", list(rows))], axis=axis)
+        return build.op("Gather", [source, build.constant("indices", list(rows))], {"axis": at.axis})
     if len(runs) == 1:
-        return _run(maker, *runs[0], axis, "")
-    parts = [_run(maker, *run, axis, f".run_{number}") for number, run in enumerate(runs)]
-    return maker.append("Concat", "", parts, axis=axis)
+        return _slice(build, source, runs[0], at.axis)
+    parts = [_slice(build.within(f"run_{number}"), source, run, at.axis) for number, run in enumerate(runs)]
+    return build.op("Concat", parts, {"axis": at.axis})
 
 
-def mix_rows(
-    graph: gs.Graph,
+def merge_rows(
+    build: NodeBuilder,
     source: gs.Tensor,
     rows: tuple[Sequence[int], Sequence[int]],
     weights: tuple[NDArray[np.float64], NDArray[np.float64]],
-    shape: tuple[int, int, int],
-    name: str,
+    at: RowAxis,
     form: CutForm = "auto",
 ) -> gs.Variable:
-    """Append what mixes rows of ``source``, and return its output; ``shape`` and ``form`` are those of ``take_rows``.
+    """Add the nodes that merge rows of ``source`` into others, and return their output; ``form`` as in ``take_rows``.
 
-    ``rows`` are (kept, dropped), ``weights`` (own [k], taken [k, r]): each kept row times its own weight, plus ``taken`` times
-    the dropped ones. Raises ``MatchFailure`` where rows are the last axis.
+    ``rows``: positions of the k kept and the r dropped rows. ``weights``: ``own [k]`` and ``taken [k, r]``. Kept row i becomes
+    ``own[i] * kept[i] + sum_j taken[i, j] * dropped[j]``. Raises ``MatchFailure`` where the rows are the last axis.
     """
-    (rank, axis, _), (own, taken), dtype = shape, weights, source.dtype or np.float32
-    kept = take_rows(graph, source, rows[0], shape, name, form)
-    dropped = take_rows(graph, source, rows[1], shape, f"{name}.dropped", form)
-    matrix = make_constant(f"{name}.taken", taken.astype(dtype))
-    merged = _by_matrix(_Maker(graph, dropped, f"{name}.merged"), matrix, rank, axis)
+    (own, taken), dtype = weights, source.dtype or np.float32
+    kept = take_rows(build, source, rows[0], at, form)
+    dropped = take_rows(build.within("dropped"), source, rows[1], at, form)
+    merged = _times_rows(build.within("merged"), build.constant("taken", taken.astype(dtype)), dropped, at)
     if not (own == 1).all():
-        column = own.astype(dtype).reshape(-1, *[1] * (rank - 1 - axis))
-        kept = _Maker(graph, kept, f"{name}.scaled").append("Mul", "", [kept, make_constant(f"{name}.own", column)])
-    return _Maker(graph, kept, f"{name}.mixed").append("Add", "", [kept, merged])
+        column = own.astype(dtype).reshape(-1, *[1] * (at.rank - 1 - at.axis))
+        kept = build.op("Mul", [kept, build.constant("own", column)], name="scaled")
+    return build.op("Add", [kept, merged], name="mixed")
 
 
-class _Maker:
-    def __init__(self, graph: gs.Graph, source: gs.Tensor, name: str) -> None:
-        self.graph, self.source, self.name = graph, source, name
-
-    def append(self, op: str, suffix: str, inputs: Sequence[gs.Tensor], **attrs: object) -> gs.Variable:
-        """A node behind the others, and its output."""
-        out = gs.Variable(f"{self.name}{suffix}.out", dtype=self.source.dtype)
-        self.graph.nodes.append(gs.Node(op, f"{self.name}{suffix}", attrs, list(inputs), [out]))
-        return out
+def _slice(build: NodeBuilder, source: gs.Tensor, run: tuple[int, int], axis: int) -> gs.Variable:
+    bounds = {"starts": run[0], "ends": sum(run), "axes": axis}
+    return build.op("Slice", [source, *(build.constant(name, [value]) for name, value in bounds.items())])
 
 
-def _run(maker: _Maker, first: int, count: int, axis: int, suffix: str) -> gs.Variable:
-    bounds = {"starts": first, "ends": first + count, "axes": axis}
-    inputs = [make_constant(f"{maker.name}{suffix}.{key}", [value]) for key, value in bounds.items()]
-    return maker.append("Slice", suffix, [maker.source, *inputs])
-
-
-def _by_matrix(maker: _Maker, matrix: gs.Constant, rank: int, axis: int) -> gs.Variable:
-    """``matrix [k, n]`` times the rows, which a Transpose brings next to the features where they are not."""
-    if axis == rank - 2:
-        return maker.append("MatMul", "", [matrix, maker.source])
-    if axis == rank - 1:
-        raise MatchFailure(
-            f"tensor '{maker.source.name}'", "expected the tokens before the last axis, to take them by a matrix"
-        )
-    order = [*(index for index in range(rank - 1) if index != axis), axis, rank - 1]
-    moved = maker.append("Transpose", ".rows", [maker.source], perm=order)
-    product = maker.append("MatMul", ".product", [matrix, moved])
-    return maker.append("Transpose", "", [product], perm=[order.index(index) for index in range(rank)])
+def _times_rows(build: NodeBuilder, matrix: gs.Constant, source: gs.Tensor, at: RowAxis) -> gs.Variable:
+    """``matrix [k, n]`` times the n rows, which a Transpose brings next to the features where they are not."""
+    if at.axis == at.rank - 2:
+        return build.op("MatMul", [matrix, source])
+    if at.axis == at.rank - 1:
+        raise MatchFailure(f"tensor '{source.name}'", "expected the tokens before the last axis, to take them by a matrix")
+    order = [*(index for index in range(at.rank - 1) if index != at.axis), at.axis, at.rank - 1]
+    moved = build.op("Transpose", [source], {"perm": order}, name="rows")
+    product = build.op("MatMul", [matrix, moved], name="product")
+    return build.op("Transpose", [product], {"perm": [order.index(index) for index in range(at.rank)]})
 
 
 def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:

@@ -19,10 +19,11 @@ import onnx_graphsurgeon as gs
 
 from graph_passes.analysis.axes import UNKNOWN_BATCH, Axes, Axis, Tokens, has, size_of, token_axis
 from graph_passes.analysis.axis_propagation import Attention, Table
-from graph_passes.analysis.patterns import MatchFailure, constant, integers, label, make_constant, replace_input
+from graph_passes.analysis.patterns import MatchFailure, constant, integers, label
 from graph_passes.analysis.vit_structure import Structure
-from graph_passes.cutting.row_ops import mix_rows, take_rows
+from graph_passes.cutting.row_ops import RowAxis, merge_rows, take_rows
 from graph_passes.cutting.token_merging import Merges, add_bias, ensure_mergeable, mix_late
+from graph_passes.node_builder import NodeBuilder, make_constant, replace_all_uses
 from graph_passes.pass_registry import CutForm
 
 STEM = -1  # the rank of what comes before the blocks: as it is
@@ -140,12 +141,10 @@ class _Cutter:
             place = self._place(tensor)
             rest = tuple(name for name in want if name not in set(have))
             dropped = self._take(before, self._available(self.structure.stream[level - 1]), rest, f"block_{level - 1}.dropped")
-            out = gs.Variable(f"block_{level - 1}.write_back.out", dtype=tensor.dtype)
-            node = gs.Node("Concat", f"block_{level - 1}.write_back", {"axis": place}, [tensor, dropped], [out])
-            self.graph.nodes.append(node)
+            build = NodeBuilder(self.graph, f"block_{level - 1}.write_back", tensor.dtype)
+            out = build.op("Concat", [tensor, dropped], {"axis": place})
         self.outputs[level] = out
-        for reader in readers:
-            replace_input(reader, tensor, out)
+        replace_all_uses(tensor, out, readers)
 
     def _rewire(self, node: gs.Node) -> None:
         """Give a node the part of each operand that it is to read, and constants that fit."""
@@ -191,15 +190,15 @@ class _Cutter:
             rows = [place[token] for token in want]
             axes = self.labels.of(source)
             assert axes is not None
-            shape = (len(axes), self._place(source), len(have))
+            at, build = RowAxis(len(axes), self._place(source), len(have)), NodeBuilder(self.graph, name, tensor.dtype)
             level = self.labels.level(source)
             if self.merges is not None and self.merges.at(level) and len(have) != len(want):
                 ensure_mergeable(self.labels, source, self.structure.stream[level])
                 dropped = [place[token] for token in have if token not in set(want)]
                 weights = self.merges.weights(level, have, want)
-                self.taken[key] = mix_rows(self.graph, tensor, (rows, dropped), weights, shape, name, self.form)
+                self.taken[key] = merge_rows(build, tensor, (rows, dropped), weights, at, self.form)
             else:
-                self.taken[key] = take_rows(self.graph, tensor, rows, shape, name, self.form)
+                self.taken[key] = take_rows(build, tensor, rows, at, self.form)
         return self.taken[key]
 
     def _weigh(self, attention: Attention) -> None:

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from graph_passes.analysis.axes import Tokens, tokens_in
 from graph_passes.analysis.axis_propagation import NORMS, Labels
 from graph_passes.analysis.linear_layers import MOVES
-from graph_passes.analysis.patterns import MatchFailure, constant, label, make_constant, operands, replace_input
+from graph_passes.analysis.patterns import MatchFailure, constant, label, operands
 from graph_passes.analysis.vit_structure import Structure
+from graph_passes.node_builder import NodeBuilder, replace_input
 from patchslim.plan import SlimPlan
 from patchslim.token_groups import mixing_of
 
@@ -64,10 +65,9 @@ class Merges:
 def add_bias(graph: gs.Graph, softmax: gs.Node, bias: NDArray[np.float64], name: str) -> None:
     """Add ``bias [n]`` to the logits that a Softmax weighs."""
     logits = softmax.inputs[0]
-    dtype = logits.dtype or np.float32
-    out = gs.Variable(f"{name}.out", dtype=logits.dtype)
-    replace_input(softmax, logits, out)
-    graph.nodes.append(gs.Node("Add", name, {}, [logits, make_constant(f"{name}.log_sizes", bias.astype(dtype))], [out]))
+    build = NodeBuilder(graph, name, logits.dtype)
+    log_sizes = build.constant("log_sizes", bias.astype(logits.dtype or np.float32))
+    replace_input(softmax, logits, build.op("Add", [logits, log_sizes]))
 
 
 def mix_late(labels: Labels, stream: set[int], merges: Merges, ranks: dict[int, int]) -> None:

@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 from graph_passes.analysis.axes import Axes, Batch, Pixels, Tokens
 from graph_passes.analysis.axis_propagation import Labels
 from graph_passes.analysis.axis_rules import SPATIAL
-from graph_passes.analysis.patterns import MatchFailure, constant, integers, is_unpadded, label, make_constant, replace_input
+from graph_passes.analysis.patterns import MatchFailure, constant, integers, is_unpadded, label
 from graph_passes.analysis.vit_structure import find_structure
 from graph_passes.cutting.plan_layout import embedded_by, ensure_fit, same_for_all
 from graph_passes.cutting.token_cutter import lay
+from graph_passes.node_builder import NodeBuilder, replace_all_uses
 from graph_passes.pass_registry import Settings, graph_pass
 
 MOVES = {"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity"}
@@ -63,22 +64,17 @@ def _by_product(graph: gs.Graph, labels: Labels) -> gs.Variable:
     rows, columns = _grid(labels, conv, weights)
     embedded = _embedded(labels, conv)
     (features, channels, height, width), source = weights.shape, conv.inputs[0]
-    name = conv.outputs[0].name
-
-    def append(op: str, suffix: str, inputs: list[gs.Tensor], **attrs: object) -> gs.Variable:
-        out = gs.Variable(f"{name}.{suffix}.out", dtype=source.dtype)
-        graph.nodes.append(gs.Node(op, f"{name}.{suffix}", attrs, inputs, [out]))
-        return out
-
-    divided = make_constant(f"{name}.divided", [0, channels, rows, height, columns, width])
-    joined = make_constant(f"{name}.joined", [0, rows * columns, channels * height * width])
-    by_place = append("Transpose", "by_place", [append("Reshape", "divide", [source, divided])], perm=[0, 2, 4, 1, 3, 5])
-    patches = append("Reshape", "patches", [by_place, joined])
-    tensor = append("MatMul", "matmul", [patches, make_constant(f"{name}.weight", weights.reshape(features, -1).T)])
+    build = NodeBuilder(graph, conv.outputs[0].name, source.dtype)
+    divided = build.constant("divided", [0, channels, rows, height, columns, width])
+    joined = build.constant("joined", [0, rows * columns, channels * height * width])
+    grid = build.op("Reshape", [source, divided], name="divide")
+    by_place = build.op("Transpose", [grid], {"perm": [0, 2, 4, 1, 3, 5]}, name="by_place")
+    patches = build.op("Reshape", [by_place, joined], name="patches")
+    weight = build.constant("weight", weights.reshape(features, -1).T)
+    tensor = build.op("MatMul", [patches, weight], name="matmul")
     if bias is not None:
-        tensor = append("Add", "add", [tensor, make_constant(f"{name}.bias", bias)])
-    for reader in list(embedded.outputs):
-        replace_input(reader, embedded, tensor)
+        tensor = build.op("Add", [tensor, build.constant("bias", bias)], name="add")
+    replace_all_uses(embedded, tensor)
     graph.cleanup()
     return patches
 

@@ -13,7 +13,8 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from graph_passes.analysis.patterns import constant, integers, operands, produced_by, replace_input, rows_of_slice
+from graph_passes.analysis.patterns import constant, integers, operands, produced_by, rows_of_slice
+from graph_passes.node_builder import replace_all_uses
 from graph_passes.pass_registry import Settings, graph_pass
 
 
@@ -24,8 +25,7 @@ def run(graph: gs.Graph, settings: Settings) -> int:
     for node in graph.nodes:
         if any(id(tensor) in outputs for tensor in node.outputs) or (source := _unchanged(node)) is None:
             continue
-        for reader in list(node.outputs[0].outputs):
-            replace_input(reader, node.outputs[0], source)
+        replace_all_uses(node.outputs[0], source)
         node.outputs.clear()
         sites += 1
     return sites

@@ -14,7 +14,8 @@ import math
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.analysis.patterns import MatchFailure, constant, label, make_constant, replace_input
+from graph_passes.analysis.patterns import MatchFailure, constant, label
+from graph_passes.node_builder import NodeBuilder, replace_all_uses
 from graph_passes.pass_registry import Settings, graph_pass
 
 
@@ -47,13 +48,8 @@ def _heads(node: gs.Node) -> int | None:
 
 
 def _expand(graph: gs.Graph, node: gs.Node) -> None:
-    name, dtype = node.name or node.outputs[0].name, node.inputs[0].dtype
-
-    def append(op: str, suffix: str, inputs: list[gs.Tensor], **attrs: object) -> gs.Variable:
-        out = gs.Variable(f"{name}.{suffix}.out", dtype=dtype)
-        graph.nodes.append(gs.Node(op, f"{name}.{suffix}", attrs, inputs, [out]))
-        return out
-
+    dtype = node.inputs[0].dtype
+    build = NodeBuilder(graph, node.name or node.outputs[0].name, dtype)
     packed, heads = len(node.inputs[0].shape or []) == 3, _heads(node)
     parts = list(node.inputs[:3])
     if packed:
@@ -61,23 +57,24 @@ def _expand(graph: gs.Graph, node: gs.Node) -> None:
             width = parts[index].shape[2]
             if not isinstance(width, int) or heads is None:
                 raise MatchFailure(label(node), f"expected a fixed width; its shape is {parts[index].shape}")
-            shape = make_constant(f"{name}.{part}_shape", [0, 0, heads, width // heads])
-            unpacked = append("Reshape", f"{part}_reshape", [parts[index], shape])
-            parts[index] = append("Transpose", f"{part}_heads", [unpacked], perm=[0, 2, 1, 3])
+            shape = build.constant(f"{part}_shape", [0, 0, heads, width // heads])
+            unpacked = build.op("Reshape", [parts[index], shape], name=f"{part}_reshape")
+            parts[index] = build.op("Transpose", [unpacked], {"perm": [0, 2, 1, 3]}, name=f"{part}_heads")
     query, key, value = parts
     width = node.inputs[0].shape[-1] // (heads or 1) if packed else node.inputs[0].shape[-1]
     scale = node.attrs.get("scale") or 1 / math.sqrt(width)
-    scaled = append("Mul", "scale", [query, make_constant(f"{name}.factor", np.asarray(scale, dtype=dtype))])
-    scores = append("MatMul", "scores", [scaled, append("Transpose", "keys", [key], perm=[0, 1, 3, 2])])
+    scaled = build.op("Mul", [query, build.constant("factor", np.asarray(scale, dtype=dtype))], name="scale")
+    keys = build.op("Transpose", [key], {"perm": [0, 1, 3, 2]}, name="keys")
+    scores = build.op("MatMul", [scaled, keys], name="scores")
     mask = constant(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3].name else None
     if mask is not None:
         if mask.dtype == np.bool_:
             mask = np.where(mask, 0, np.finfo(dtype).min).astype(dtype)
-        scores = append("Add", "masked", [scores, make_constant(f"{name}.mask", mask)])
-    mixed = append("MatMul", "mix", [append("Softmax", "weights", [scores], axis=-1), value])
+        scores = build.op("Add", [scores, build.constant("mask", mask)], name="masked")
+    weights = build.op("Softmax", [scores], {"axis": -1}, name="weights")
+    mixed = build.op("MatMul", [weights, value], name="mix")
     if packed:
-        joined = append("Transpose", "joined", [mixed], perm=[0, 2, 1, 3])
-        mixed = append("Reshape", "merged", [joined, make_constant(f"{name}.shape", [0, 0, -1])])
-    for reader in list(node.outputs[0].outputs):
-        replace_input(reader, node.outputs[0], mixed)
+        joined = build.op("Transpose", [mixed], {"perm": [0, 2, 1, 3]}, name="joined")
+        mixed = build.op("Reshape", [joined, build.constant("shape", [0, 0, -1])], name="merged")
+    replace_all_uses(node.outputs[0], mixed)
     node.outputs.clear()

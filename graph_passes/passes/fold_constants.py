@@ -22,15 +22,8 @@ from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from graph_passes.analysis.axis_propagation import ELEMENTWISE, UNARY
-from graph_passes.analysis.patterns import (
-    MatchFailure,
-    constant,
-    label,
-    make_constant,
-    produced_by,
-    replace_input,
-    rows_of_slice,
-)
+from graph_passes.analysis.patterns import MatchFailure, constant, label, produced_by, rows_of_slice
+from graph_passes.node_builder import NodeBuilder, make_constant, replace_all_uses
 from graph_passes.onnx_io.graph_convert import sorted_nodes
 from graph_passes.pass_registry import Settings, graph_pass
 
@@ -68,8 +61,7 @@ def run(graph: gs.Graph, settings: Settings) -> int:
                 continue
             sites += bool(tensor.outputs)
             result = make_constant(tensor.name, value.astype(tensor.dtype or np.int64) if value.dtype == object else value)
-            for reader in list(tensor.outputs):
-                replace_input(reader, tensor, result)
+            replace_all_uses(tensor, result)
         if values and not any(tensor.outputs or id(tensor) in outputs for tensor in node.outputs):
             node.outputs.clear()  # else the constant and the node's output would share a name
     return sites
@@ -82,8 +74,7 @@ def _inlined(graph: gs.Graph, node: gs.Node) -> bool:
         return False
     branch = node.attrs["then_branch" if condition.reshape(-1)[0] else "else_branch"]
     for result, inner in zip(list(node.outputs), branch.outputs, strict=True):
-        for reader in list(result.outputs):
-            replace_input(reader, result, inner)
+        replace_all_uses(result, inner)
         graph.outputs[:] = [inner if tensor is result else tensor for tensor in graph.outputs]
     graph.nodes.extend(branch.nodes)
     node.outputs.clear()
@@ -130,19 +121,15 @@ def _expands_images(graph: gs.Graph, node: gs.Node, known: dict[int, Value]) -> 
         node.op = "Expand"
     if _is_repeated_by_readers(node.outputs[0]):
         repeated = np.broadcast_to(source, np.broadcast_shapes(source.shape, [1, *lengths[1:]]))
-        result = make_constant(node.outputs[0].name, repeated)
-        for reader in list(node.outputs[0].outputs):
-            replace_input(reader, node.outputs[0], result)
+        replace_all_uses(node.outputs[0], make_constant(node.outputs[0].name, repeated))
         node.outputs.clear()
         return True
     if _is_of_images(node.inputs[1]):
         return False
-    name = f"{node.outputs[0].name}.shape"
-    batch, whole = gs.Variable(f"{name}.batch", dtype=np.int64), gs.Variable(name, dtype=np.int64)
-    graph.nodes.append(gs.Node("Shape", f"{name}.images", {"start": 0, "end": 1}, [images], [batch]))
-    rest = make_constant(f"{name}.rest", [int(length) for length in lengths[1:]])
-    graph.nodes.append(gs.Node("Concat", f"{name}.concat", {"axis": 0}, [batch, rest], [whole]))
-    node.inputs[1] = whole
+    build = NodeBuilder(graph, f"{node.outputs[0].name}.shape", np.int64)
+    batch = build.op("Shape", [images], {"start": 0, "end": 1}, name="images", output=build.name_of("batch"))
+    rest = build.constant("rest", [int(length) for length in lengths[1:]])
+    node.inputs[1] = build.op("Concat", [batch, rest], {"axis": 0}, name="concat", output=build.scope)
     return True
 
 

@@ -17,9 +17,10 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from graph_passes.analysis.axis_propagation import NORMS, Attention, Labels
-from graph_passes.analysis.linear_layers import MOVES, Linear, back_to_roots, columns_of, set_linear, union
-from graph_passes.analysis.patterns import constant, make_constant, operands, replace_input
+from graph_passes.analysis.linear_layers import MOVES, Linear, back_to_roots, columns_of, union
+from graph_passes.analysis.patterns import constant, operands
 from graph_passes.analysis.vit_structure import find_structure
+from graph_passes.node_builder import make_constant, replace_all_uses
 from graph_passes.pass_registry import Settings, graph_pass
 
 
@@ -56,8 +57,7 @@ def _fold(labels: Labels, attention: Attention, name: str) -> bool:
     factor = float(np.prod([value for _, value in scales]))
     for node, _ in scales:
         (source,) = [tensor for tensor in node.inputs if constant(tensor) is None]
-        for reader in list(node.outputs[0].outputs):
-            replace_input(reader, node.outputs[0], source)
+        replace_all_uses(node.outputs[0], source)
     _scale(target, factor, f"{name}.scaled")
     return True
 
@@ -128,12 +128,25 @@ def _target(labels: Labels, attention: Attention, passed: set[int]) -> _Target |
 def _scale(target: _Target, factor: float, name: str) -> None:
     if target.linear is not None:
         bias = None if target.linear.bias is None else _scaled(target.linear.bias, factor, target.columns)
-        set_linear(target.linear, name, _scaled(target.linear.weight, factor, target.columns), bias)
+        _set_linear(target.linear, name, _scaled(target.linear.weight, factor, target.columns), bias)
     for number, norm in enumerate(target.norms):
         for index, kind in ((1, "weight"), (2, "bias")):
             if index < len(norm.inputs) and (old := constant(norm.inputs[index])) is not None:
                 values = _scaled(old, factor, np.arange(old.shape[-1]))
                 norm.inputs[index] = make_constant(f"{name}.q_norm_{number}.{kind}", values)
+
+
+def _set_linear(linear: Linear, name: str, weight: NDArray[np.generic], bias: NDArray[np.generic] | None) -> None:
+    """Give a linear layer new constants ``weight [in, out]`` and ``bias [out]``."""
+    transposed = linear.product.op == "Gemm" and linear.product.attrs.get("transB", 0)
+    linear.product.inputs[1] = make_constant(f"{name}.weight", weight.T if transposed else weight)
+    if bias is None:
+        return
+    if linear.add is None:
+        linear.product.inputs[2] = make_constant(f"{name}.bias", bias)
+    else:
+        index = next(i for i, tensor in enumerate(linear.add.inputs) if tensor is not linear.product.outputs[0])
+        linear.add.inputs[index] = make_constant(f"{name}.bias", bias)
 
 
 def _scaled(array: NDArray[np.generic], factor: float, columns: NDArray[np.int64]) -> NDArray[np.generic]:

@@ -13,7 +13,6 @@ before ``drop_patches``, which leaves no convolution; before or behind ``to_fp16
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import onnx
@@ -21,8 +20,9 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from graph_passes.analysis.axes import Axes, Pixels, has
-from graph_passes.analysis.patterns import MatchFailure, constant, is_unpadded, make_constant, replace_input
+from graph_passes.analysis.patterns import MatchFailure, constant, is_unpadded
 from graph_passes.analysis.vit_structure import find_structure
+from graph_passes.node_builder import NodeBuilder, make_constant, replace_all_uses, replace_input
 from graph_passes.pass_registry import Settings, graph_pass
 from patchslim.errors import UsageError
 
@@ -80,15 +80,13 @@ def _read_bytes(graph: gs.Graph, images: gs.Variable, source: gs.Variable, place
     readers = [(node, tensor) for tensor in (source, images) for node in list(tensor.outputs)]
     shape, dtype = list(images.shape), np.dtype(source.dtype)
     images.dtype = np.dtype(np.uint8)
-    pixels = gs.Variable(f"{images.name}.floats", dtype=dtype)
+    build = NodeBuilder(graph, images.name, dtype)
     to = int(onnx.helper.np_dtype_to_tensor_dtype(dtype))
-    graph.nodes.append(gs.Node("Cast", f"{images.name}.cast", {"to": to}, [images], [pixels]))
+    pixels = build.op("Cast", [images], {"to": to}, name="cast", output=build.name_of("floats"))
     if place != wanted:
         order = _moving(wanted, place)  # of the bytes' axes, to have the graph's own
         images.shape = [shape[order.index(axis)] for axis in range(4)]
-        moved = gs.Variable(f"{images.name}.moved", dtype=dtype)
-        graph.nodes.append(gs.Node("Transpose", f"{images.name}.transpose", {"perm": order}, [pixels], [moved]))
-        pixels = moved
+        pixels = build.op("Transpose", [pixels], {"perm": order}, name="transpose", output=build.name_of("moved"))
     for node, tensor in readers:
         if node.op == "Cast" and node.outputs[0] is source:
             node.outputs.clear()
@@ -127,13 +125,9 @@ def _fold(conv: gs.Node, mean: NDArray[np.float64], std: NDArray[np.float64]) ->
 def _normalise(graph: gs.Graph, pixels: gs.Variable, place: int, mean: NDArray[np.float64], std: NDArray[np.float64]) -> None:
     """Two nodes behind ``pixels``: ``(pixel - 255 mean) / (255 std)``."""
     readers, dtype = list(pixels.outputs), np.dtype(pixels.dtype)
-    shape: Sequence[int] = [-1 if axis == place else 1 for axis in range(4)]
+    shape = [-1 if axis == place else 1 for axis in range(4)]
     tensor = pixels
     for op, values in (("Sub", 255 * mean), ("Mul", 1 / (255 * std))):
-        name = f"{pixels.name}.{op.lower()}"
-        out = gs.Variable(f"{name}.out", dtype=dtype)
-        operand = make_constant(f"{name}.operand", values.reshape(shape).astype(dtype))
-        graph.nodes.append(gs.Node(op, name, {}, [tensor, operand], [out]))
-        tensor = out
-    for reader in readers:
-        replace_input(reader, pixels, tensor)
+        build = NodeBuilder(graph, f"{pixels.name}.{op.lower()}", dtype)
+        tensor = build.op(op, [tensor, build.constant("operand", values.reshape(shape).astype(dtype))])
+    replace_all_uses(pixels, tensor, readers)

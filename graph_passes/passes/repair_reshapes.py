@@ -15,9 +15,10 @@ import onnx_graphsurgeon as gs
 
 from graph_passes.analysis.axes import Batch, Tokens, has, size_of
 from graph_passes.analysis.axis_propagation import Labels
-from graph_passes.analysis.patterns import integers, make_constant
+from graph_passes.analysis.patterns import integers
 from graph_passes.analysis.vit_structure import find_structure
 from graph_passes.cutting.plan_layout import ensure_fit, needs_cut
+from graph_passes.node_builder import make_constant
 from graph_passes.pass_registry import Settings, graph_pass
 
 

@@ -19,9 +19,9 @@ import onnx_graphsurgeon as gs
 from graph_passes.analysis.axes import Batch, Tokens, has, size_of, token_axis
 from graph_passes.analysis.axis_propagation import Attention, Labels
 from graph_passes.analysis.linear_layers import MOVES, Columns, Linear, columns_of, exits_of
-from graph_passes.analysis.patterns import make_constant, replace_input
 from graph_passes.analysis.vit_structure import find_structure
 from graph_passes.cutting.plan_layout import ensure_fit, needs_cut
+from graph_passes.node_builder import NodeBuilder, replace_all_uses
 from graph_passes.pass_registry import Settings, graph_pass
 
 
@@ -112,29 +112,23 @@ def _project(graph: gs.Graph, labels: Labels, linear: Linear, exits: Sequence[Co
     """Append a projection to the columns of ``exits`` alone, laid out as they were, and let their readers read it."""
     source = _source(labels, linear)
     assert source is not None  # the caller saw to it
-
-    def append(op: str, suffix: str, inputs: list[gs.Tensor], count: int = 1, **attrs: object) -> list[gs.Variable]:
-        outs = [gs.Variable(f"{name}.{suffix}.out_{number}", dtype=source.dtype) for number in range(count)]
-        graph.nodes.append(gs.Node(op, f"{name}.{suffix}", attrs, inputs, outs))
-        return outs
-
+    build = NodeBuilder(graph, name, source.dtype, output="out_0")
     picked = [numbers for leaf in exits if (numbers := leaf.of_one_token(labels)) is not None]
     columns = np.concatenate([numbers.reshape(-1) for numbers in picked])
-    (tensor,) = append("MatMul", "matmul", [source, make_constant(f"{name}.weight", linear.weight[:, columns])])
+    tensor = build.op("MatMul", [source, build.constant("weight", linear.weight[:, columns])], name="matmul")
     if linear.bias is not None:
-        (tensor,) = append("Add", "add", [tensor, make_constant(f"{name}.bias", linear.bias[columns])])
+        tensor = build.op("Add", [tensor, build.constant("bias", linear.bias[columns])], name="add")
     parts = [tensor]
     if len(exits) > 1:
-        sizes = make_constant(f"{name}.sizes", [numbers.size for numbers in picked])
-        parts = append("Split", "split", [tensor, sizes], len(exits), axis=2)
+        sizes = build.constant("sizes", [numbers.size for numbers in picked])
+        parts = build.op_multi_output("Split", [tensor, sizes], {"axis": 2}, num_outputs=len(exits), name="split")
     for number, (leaf, part) in enumerate(zip(exits, parts, strict=True)):
         order, features = _order(labels, source, leaf.tensor)
-        shape = make_constant(f"{name}.shape_{number}", [0, 0, *features])
-        (part,) = append("Reshape", f"reshape_{number}", [part, shape])
+        shape = build.constant(f"shape_{number}", [0, 0, *features])
+        part = build.op("Reshape", [part, shape], name=f"reshape_{number}")
         if order != sorted(order):
-            (part,) = append("Transpose", f"transpose_{number}", [part], perm=order)
-        for reader in list(leaf.tensor.outputs):
-            replace_input(reader, leaf.tensor, part)
+            part = build.op("Transpose", [part], {"perm": order}, name=f"transpose_{number}")
+        replace_all_uses(leaf.tensor, part)
 
 
 def _order(labels: Labels, source: gs.Tensor, target: gs.Tensor) -> tuple[list[int], list[int]]:

@@ -15,8 +15,9 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from graph_passes.analysis.patterns import MatchFailure, label, replace_input
+from graph_passes.analysis.patterns import MatchFailure, label
 from graph_passes.analysis.vit_structure import find_structure
+from graph_passes.node_builder import NodeBuilder, replace_all_uses
 from graph_passes.pass_registry import Settings, graph_pass
 
 FLOAT, FLOAT16 = int(onnx.TensorProto.FLOAT), int(onnx.TensorProto.FLOAT16)
@@ -77,26 +78,22 @@ def _half(name: str, values: NDArray[np.float32]) -> NDArray[np.float16]:
 def _keep_softmax(graph: gs.Graph, softmax: gs.Node) -> None:
     """Compute a Softmax in float32, with a Cast before and one behind it."""
     scores, weights = softmax.inputs[0], softmax.outputs[0]
-    wide = gs.Variable(f"{scores.name}.fp32", dtype=np.float32)
-    graph.nodes.append(gs.Node("Cast", f"{softmax.name}.to_fp32", {"to": FLOAT}, [scores], [wide]))
-    softmax.inputs[0] = wide
+    build = NodeBuilder(graph, softmax.name, np.float32)
+    softmax.inputs[0] = build.op("Cast", [scores], {"to": FLOAT}, name="to_fp32", output=f"{scores.name}.fp32")
     softmax.outputs[0] = gs.Variable(f"{weights.name}.fp32", dtype=np.float32)
-    graph.nodes.append(gs.Node("Cast", f"{softmax.name}.to_fp16", {"to": FLOAT16}, [softmax.outputs[0]], [weights]))
+    build.op("Cast", [softmax.outputs[0]], {"to": FLOAT16}, name="to_fp16", output=weights)
 
 
 def _cast_input(graph: gs.Graph, tensor: gs.Variable) -> None:
-    readers = list(tensor.outputs)
+    readers = [reader for reader in tensor.outputs if reader.op != "Shape"]
     tensor.dtype = np.dtype(np.float32)
-    half = gs.Variable(f"{tensor.name}.fp16", dtype=np.float16)
-    graph.nodes.insert(0, gs.Node("Cast", f"{tensor.name}.to_fp16", {"to": FLOAT16}, [tensor], [half]))
-    for reader in readers:
-        if reader.op != "Shape":
-            replace_input(reader, tensor, half)
+    build = NodeBuilder(graph, tensor.name, np.float16)
+    half = build.op("Cast", [tensor], {"to": FLOAT16}, name="to_fp16", output=build.name_of("fp16"), first=True)
+    replace_all_uses(tensor, half, readers)
 
 
 def _cast_output(graph: gs.Graph, tensor: gs.Variable) -> gs.Variable:
     """Append the Cast to float32 and return the new graph output, which takes over the old one's name."""
     out = gs.Variable(tensor.name, dtype=np.float32, shape=tensor.shape)
     tensor.name = f"{tensor.name}.fp16"
-    graph.nodes.append(gs.Node("Cast", f"{out.name}.to_fp32", {"to": FLOAT}, [tensor], [out]))
-    return out
+    return NodeBuilder(graph, out.name).op("Cast", [tensor], {"to": FLOAT}, name="to_fp32", output=out)

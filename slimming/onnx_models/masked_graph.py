@@ -20,8 +20,9 @@ import torch
 from graph_passes.analysis.axes import UNKNOWN_BATCH, Batch, token_axis
 from graph_passes.analysis.axis_propagation import Attention
 from graph_passes.analysis.macs import geometry_of, regions
-from graph_passes.analysis.patterns import MatchFailure, label, replace_input
+from graph_passes.analysis.patterns import MatchFailure, label
 from graph_passes.analysis.vit_structure import find_structure
+from graph_passes.node_builder import NodeBuilder, replace_input
 from graph_passes.onnx_io.files import read_model
 from graph_passes.onnx_io.graph_convert import export_model, import_graph, sorted_nodes, with_shapes
 from graph_passes.onnx_io.graph_interface import with_image_size
@@ -189,8 +190,7 @@ class MaskedGraph:
         scores = softmax.inputs[0]
         mask = self._input(scores.dtype, [attention.read.size])
         masked = gs.Variable(f"{mask.name}.scores", dtype=scores.dtype, shape=scores.shape)
-        self.graph.nodes.append(gs.Node("Add", mask.name, {}, [scores, mask], [masked]))
-        softmax.inputs[0] = masked
+        softmax.inputs[0] = NodeBuilder(self.graph, mask.name).op("Add", [scores, mask], output=masked)
         return mask
 
     def _mask_mean(self, mean: gs.Node) -> gs.Variable:
@@ -204,8 +204,7 @@ class MaskedGraph:
         assert held is not None
         mask = self._input(tokens.dtype, [held.size if index == place else 1 for index in range(len(axes))])
         scaled = gs.Variable(f"{mask.name}.tokens", dtype=tokens.dtype, shape=tokens.shape)
-        self.graph.nodes.append(gs.Node("Mul", mask.name, {}, [tokens, mask], [scaled]))
-        replace_input(mean, tokens, scaled)
+        replace_input(mean, tokens, NodeBuilder(self.graph, mask.name).op("Mul", [tokens, mask], output=scaled))
         return mask
 
     def _input(self, dtype: Any, shape: list[int]) -> gs.Variable:
