@@ -119,6 +119,20 @@ def _kept(store: TensorStore, tensor: Tensor) -> Tensor:
     return stored
 
 
+def normal_equations(inputs: Tensor, targets: Tensor) -> Tensor:
+    """``inputs.T @ [inputs, targets]`` in float64: (n, size) and (n, out) in any floating type -> (size, size + out).
+
+    The matrix product runs on the rows without their means, in the rows' type; the means' part is added in float64. Otherwise
+    the rounding of large means, amplified by the condition of the equations, would end up in the fitted bias.
+    """
+    size, joint = inputs.shape[1], torch.cat([inputs, targets], dim=1)
+    mean = joint.sum(dim=0) / max(len(joint), 1)
+    centred = joint - mean
+    products = (centred[:, :size].T @ centred).double()
+    mean, rest = mean.double(), centred.sum(dim=0, dtype=torch.float64)  # rest: not quite zero, as the mean is rounded
+    return products + torch.outer(rest[:size], mean) + torch.outer(mean[:size], rest + len(joint) * mean)
+
+
 def _refit(
     stage: Stage, views: Callable[[], Iterator[AttentionInput]], wanted: list[Tensor], features: DenseFeatures, ridge: float
 ) -> None:
@@ -133,11 +147,9 @@ def _refit(
     size, out = sum(widths) + int(biased is not None), projections[0].out_features
     total = features.images * (wanted[0].shape[1] if wanted else 1)
     stride = max(1, total // (ROWS_PER_FEATURE * size))
-    moment = torch.zeros(size, size, dtype=torch.float64, device=features.device)
-    cross = torch.zeros(size, out, dtype=torch.float64, device=features.device)
-    for number, view, target in zip(
-        features.own, views(), wanted, strict=True
-    ):  # rows are left out alike on any number of processes
+    sums = torch.zeros(size, size + out, dtype=torch.float64, device=features.device)
+    # Rows are left out alike on any number of processes.
+    for number, view, target in zip(features.own, views(), wanted, strict=True):
         inputs = [branch.inner(view) for branch in stage.branches]
         stream = view.queried
         for branch, read in zip(stage.branches, inputs, strict=True):
@@ -146,9 +158,8 @@ def _refit(
         rows = torch.cat([read.flatten(0, 1)[number % stride :: stride] for read in inputs], dim=1)
         if biased is not None:
             rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
-        moment += (rows.T @ rows).double()
-        cross += (rows.T @ missing).double()
-    moment, cross = features.process_group.all_reduce_sum(moment), features.process_group.all_reduce_sum(cross)
+        sums += normal_equations(rows, missing)
+    moment, cross = features.process_group.all_reduce_sum(sums).split([size, out], dim=1)
     if not bool(moment.isfinite().all()) or not bool(cross.isfinite().all()):
         raise InputRejected("the statistics of a block's refit are not finite: are the weights damaged?")
     strength = ridge * moment.diagonal()[: sum(widths)].mean().clamp_min(_TINY)
