@@ -159,7 +159,8 @@ def _refit(
         if biased is not None:
             rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
         sums += normal_equations(rows, missing)
-    moment, cross = features.process_group.all_reduce_sum(sums).split([size, out], dim=1)
+    sums = features.process_group.all_reduce_sum(sums)
+    moment, cross = sums[:, :size], sums[:, size:]
     if not bool(moment.isfinite().all()) or not bool(cross.isfinite().all()):
         raise InputRejected("the statistics of a block's refit are not finite: are the weights damaged?")
     strength = ridge * moment.diagonal()[: sum(widths)].mean().clamp_min(_TINY)
