@@ -21,8 +21,18 @@ def default_work() -> Path:
 
 
 @dataclass(frozen=True)
-class ExportOptions(ModelOptions):
-    """Take a Vision Transformer from PyTorch weights to a checked hand-off bundle."""
+class PlanGroup:
+    """What is cut, where no plan is to be searched."""
+
+    plan: Path | None = None
+    """Use this plan.json instead of searching for one."""
+    dense: bool = False
+    """Export the model unslimmed."""
+
+
+@dataclass(frozen=True)
+class EngineGroup:
+    """What the bundle is built for."""
 
     engine: EngineName = "ort"
     """ort: ONNX Runtime. trt: TensorRT for this machine's GPU, or TensorRT-RTX ahead of time where there is none."""
@@ -33,24 +43,37 @@ class ExportOptions(ModelOptions):
     """GPU generations to build TensorRT-RTX engines for: several with spaces, commas or again. Default: all from sm80."""
     precision: Precision | None = None
     """Type of the engine's weights and activations. Default: fp16 for trt, fp32 for ort."""
-    plan: Path | None = None
-    """Use this plan.json instead of searching for one."""
-    dense: bool = False
-    """Export the model unslimmed."""
+
+
+@dataclass(frozen=True)
+class GateGroup:
+    """How every stage is measured, and how much top-1 it may lose."""
+
     eval_images: int | Literal["all"] = 2000
     """Held-out images that every stage is measured on."""
     max_top1_drop: float = 0.2
     """Points of top-1 that any stage may lose against the PyTorch original; more means exit code 5 and no bundle."""
+    batch_size: int = 8
+    """Images per run while measuring. On a CPU, few at a time are fastest: they stay in its caches."""
+
+
+@dataclass(frozen=True)
+class OutputGroup:
+    """What is written, kept and printed."""
+
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """The bundle's folder. Default: bundles/MODEL-ENGINE."""
     work: Path | None = None
     """Where finished stages are kept, so that a second or interrupted run continues. Default: ~/.cache/patchslim."""
-    batch_size: int = 8
-    """Images per run while measuring. On a CPU, few at a time are fastest: they stay in its caches."""
     dry_run: bool = False
     """Say what would be done and which stages are already there, and stop."""
     json: bool = False
     """Print one JSON object on stdout; logs stay on stderr."""
+
+
+@dataclass(frozen=True)
+class ExportOptions(OutputGroup, GateGroup, EngineGroup, PlanGroup, ModelOptions):
+    """Take a Vision Transformer from PyTorch weights to a checked hand-off bundle."""
 
     def check(self) -> None:
         """Raise ``UsageError`` for values that no run could use."""

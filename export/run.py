@@ -10,6 +10,11 @@ from export.options import ExportOptions
 from patchslim.cli import run_command
 from patchslim.errors import EXIT_DONE
 
+EXAMPLES = (
+    "--model vit_ti --engine trt",
+    "--model deit_s --weights deit_s.safetensors --data images/ --macs-reduction 0.3 -o bundle",
+)
+
 
 def run(options: ExportOptions) -> int:
     """Export, or say what an export would do; returns the exit code. Raises ``PatchslimError``."""
@@ -52,9 +57,9 @@ def print_dry_run(options: ExportOptions) -> None:
     Console(highlight=False).print(table)
 
 
-def main() -> int:
-    """The command line's entry point; returns the exit code."""
-    return run_command(ExportOptions, run, prog="python -m export.run", description=ExportOptions.__doc__ or "")
+def main(prog: str = "python -m export.run") -> int:
+    """The command line's entry point, called ``prog`` in its messages; returns the exit code."""
+    return run_command(ExportOptions, run, prog=prog, description=ExportOptions.__doc__ or "", examples=EXAMPLES)
 
 
 if __name__ == "__main__":

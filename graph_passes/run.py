@@ -25,34 +25,54 @@ if TYPE_CHECKING:
     from patchslim.plan import SlimPlan
 
 PROG = "graph_passes.run"
+EXAMPLES = (
+    "dense.onnx --plan plan.json -o slim.onnx",
+    "dense.onnx --plan plan.json --precision fp16 --layout packed --report report.json -o slim.fp16.onnx",
+)
 
 
 @dataclass(frozen=True)
-class PassOptions:
-    """Cut the tokens that a plan drops out of an exported Vision Transformer, whoever exported it."""
+class ModelGroup:
+    """The ONNX file and what of it is kept."""
 
     model: tyro.conf.Positional[Path | None] = None
     """The dense model: an ONNX file, images to logits, features or an embedding."""
-    plan: Path | None = None
-    """The plan (plan.json) that says which tokens each block keeps; not needed where no chosen pass asks for it."""
-    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
-    """Where to write the slim model; written whole or not at all. Without it nothing is written, only reported."""
-    layout: Literal["split", "packed"] = "split"
-    """Cut blocks with split query and key/value projections (fewest MACs) or one packed projection (fewest kernels)."""
-    precision: Literal["fp32", "fp16"] = "fp32"
-    """Type of the result's weights and activations; inputs and outputs stay float32."""
-    cut: Literal["auto", "slice", "gather", "matmul"] = "auto"
-    """Operators that take rows: auto is a Slice where rows lead and else a Gather; some compilers know only one of them."""
     outputs: tuple[str, ...] = ()
     """Keep these graph outputs only, as where a model also gives every token's features."""
     image_size: str | None = None
     """Fix a model that takes any image size: 224, or HEIGHTxWIDTH."""
+
+
+@dataclass(frozen=True)
+class CutGroup:
+    """What is cut, and how the result is laid out."""
+
+    plan: Path | None = None
+    """The plan (plan.json) that says which tokens each block keeps; not needed where no chosen pass asks for it."""
+    layout: Literal["split", "packed"] = "split"
+    """Cut blocks with split query and key/value projections (fewest MACs) or one packed projection (fewest kernels)."""
+    cut: Literal["auto", "slice", "gather", "matmul"] = "auto"
+    """Operators that take rows: auto is a Slice where rows lead and else a Gather; some compilers know only one of them."""
+    precision: Literal["fp32", "fp16"] = "fp32"
+    """Type of the result's weights and activations; inputs and outputs stay float32."""
+
+
+@dataclass(frozen=True)
+class ImageGroup:
+    """What images the result takes."""
+
     image: Literal["float", "uint8-nchw", "uint8-nhwc"] = "float"
     """What the result takes: normalised floats as before, or bytes in this order, normalised inside by --mean and --std."""
     mean: tuple[float, ...] = ()
     """Mean of each channel, for pixels from 0 to 1."""
     std: tuple[float, ...] = ()
     """Standard deviation of each channel, for pixels from 0 to 1."""
+
+
+@dataclass(frozen=True)
+class PassesGroup:
+    """Which passes run."""
+
     passes: tuple[str, ...] = ()
     """Run these passes only, in this order; by spaces or commas."""
     also: tuple[str, ...] = ()
@@ -61,12 +81,25 @@ class PassOptions:
     """List the passes in the order in which they run, and stop."""
     explain: str | None = None
     """Explain one pass, and stop."""
+
+
+@dataclass(frozen=True)
+class OutputGroup:
+    """What is written and printed."""
+
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """Where to write the slim model; written whole or not at all. Without it nothing is written, only reported."""
     save_intermediates: Path | None = None
     """A folder for the model after every pass that changed it."""
     report: Path | None = None
     """Also write this file, as JSON: what each pass did and refused, nodes, tokens and MACs before and after."""
     json: bool = False
     """Print the report as one JSON object instead of tables."""
+
+
+@dataclass(frozen=True)
+class PassOptions(OutputGroup, PassesGroup, ImageGroup, CutGroup, ModelGroup):
+    """Cut the tokens that a plan drops out of an exported Vision Transformer, whoever exported it."""
 
 
 def run(options: PassOptions) -> int:
@@ -245,9 +278,10 @@ def _describe(options: PassOptions) -> int:
     return EXIT_DONE
 
 
-def main() -> int:
-    """The command line's entry point; returns the exit code."""
-    return run_command(PassOptions, run, prog=PROG, description=PassOptions.__doc__ or "")
+def main(prog: str = PROG) -> int:
+    """The command line's entry point, called ``prog`` in its messages; returns the exit code."""
+    description = PassOptions.__doc__ or ""
+    return run_command(PassOptions, run, prog=prog, description=description, extra="edge", examples=EXAMPLES)
 
 
 if __name__ == "__main__":

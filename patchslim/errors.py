@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 EXIT_DONE: Final = 0
@@ -50,3 +51,11 @@ class BudgetUnreachable(PatchslimError):  # noqa: N818
     """No plan meets the budget (exit 6); the message names the nearest reachable point."""
 
     exit_code = EXIT_UNREACHABLE
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """``"; did you mean X?"`` for the names in ``known`` most like ``given``, three at most; "" where none is like it."""
+    from difflib import get_close_matches
+
+    near = get_close_matches(given, list(known), n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(near)}?" if near else ""

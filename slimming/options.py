@@ -18,8 +18,8 @@ _INSTEAD = ("tolerance", "tokens", "latency-reduction", "latency-budget-ms")
 
 
 @dataclass(frozen=True)
-class ModelOptions:
-    """The model, its weights and the images that a plan is made from."""
+class ModelGroup:
+    """The Vision Transformer and its weights."""
 
     model: str = "vit_ti"
     """A preset (vit_ti vit_s vit_b deit_ti deit_s deit_b) or any timm model name."""
@@ -27,6 +27,20 @@ class ModelOptions:
     """Passed on to timm.create_model; may be given several times."""
     weights: str = "bundled"
     """bundled, pretrained (from timm's hub: the only option that uses the network), random, or a safetensors or .pth file."""
+
+
+@dataclass(frozen=True)
+class ImageGroup:
+    """The images that a plan is made from, and how they are prepared."""
+
+    data: str = "digits"
+    """Images: digits (built in), a folder, FILE.tar, hfds/NAME or wds/PATH, as timm reads them."""
+    calibration_data: str | None = None
+    """Images that the plan is made from, in the same forms; by default the train split of --data, or a fifth kept apart."""
+    calibration_images: int = 256
+    """How many of them."""
+    seed: int = 0
+    """Draws the calibration images and random weights."""
     img_size: int | None = None
     """Image side in pixels, where it is not the model's own."""
     mean: tuple[float, ...] = ()
@@ -37,12 +51,12 @@ class ModelOptions:
     """Share of the resized image's side that the centre crop keeps, where it is not the model's own."""
     interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None = None
     """How images are resized, where it is not the model's own way."""
-    data: str = "digits"
-    """Images: digits (built in), a folder, FILE.tar, hfds/NAME or wds/PATH, as timm reads them."""
-    calibration_data: str | None = None
-    """Images that the plan is made from, in the same forms; by default the train split of --data, or a fifth kept apart."""
-    calibration_images: int = 256
-    """How many of them."""
+
+
+@dataclass(frozen=True)
+class BudgetGroup:
+    """How much is dropped, and which tokens go."""
+
     macs_reduction: float = 0.45
     """Fraction of the model's multiply-accumulates to remove."""
     tolerance: float | None = None
@@ -58,9 +72,19 @@ class ModelOptions:
     snap: int = 1
     """Round token counts to multiples of this, within the budget; 8 suits most GPUs."""
     score: ScoreName = "auto"
-    """Which tokens go. similarity merges those that are most alike into constant means. The others rank tokens, and those that
-    rank low are lost: paper (Eq. 6), residual, attention, random (chance), uniform (paper, and one count for all blocks). auto
-    is similarity where it goes with the rest (heads that read single tokens, any budget but --tolerance), else paper."""
+    """Which tokens go. similarity merges those that are most alike into constant means; the others rank tokens and drop the last:
+    paper (Eq. 6), residual, attention, random (chance), uniform (paper, and one count for all blocks).
+    auto is similarity where it goes with the rest (heads that read single tokens, any budget but --tolerance), else paper."""
+    mode: Mode = "compact"
+    """What later blocks see of a dropped token: nothing (compact), or its last value (stale)."""
+    summary: bool = False
+    """With a score that loses tokens: keep their mean as one more token (measure first: it helps some checkpoints only)."""
+
+
+@dataclass(frozen=True)
+class FittingGroup:
+    """How the slimmed blocks are fitted to the cut, and where PyTorch runs."""
+
     fit: Fit = "closed-form"
     """Refit the slimmed blocks: not (none), by ridge regression (closed-form), or the paper's gradient descent (sgd)."""
     finetune_epochs: float = 0.0
@@ -77,14 +101,13 @@ class ModelOptions:
     """Weight of the dense original's answers against the labels while fine-tuning; 0 is labels alone."""
     finetune_precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision while fine-tuning."""
-    summary: bool = False
-    """With a score that loses tokens: keep their mean as one more token (measure first: it helps some checkpoints only)."""
-    mode: Mode = "compact"
-    """What later blocks see of a dropped token: nothing (compact), or its last value (stale)."""
-    seed: int = 0
-    """Draws the calibration images and random weights."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where PyTorch runs; auto takes a GPU when there is one."""
+
+
+@dataclass(frozen=True)
+class ModelOptions(FittingGroup, BudgetGroup, ImageGroup, ModelGroup):
+    """The model, its weights, the images that a plan is made from, the budget and the fit."""
 
     def preprocessing(self) -> dict[str, Any]:
         """The overrides of the model's data config, by timm's names."""

@@ -29,23 +29,45 @@ if TYPE_CHECKING:
 SWEEP_IMAGES = 1000
 PAGE_IMAGES = 4
 
+EXAMPLES = (
+    "--model vit_ti --macs-reduction 0.45 --sweep 0.3,0.45,0.6 -o plan.json",
+    "--onnx dense.onnx --mean 0.5 --std 0.5 --data images/ -o plan.json",
+)
+
 
 @dataclass(frozen=True)
-class SlimmingOptions(ModelOptions):
-    """Find a slim plan for a Vision Transformer: which tokens each block keeps, from the last block down."""
+class GraphGroup:
+    """A plan for an ONNX file, where there is no timm model."""
 
     onnx: Path | None = None
     """Instead of --model and --weights: an ONNX file, whoever exported it. Needs --mean and --std; fits nothing."""
-    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("plan.json")
-    """Where to write the plan; its page, and its weights where they were fitted, go beside it."""
-    layout: Layout = "split"
-    """How the cut projections will be laid, for the MAC count: split (ONNX Runtime) or packed (TensorRT)."""
+
+
+@dataclass(frozen=True)
+class MeasureGroup:
+    """What the plan is measured on, and what else is searched for the page."""
+
     sweep: str | None = None
     """Also search at these MAC reductions, as 0.2,0.3,0.4, and draw accuracy against MACs on the page."""
     eval_images: int | None = None
     """Held-out images to measure the plan and the sweep on. Default: 1,000 for a sweep, none without."""
+
+
+@dataclass(frozen=True)
+class OutputGroup:
+    """What is written and printed."""
+
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("plan.json")
+    """Where to write the plan; its page, and its weights where they were fitted, go beside it."""
+    layout: Layout = "split"
+    """How the cut projections will be laid, for the MAC count: split (ONNX Runtime) or packed (TensorRT)."""
     json: bool = False
     """Print one JSON object on stdout instead of a table."""
+
+
+@dataclass(frozen=True)
+class SlimmingOptions(OutputGroup, MeasureGroup, GraphGroup, ModelOptions):
+    """Find a slim plan for a Vision Transformer: which tokens each block keeps, from the last block down."""
 
     @property
     def reductions(self) -> list[float]:
@@ -282,9 +304,9 @@ def _print(plan: SlimPlan, options: SlimmingOptions, summary: dict[str, object])
             print(f"{what}: {summary[what]}")
 
 
-def main() -> int:
-    """The command line's entry point; returns the exit code."""
-    return run_command(SlimmingOptions, run, prog="python -m slimming.run", description=SlimmingOptions.__doc__ or "")
+def main(prog: str = "python -m slimming.run") -> int:
+    """The command line's entry point, called ``prog`` in its messages; returns the exit code."""
+    return run_command(SlimmingOptions, run, prog=prog, description=SlimmingOptions.__doc__ or "", examples=EXAMPLES)
 
 
 if __name__ == "__main__":

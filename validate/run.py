@@ -17,26 +17,54 @@ if TYPE_CHECKING:
     from validate.check import BundleVerdict
     from validate.manifest import Manifest, Rung
 
+EXAMPLES = (
+    "bundles/vit_ti-ort",
+    "bundles/vit_ti-ort --images images/ --threads 1",
+)
+
 
 @dataclasses.dataclass(frozen=True)
-class ValidateOptions:
-    """ValidateOptions of ``validate.run``."""
+class BundleGroup:
+    """What is checked."""
 
     bundle: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="BUNDLE")]
     """The bundle's folder."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageGroup:
+    """Images to measure the bundle on as well."""
+
     images: Path | None = None
     """A folder of images, one subfolder per class, to measure top-1 and top-5 on as well."""
-    json: bool = False
-    """Print the verdict as one JSON object instead of tables."""
-    threads: int = 0
-    """Threads of ONNX Runtime; 0 leaves the choice to it."""
     batch: int = 8
     """Images per run when --images is measured."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineGroup:
+    """How ONNX Runtime runs."""
+
     provider: str = "CPUExecutionProvider"
     """ONNX Runtime's execution provider."""
+    threads: int = 0
+    """Threads of ONNX Runtime; 0 leaves the choice to it."""
 
 
-def main(options: ValidateOptions) -> int:
+@dataclasses.dataclass(frozen=True)
+class OutputGroup:
+    """What is printed."""
+
+    json: bool = False
+    """Print the verdict as one JSON object instead of tables."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidateOptions(OutputGroup, EngineGroup, ImageGroup, BundleGroup):
+    """Check a patchslim bundle whole: digests, contracts and the ONNX files' answers to the golden inputs."""
+
+
+def run(options: ValidateOptions) -> int:
     """Check the bundle, print what was found, and return the exit code: 0 right, 3 broken, 5 wrong answers."""
     if options.threads < 0 or options.batch < 1:
         raise UsageError("--threads must not be negative, --batch must be at least 1")
@@ -111,5 +139,11 @@ def _print(verdict: BundleVerdict, measured: list[Rung], options: ValidateOption
     print_verdict(verdict, measured, Console(width=wide))
 
 
+def main(prog: str = "validate") -> int:
+    """The command line's entry point, called ``prog`` in its messages; returns the exit code."""
+    description = ValidateOptions.__doc__ or ""
+    return run_command(ValidateOptions, run, prog=prog, description=description, extra="edge", examples=EXAMPLES)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(ValidateOptions, main, prog="validate", description="Check a patchslim bundle whole."))
+    sys.exit(main())

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-DOORS = ("export.run", "slimming.run", "graph_passes.run", "validate.run")
+DOORS = ("export.run", "slimming.run", "graph_passes.run", "validate.run", "export.console")
 #: Packages that take long to import. Help that loads none of them answers in well under a second.
 HEAVY = (
     "torch",

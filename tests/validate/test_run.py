@@ -14,9 +14,9 @@ from PIL import Image
 from patchslim.errors import InputRejected, Unavailable, UsageError
 from tests.helpers.bundles import PREPROCESSING, SIZE, make_bundle, reseal, weight, write_onnx
 from tests.helpers.validate_process import BLOCKED, run
+from validate import run as door
 from validate.images import list_images, preprocess
 from validate.manifest import Preprocessing
-from validate.run import ValidateOptions, main
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +74,11 @@ def test_exit_codes(good: Path, tmp_path: Path) -> None:
 
 def test_options_that_cannot_be_met(good: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--batch"):
-        main(ValidateOptions(good, batch=0))
+        door.run(door.ValidateOptions(good, batch=0))
     with pytest.raises(Unavailable, match="NoSuchProvider"):
-        main(ValidateOptions(good, provider="NoSuchProvider"))
+        door.run(door.ValidateOptions(good, provider="NoSuchProvider"))
     with pytest.raises(InputRejected, match="nowhere"):
-        main(ValidateOptions(good, images=tmp_path / "nowhere"))
+        door.run(door.ValidateOptions(good, images=tmp_path / "nowhere"))
 
 
 def test_help_is_quick() -> None:

@@ -1,0 +1,70 @@
+"""The packages that patchslim can use, and the extra of ``pip install "patchslim[EXTRA]"`` that brings each. Imports none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+#: The distribution whose extras these are.
+DISTRIBUTION = "patchslim"
+
+
+@dataclass(frozen=True)
+class Package:
+    """One package: the module that is imported, the distribution that brings it, and the extras that ask for that."""
+
+    module: str
+    distribution: str
+    extras: tuple[str, ...]
+
+    @property
+    def version(self) -> str | None:
+        """What is installed, by its metadata: nothing is imported; None where it is missing."""
+        return installed_version(self.distribution)
+
+
+#: In the order in which ``patchslim doctor`` lists them.
+PACKAGES = (
+    Package("torch", "torch", ("export",)),
+    Package("torchvision", "torchvision", ("export",)),
+    Package("timm", "timm", ("export",)),
+    Package("accelerate", "accelerate", ("export",)),
+    Package("safetensors", "safetensors", ("export",)),
+    Package("onnx", "onnx", ("edge", "export")),
+    Package("onnxscript", "onnxscript", ("export",)),
+    Package("onnx_graphsurgeon", "onnx-graphsurgeon", ("edge", "export")),
+    Package("onnxruntime", "onnxruntime", ("edge", "export")),
+    Package("tensorrt_rtx", "tensorrt-rtx-cu13", ("rtx",)),
+    Package("tensorrt", "tensorrt-cu13", ("trt",)),
+    Package("openvino", "openvino", ("openvino",)),
+    Package("ml_dtypes", "ml-dtypes", ("export",)),
+    Package("PIL", "pillow", ("edge", "export")),
+    Package("sklearn", "scikit-learn", ("export",)),
+    Package("matplotlib", "matplotlib", ("export",)),
+    Package("jinja2", "jinja2", ("export",)),
+    Package("datasets", "datasets", ("readers",)),
+    Package("webdataset", "webdataset", ("readers",)),
+)
+
+
+def installed_version(distribution: str) -> str | None:
+    """The version of an installed distribution; None where it is missing."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def install_command(extra: str) -> str:
+    """The pip command that installs an extra."""
+    return f'pip install "{DISTRIBUTION}[{extra}]"'
+
+
+def extra_for(module: str, preferred: str) -> str | None:
+    """The extra that brings ``module`` or the package that it is in: ``preferred`` where that one does.
+
+    None where no extra does: then a missing module is a bug.
+    """
+    extras = next((package.extras for package in PACKAGES if package.module == module.partition(".")[0]), ())
+    return preferred if preferred in extras else next(iter(extras), None)
