@@ -72,7 +72,7 @@ class BudgetGroup:
     snap: int = 1
     """Round token counts to multiples of this, within the budget; 8 suits most GPUs."""
     score: ScoreName = "auto"
-    """Which tokens go. similarity merges those that are most alike into constant means; the others rank tokens and drop the last:
+    """Which tokens go. similarity merges those that are most alike into constant means; the others drop those that rank lowest:
     paper (Eq. 6), residual, attention, random (chance), uniform (paper, and one count for all blocks).
     auto is similarity where it goes with the rest (heads that read single tokens, any budget but --tolerance), else paper."""
     mode: Mode = "compact"
