@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -11,8 +11,9 @@ from pydantic import Field
 
 from patchslim.arrays import Array
 from patchslim.errors import InputRejected
-from patchslim.ort_runner import OrtRunner
+from patchslim.ort_runner import CPU, OrtRunner
 from patchslim.records import StrictRecord
+from patchslim.timing import fair_clock, interleaved, timed
 from validate.onnx_file import check_onnx
 
 #: The speed-up must be at least this fraction of the MAC ratio.
@@ -20,7 +21,10 @@ CRITERION = 0.95
 
 
 class LatencyReport(StrictRecord):
-    """Dense against slim, side by side. Times are of one whole batch; ``rounds`` pairs were taken in alternating order."""
+    """Dense against slim, side by side. ``rounds`` pairs of runs were timed, in alternating order.
+
+    Times are of one whole batch: CPU time with one thread on the CPU, else wall time.
+    """
 
     dense: str
     slim: str
@@ -49,10 +53,10 @@ def compare_latency(
     warmup: int = 3,
     provider: str = "CPUExecutionProvider",
 ) -> LatencyReport:
-    """Time both ONNX files on the same random batch, a pair per round, the order swapped every round.
+    """Time both ONNX files on the same random batch, a pair of runs per round, the order swapped every other round.
 
     The ratio is taken within each round, so a slow moment hits both sides, and the median over rounds drops the outliers;
-    neither session's threads spin while the other runs. Raises ``InputRejected`` for files that do not run or differ in
+    neither model's threads spin while the other runs. ``threads`` 0 leaves their number to ONNX Runtime. Raises ``InputRejected`` for files that do not run or differ in
     their inputs, ``Unavailable`` where ONNX Runtime or ``provider`` is not here.
     """
     runners = []
@@ -64,13 +68,9 @@ def compare_latency(
     feeds = [_feed(runner, batch) for runner in runners]
     if runners[0].image_shape != runners[1].image_shape:
         raise InputRejected(f"{slim}: takes images {runners[1].image_shape}, and {dense} takes {runners[0].image_shape}")
-    for _ in range(warmup):
-        for runner, feed in zip(runners, feeds, strict=True):
-            _seconds(runner, feed)
-    times = np.empty((rounds, 2))
-    for number in range(rounds):
-        for which in (0, 1) if number % 2 == 0 else (1, 0):
-            times[number, which] = _seconds(runners[which], feeds[which])
+    clock = fair_clock(threads, on_cpu=provider == CPU)
+    runs = [timed(partial(runner.run, feed), clock) for runner, feed in zip(runners, feeds, strict=True)]
+    times = np.array(interleaved(runs, rounds, warmup=warmup))
     ratios = times[:, 0] / times[:, 1]
     low, speedup, high = (float(value) for value in np.percentile(ratios, [10, 50, 90]))
     efficiency = None if macs_ratio is None else speedup / macs_ratio
@@ -98,9 +98,3 @@ def _feed(runner: OrtRunner, batch: int) -> dict[str, Array]:
         raise InputRejected(f"{runner.name}: has the fixed batch size {fewest}, not {batch}")
     values = np.random.default_rng(0).standard_normal((batch, *runner.image_shape))
     return {runner.inputs[0].name: values.astype(runner.dtype)}
-
-
-def _seconds(runner: OrtRunner, feed: dict[str, Array]) -> float:
-    start = time.perf_counter()
-    runner.run(feed)
-    return time.perf_counter() - start

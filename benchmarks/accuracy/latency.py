@@ -276,7 +276,7 @@ def add_times(rows: list[dict[str, Any]], folder: Path, bench: Bench, options: O
     """Time every export, and put into each row the times of its fastest."""
     import numpy as np
 
-    from export.latency.measure import level_rounds
+    from patchslim.timing import level_rounds
 
     exports = [(row, name) for row in rows for name in row.get("exports", {})]
     pixels = bench.pixels[[index % len(bench.pixels) for index in range(options.batch)]].numpy()

@@ -20,16 +20,14 @@ from patchslim.errors import Unavailable, UsageError
 from patchslim.latency_table import LatencyPoint, LatencyTable
 from patchslim.plan import SlimPlan
 from patchslim.progress import StageProgress
+from patchslim.timing import interleaved, level_rounds
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from patchslim.choices import EngineName, Precision
 
 #: Parts of N at which a block is measured unless a grid is given; the prefix tokens alone, and what the head reads, are added.
 FRACTIONS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25, 0.1)
 ROUNDS = 15
-_WARMUP, _POLISH = 2, 10
 
 
 def measure_table(
@@ -76,7 +74,7 @@ def measure_table(
                 runs.append(on.open(path))
                 path.unlink()
                 report("cutting blocks to time", done + 1, len(keys))
-            times = _interleaved(runs, rounds, report)
+            times = np.array(interleaved(runs, rounds, progress=lambda *done: report("timing blocks", *done)))
     finally:
         on.close()
     low, middle, high = np.percentile(level_rounds(times), [25, 50, 75], axis=0) * 1e3
@@ -126,30 +124,3 @@ def _grid(plan: SlimPlan, mode: Mode, grid: Sequence[int] | None) -> list[tuple[
     reads = [tokens] if mode == "stale" or plan.depth == 1 else counts
     outputs = [*counts, head] if 0 < head < fewest else counts
     return [(n, k) for n in reads for k in outputs if k <= n]
-
-
-def _interleaved(runs: list[Run], rounds: int, report: StageProgress) -> NDArray[np.float64]:
-    """Seconds (rounds, runs) of every run in every round; each round has an order of its own."""
-    shuffle = np.random.default_rng(0)
-    times = np.empty((rounds, len(runs)))
-    for number in range(-_WARMUP, rounds):
-        for index in shuffle.permutation(len(runs)):
-            taken = runs[index]()
-            if number >= 0:
-                times[number, index] = taken
-        report("timing blocks", number + _WARMUP + 1, rounds + _WARMUP)
-    return times
-
-
-def level_rounds(times: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Times (rounds, runs) with each round divided by how slow it was against the median round.
-
-    On a machine that is fast for half of the rounds and slow for the others, medians of raw times would pick either speed, run
-    by run. Slowness is a factor per round, found by Tukey's median polish of the logarithms (Exploratory Data Analysis, 1977).
-    """
-    logs = np.log(times)
-    slowness = np.zeros((len(times), 1))
-    for _ in range(_POLISH):
-        typical = np.median(logs - slowness, axis=0, keepdims=True)
-        slowness = np.median(logs - typical, axis=1, keepdims=True)
-    return np.asarray(np.exp(logs - slowness + np.median(slowness)))

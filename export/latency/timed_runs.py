@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import platform
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from patchslim.timing import fair_clock, processor_name, timed
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -40,30 +40,15 @@ class OnnxRuntime:
 
     def open(self, path: Path) -> Run:
         """Load an ONNX file; it is not needed afterwards."""
-        return _OrtRun(path, self.provider, self.threads, self.batch).seconds
+        from patchslim.ort_runner import CPU, OrtModel
+
+        model = OrtModel(path, provider=self.provider, threads=self.threads or 0)
+        # The input is already where it is read: copies are not part of a block.
+        run = model.bound(random_values(self.batch, model.inputs[0].shape))
+        return timed(run, fair_clock(self.threads, on_cpu=self.provider == CPU))
 
     def close(self) -> None:
         """Nothing to give back: sessions end with their runs."""
-
-
-class _OrtRun:
-    """An ONNX file in ONNX Runtime with its input, random, already where it is read: copies are not part of a block."""
-
-    def __init__(self, path: Path, provider: str, threads: int | None, batch: int) -> None:
-        from patchslim.ort_runner import CPU, OrtModel
-
-        model = OrtModel(path, provider=provider, threads=threads or 0)
-        self._run = model.bound(random_values(batch, model.inputs[0].shape))
-
-        # ONNX Runtime's only thread is then the calling one. Its own clock stands still while other processes have its core:
-        # they would hold up long runs more often than short ones, so that no average of wall times is fair to both.
-        self._clock = time.thread_time if threads == 1 and provider == CPU else time.perf_counter
-
-    def seconds(self) -> float:
-        """Time of one run, until its output is there: of one thread on a CPU its CPU time, else wall time."""
-        start = self._clock()
-        self._run()
-        return self._clock() - start
 
 
 class TensorRt:
@@ -124,10 +109,4 @@ def _processor(provider: str) -> str:
         from export.engines import cuda
 
         return f"{cuda.local_target()} ({provider})"
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    name = next(named, "") or platform.processor() or platform.machine() or "unknown processor"
-    return f"{name}, {os.cpu_count()} logical cores"
+    return f"{processor_name()}, {os.cpu_count()} logical cores"

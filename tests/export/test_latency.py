@@ -9,13 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from export.latency.measure import level_rounds, measure_table
+from export.latency.measure import measure_table
 from export.onnx_export import export_dense
 from graph_passes import OnnxModel, load_model, save_model
 from patchslim.errors import InputRejected, Unavailable, UsageError
@@ -321,21 +320,6 @@ def test_merging_blocks_are_timed_with_their_merges(tiny: tuple[Path, SlimPlan])
 
 def _shape(value: onnx.ValueInfoProto) -> list[int]:
     return [dim.dim_value for dim in value.type.tensor_type.shape.dim]
-
-
-def test_slow_rounds_are_levelled() -> None:
-    rng = np.random.default_rng(3)
-    true = rng.uniform(1, 20, 30)
-    slowness = np.where(np.arange(14) % 2 == 0, 1.0, 3.0)  # a machine of two speeds: raw medians are anywhere between
-    times = slowness[:, None] * true * rng.uniform(0.99, 1.01, (14, 30))
-    times[rng.random(times.shape) < 0.1] *= 5  # and hiccups
-    found = np.median(level_rounds(times), axis=0)
-    assert np.ptp(found / true) < 0.03 * np.mean(found / true)
-    assert 1 <= np.mean(found / true) <= 3
-    raw = np.median(times, axis=0) / true
-    assert np.ptp(raw) > 0.5
-    steady = np.tile(true, (5, 1))
-    assert np.allclose(level_rounds(steady), steady)
 
 
 @pytest.mark.parametrize("depth", [1, 2])
