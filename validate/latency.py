@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from patchslim.arrays import Array
@@ -56,8 +57,9 @@ def compare_latency(
     """Time both ONNX files on the same random batch, a pair of runs per round, the order swapped every other round.
 
     The ratio is taken within each round, so a slow moment hits both sides, and the median over rounds drops the outliers;
-    neither model's threads spin while the other runs. ``threads`` 0 leaves their number to ONNX Runtime. Raises ``InputRejected`` for files that do not run or differ in
-    their inputs, ``Unavailable`` where ONNX Runtime or ``provider`` is not here.
+    neither model's threads spin while the other runs. ``threads`` 0 leaves their number to ONNX Runtime. Raises
+    ``InputRejected`` for files that do not run or take different images, ``Unavailable`` where ONNX Runtime or ``provider``
+    is not here.
     """
     runners = []
     for path in (dense, slim):
@@ -70,7 +72,7 @@ def compare_latency(
         raise InputRejected(f"{slim}: takes images {runners[1].image_shape}, and {dense} takes {runners[0].image_shape}")
     clock = fair_clock(threads, on_cpu=provider == CPU)
     runs = [timed(partial(runner.run, feed), clock) for runner, feed in zip(runners, feeds, strict=True)]
-    times = np.array(interleaved(runs, rounds, warmup=warmup))
+    times: NDArray[np.float64] = np.array(interleaved(runs, rounds, warmup=warmup))
     ratios = times[:, 0] / times[:, 1]
     low, speedup, high = (float(value) for value in np.percentile(ratios, [10, 50, 90]))
     efficiency = None if macs_ratio is None else speedup / macs_ratio

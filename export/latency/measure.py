@@ -74,10 +74,10 @@ def measure_table(
                 runs.append(on.open(path))
                 path.unlink()
                 report("cutting blocks to time", done + 1, len(keys))
-            times = np.array(interleaved(runs, rounds, progress=lambda *done: report("timing blocks", *done)))
+            timed = interleaved(runs, rounds, progress=lambda done, total: report("timing blocks", done, total))
     finally:
         on.close()
-    low, middle, high = np.percentile(level_rounds(times), [25, 50, 75], axis=0) * 1e3
+    low, middle, high = np.percentile(level_rounds(np.array(timed)), [25, 50, 75], axis=0) * 1e3
     medians = dict(zip(keys, middle.tolist(), strict=True))
     return LatencyTable(
         model=model_plan.model,

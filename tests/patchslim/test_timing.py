@@ -33,9 +33,8 @@ def test_each_round_calls_every_run_once_and_results_keep_their_places(count: in
     assert all(sorted(order) == list(range(count)) for order in orders)
     assert [[int(text.split()[0]) for text in each] for each in found] == [list(range(count))] * 6
     for number, each in enumerate(found):  # the warm-up is not among them
-        assert {int(text.split()[-1]) for text in each} == set(
-            range((number + warmup) * count + 1, (number + warmup + 1) * count + 1)
-        )
+        before = (number + warmup) * count
+        assert {int(text.split()[-1]) for text in each} == set(range(before + 1, before + count + 1))
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 2])
