@@ -35,7 +35,7 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class BlockPicture(_Strict):
+class BlockSummary(_Strict):
     """One block."""
 
     reads: _Count = Field(description="tokens that its keys and values come from")
@@ -43,7 +43,7 @@ class BlockPicture(_Strict):
     macs: _Count = Field(description="multiply-accumulates of one image")
 
 
-class VitPicture(_Strict):
+class VitSummary(_Strict):
     """A Vision Transformer as the passes understand it; MACs are counted from the graph, for one image."""
 
     tokens: _Count = Field(description="N, prefix tokens included")
@@ -53,20 +53,20 @@ class VitPicture(_Strict):
     prefix_tokens: _Count
     head_tokens: list[_Count] = Field(description="tokens that the head reads one by one")
     pools: bool = Field(description="whether the head also takes a mean or an attention over all that are left")
-    blocks: list[BlockPicture]
+    blocks: list[BlockSummary]
     stem_macs: _Count = Field(description="before the blocks")
     head_macs: _Count = Field(description="behind the blocks")
     macs: _Count = Field(description="of the whole graph")
 
 
-class Picture(_Strict):
+class GraphSummary(_Strict):
     """One graph, before or after."""
 
     nodes: _Count
     operators: dict[str, _Count] = Field(description="nodes by operator")
     parameters: _Count = Field(description="elements of floating-point initializers")
     bytes: _Count = Field(description="size of the model with its weights")
-    vit: VitPicture | None = Field(description="null: the graph was not understood")
+    vit: VitSummary | None = Field(description="null: the graph was not understood")
 
 
 class RefusedSite(_Strict):
@@ -104,8 +104,8 @@ class Report(_Strict):
     passes: list[PassRecord]
     refused: list[RefusedSite] = Field(description="every refused site, each once")
     error: str | None = Field(description="why the run failed; null: it did not")
-    before: Picture
-    after: Picture | None = Field(description="null where the run failed")
+    before: GraphSummary
+    after: GraphSummary | None = Field(description="null where the run failed")
 
 
 def report_schema() -> dict[str, object]:
@@ -113,12 +113,12 @@ def report_schema() -> dict[str, object]:
     return Report.model_json_schema()
 
 
-def look(model: OnnxModel) -> tuple[Picture, RefusedSite | None]:
+def summarize(model: OnnxModel) -> tuple[GraphSummary, RefusedSite | None]:
     """Count a model, block by block where it is understood, else with what stood in the way. Raises ``InputRejected``."""
     try:
-        return _picture(model, _understood(model)), None
+        return _summary(model, _understood(model)), None
     except MatchFailure as failure:
-        return _picture(model, None), RefusedSite(site=failure.site, reason=failure.expected)
+        return _summary(model, None), RefusedSite(site=failure.site, reason=failure.expected)
     except InputRejected:
         raise
     except Exception as error:  # a hostile file can trip the readers anywhere; the cause stays chained
@@ -133,10 +133,10 @@ def _understood(model: OnnxModel) -> Structure:
         return find_structure(import_graph(with_shapes(folded)))
 
 
-def _picture(model: OnnxModel, structure: Structure | None) -> Picture:
+def _summary(model: OnnxModel, structure: Structure | None) -> GraphSummary:
     small = [(tensor.data_type, tuple(tensor.dims)) for tensor in model.graph.initializer]
     tensors = [*small, *((weight.data_type, weight.shape) for weight in model.weights.values())]
-    return Picture(
+    return GraphSummary(
         nodes=len(model.graph.node),
         operators=dict(sorted(Counter(node.op_type for node in model.graph.node).items())),
         parameters=sum(prod(shape) for data_type, shape in tensors if data_type in _FLOATS),
@@ -156,7 +156,7 @@ def records(results: Iterable[PassResult]) -> list[PassRecord]:
     return [PassRecord.model_validate(result.as_dict()) for result in results]
 
 
-def reduction(before: Picture, after: Picture | None) -> float | None:
+def reduction(before: GraphSummary, after: GraphSummary | None) -> float | None:
     """The share of MACs saved; None where one of the graphs was not understood."""
     if before.vit is None or after is None or after.vit is None or not before.vit.macs:
         return None
@@ -186,13 +186,13 @@ def print_report(report: Report) -> None:
         console.print(f"written: {report.output}" if report.output else "nothing written: no --output")
 
 
-def _vit(structure: Structure) -> VitPicture:
+def _vit(structure: Structure) -> VitSummary:
     macs = macs_of_graph(structure)
     blocks = [
-        BlockPicture(reads=len(block.reads), computes=len(block.computes), macs=count)
+        BlockSummary(reads=len(block.reads), computes=len(block.computes), macs=count)
         for block, count in zip(structure.blocks, macs.blocks, strict=True)
     ]
-    return VitPicture(
+    return VitSummary(
         tokens=structure.tokens,
         embedded=len(structure.order),
         width=structure.width,
@@ -207,7 +207,7 @@ def _vit(structure: Structure) -> VitPicture:
     )
 
 
-def _sentence(vit: VitPicture) -> str:
+def _sentence(vit: VitSummary) -> str:
     """The model in one sentence."""
     rows, columns = vit.grid
     parts = [f"token {', '.join(map(str, vit.head_tokens))}"] if vit.head_tokens else []
@@ -227,7 +227,7 @@ def _passes(passes: Sequence[PassRecord]) -> Table:
     return table
 
 
-def _blocks(before: VitPicture, after: VitPicture) -> Table:
+def _blocks(before: VitSummary, after: VitSummary) -> Table:
     """Tokens and MACs part by part; blocks in a row that are alike share a line."""
     from rich.table import Table
 
@@ -243,7 +243,7 @@ def _blocks(before: VitPicture, after: VitPicture) -> Table:
     return table
 
 
-def _operators(before: Picture, after: Picture) -> Table:
+def _operators(before: GraphSummary, after: GraphSummary) -> Table:
     """The operators whose number of nodes changed."""
     from rich.table import Table
 
@@ -255,7 +255,7 @@ def _operators(before: Picture, after: Picture) -> Table:
     return table
 
 
-def _totals(before: Picture, after: Picture) -> list[tuple[str, int, int, str]]:
+def _totals(before: GraphSummary, after: GraphSummary) -> list[tuple[str, int, int, str]]:
     """Name, before, after, and the unit: empty, or a name for a million."""
     totals = [
         ("nodes", before.nodes, after.nodes, ""),

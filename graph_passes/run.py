@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from graph_passes.onnx_io.model import OnnxModel
     from graph_passes.pass_manager import SlimResult
     from graph_passes.pass_registry import PassResult
-    from graph_passes.report import Picture, RefusedSite
+    from graph_passes.report import GraphSummary, RefusedSite
     from patchslim.plan import SlimPlan
 
 PROG = "graph_passes.run"
@@ -132,8 +132,8 @@ def run(options: PassOptions) -> int:
 class _Outcome:
     """Pictures of the graph before and after; the result, or the refusal and why."""
 
-    before: Picture
-    after: Picture | None = None
+    before: GraphSummary
+    after: GraphSummary | None = None
     result: SlimResult | None = None
     error: InputRejected | None = None
     passes: Sequence[PassResult] = ()
@@ -143,10 +143,10 @@ class _Outcome:
 def _cut(options: PassOptions, model: OnnxModel, plan: SlimPlan | None) -> _Outcome:
     """Run the passes. A refusal is returned, so that it can be reported before it ends the run."""
     from graph_passes.pass_manager import PassesRefused, slim
-    from graph_passes.report import RefusedSite, distinct, look
+    from graph_passes.report import RefusedSite, distinct, summarize
 
     try:
-        before, fault = look(model)
+        before, fault = summarize(model)
     except InputRejected as error:
         raise InputRejected(f"{options.model}: {error}") from error
     if fault is not None:
@@ -175,7 +175,7 @@ def _cut(options: PassOptions, model: OnnxModel, plan: SlimPlan | None) -> _Outc
         return _Outcome(before, error=InputRejected(f"{subject}: {cause}"), passes=passes, refused=refused)
     except OSError as error:
         raise UsageError(f"--save-intermediates {error.filename}: cannot be written: {error.strerror or error}") from error
-    after = look(result.model)[0] if result.modified else before
+    after = summarize(result.model)[0] if result.modified else before
     return _Outcome(before, after, result, passes=result.results)
 
 

@@ -16,7 +16,7 @@ from graph_passes.analysis.patterns import MatchFailure
 #: Stands for a batch size that is not known: a prime, so that it never divides anything else.
 UNKNOWN_BATCH = 1_000_003
 #: No plan has more.
-MOST_TOKENS = 1_000_000
+MAX_TOKENS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ Axis = tuple[Factor, ...]
 Axes = tuple[Axis, ...]
 
 
-def size_of(axis: Axis) -> int:
+def axis_size(axis: Axis) -> int:
     """The axis's length, ``UNKNOWN_BATCH`` for each unknown batch in it."""
     return prod(factor if isinstance(factor, int) else factor.size for factor in axis)
 
@@ -109,7 +109,7 @@ def regrouped(axes: Axes, shape: Sequence[int], site: str) -> Axes:
     """
     flat = [factor for axis in axes for factor in axis]
     known = prod(length for length in shape if length >= 0)
-    total = size_of(tuple(flat))
+    total = axis_size(tuple(flat))
     if any(length == 0 for length in shape) or not known or total % known or (-1 not in shape and total != known):
         raise MatchFailure(site, f"expected a Reshape of {total} elements to {list(shape)}")
     lengths = [total // known if length < 0 else length for length in shape]
@@ -121,7 +121,7 @@ def regrouped(axes: Axes, shape: Sequence[int], site: str) -> Axes:
             if not flat:
                 raise MatchFailure(site, f"expected a Reshape of {total} elements to {list(shape)}")
             factor = flat.pop(0)
-            size = size_of((factor,))
+            size = axis_size((factor,))
             if missing % size == 0:
                 taken.append(factor)
                 missing //= size
@@ -131,7 +131,7 @@ def regrouped(axes: Axes, shape: Sequence[int], site: str) -> Axes:
                 missing = 1
             else:
                 raise MatchFailure(site, f"expected a Reshape that keeps {_named(factor)} together; it makes {list(shape)}")
-        result.append(normal(taken))
+        result.append(canonical(taken))
     return tuple(result)
 
 
@@ -144,7 +144,7 @@ def _belongs_here(taken: list[Factor], length: int, later: Sequence[int]) -> boo
     return (length == 1 and not taken) or (1 not in later)
 
 
-def normal(factors: Sequence[Factor]) -> Axis:
+def canonical(factors: Sequence[Factor]) -> Axis:
     """The factors with neighbouring features merged, and a whole grid of patches made tokens; raises ``MatchFailure``.
 
     One image beside anything else on an axis tells nothing apart, and is left out.
@@ -158,8 +158,8 @@ def normal(factors: Sequence[Factor]) -> Axis:
         if isinstance(factor, int) and isinstance(last, int):
             result[-1] = last * factor
         elif isinstance(factor, Grid) and isinstance(last, Grid) and (last.axis, factor.axis) == (0, 1):
-            if last.size * factor.size > MOST_TOKENS:
-                raise MatchFailure("patch grid", f"expected at most {MOST_TOKENS} patches; found {last.size} x {factor.size}")
+            if last.size * factor.size > MAX_TOKENS:
+                raise MatchFailure("patch grid", f"expected at most {MAX_TOKENS} patches; found {last.size} x {factor.size}")
             result[-1] = Tokens(tuple(range(last.size * factor.size)))
         else:
             result.append(factor)
@@ -175,9 +175,9 @@ def broadcast(operands: Sequence[Axes], site: str) -> Axes:
         for axes in operands:
             index = place - rank + len(axes)
             axis = axes[index] if index >= 0 else ()
-            if size_of(axis) == 1 and not has(axis, Tokens):
+            if axis_size(axis) == 1 and not has(axis, Tokens):
                 merged = merged or axis
-            elif size_of(merged) == 1 and not has(merged, Tokens):
+            elif axis_size(merged) == 1 and not has(merged, Tokens):
                 merged = axis
             elif merged != axis:
                 raise MatchFailure(site, f"expected operands that agree; one has {described(merged)}, one {described(axis)}")

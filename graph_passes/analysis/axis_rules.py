@@ -14,18 +14,16 @@ from graph_passes.analysis.axes import (
     Grid,
     Pixels,
     Tokens,
+    axis_size,
     broadcast,
+    canonical,
     has,
     is_spatial,
-    normal,
     regrouped,
-    size_of,
     tokens_of,
 )
-from graph_passes.analysis.patterns import MatchFailure, constant, integers, label, rows_of_slice
-
-SPATIAL = {"Conv", "MaxPool", "AveragePool"}
-REDUCTIONS = {"ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2", "ReduceMax", "ReduceMin", "ReduceProd"}
+from graph_passes.analysis.operators import REDUCTION_OPS, SPATIAL_OPS
+from graph_passes.analysis.patterns import MatchFailure, constant_value, integers, label, rows_of_slice
 
 
 def rearranged(node: gs.Node, axes: Axes) -> list[Axes] | None:
@@ -40,9 +38,9 @@ def rearranged(node: gs.Node, axes: Axes) -> list[Axes] | None:
         return [_reshaped(node, axes)]
     if node.op in ("Slice", "Gather", "Split"):
         return _parts(node, axes)
-    if node.op in SPATIAL:
+    if node.op in SPATIAL_OPS:
         return [_spatial(node, axes)]
-    if node.op in REDUCTIONS:
+    if node.op in REDUCTION_OPS:
         return [_reduced(node, axes)]
     return None
 
@@ -51,7 +49,7 @@ def _reshaped(node: gs.Node, axes: Axes) -> Axes:
     site, rank = label(node), len(axes)
     if node.op == "Flatten":
         axis = int(node.attrs.get("axis", 1))
-        return tuple(normal([factor for part in group for factor in part]) for group in (axes[:axis], axes[axis:]))
+        return tuple(canonical([factor for part in group for factor in part]) for group in (axes[:axis], axes[axis:]))
     if node.op in ("Squeeze", "Unsqueeze"):
         chosen = node.attrs.get("axes") or (integers(node.inputs[1]) if len(node.inputs) > 1 else None)
         if chosen is None:
@@ -68,13 +66,13 @@ def _reshaped(node: gs.Node, axes: Axes) -> Axes:
     if node.op == "Expand":
         return broadcast([axes, tuple((length,) if length > 1 else () for length in _unless_there(shape, axes))], site)
     if not node.attrs.get("allowzero", 0):
-        shape = [size_of(axes[index]) if length == 0 and index < rank else length for index, length in enumerate(shape)]
+        shape = [axis_size(axes[index]) if length == 0 and index < rank else length for index, length in enumerate(shape)]
     return regrouped(axes, shape, site)
 
 
 def _unless_there(shape: Sequence[int], axes: Axes) -> list[int]:
     """The lengths of an Expand that are not there already."""
-    have = [1] * (len(shape) - len(axes)) + [size_of(axis) for axis in axes]
+    have = [1] * (len(shape) - len(axes)) + [axis_size(axis) for axis in axes]
     return [1 if length == there else length for length, there in zip(shape, have[-len(shape) :], strict=True)]
 
 
@@ -83,7 +81,7 @@ def _parts(node: gs.Node, axes: Axes) -> list[Axes]:
     site = label(node)
     if node.op == "Split":
         place = int(node.attrs.get("axis", 0)) % len(axes)
-        length, count = size_of(axes[place]), len(node.outputs)
+        length, count = axis_size(axes[place]), len(node.outputs)
         sizes = integers(node.inputs[1]) if len(node.inputs) > 1 else [-(-length // count)] * count
         if sizes is None:
             raise MatchFailure(site, "expected constant sizes")
@@ -92,10 +90,10 @@ def _parts(node: gs.Node, axes: Axes) -> list[Axes]:
         return [_taken(axes, place, list(rows), site) for rows in ranges]
     if node.op == "Gather":
         place = int(node.attrs.get("axis", 0)) % len(axes)
-        index = constant(node.inputs[1])
+        index = constant_value(node.inputs[1])
         if index is None or index.ndim > 1:
             raise MatchFailure(site, "expected a constant index, or a constant list of them")
-        length = size_of(axes[place])
+        length = axis_size(axes[place])
         if index.size and not -length <= index.min() <= index.max() < length:
             raise MatchFailure(
                 site, f"expected indices within an axis of {length}; they go from {index.min()} to {index.max()}"
@@ -103,11 +101,11 @@ def _parts(node: gs.Node, axes: Axes) -> list[Axes]:
         rows = [int(row) % length for row in index.reshape(-1)]
         chosen = _taken(axes, place, rows, site)
         return [chosen if index.ndim else (*chosen[:place], *chosen[place + 1 :])]
-    bounds = rows_of_slice(node, [size_of(axis) for axis in axes])
+    bounds = rows_of_slice(node, [axis_size(axis) for axis in axes])
     if bounds is None:
         raise MatchFailure(site, "expected constant bounds")
     for place, run in bounds.items():
-        if run != range(size_of(axes[place])):
+        if run != range(axis_size(axes[place])):
             axes = _taken(axes, place, run, site)
     return [axes]
 
@@ -119,7 +117,7 @@ def _taken(axes: Axes, place: int, rows: Sequence[int], site: str) -> Axes:
     elif is_spatial(axes[place]) or has(axes[place], Batch):
         raise MatchFailure(site, "expected features or whole tokens to be taken")
     else:
-        axis = normal([len(rows)])
+        axis = canonical([len(rows)])
     return (*axes[:place], axis, *axes[place + 1 :])
 
 
@@ -132,7 +130,7 @@ def _spatial(node: gs.Node, axes: Axes) -> Axes:
         raise MatchFailure(label(node), "expected at least one group of channels")
     if len(shape) != 4 or not all(isinstance(length, int) for length in shape[1:]):
         raise MatchFailure(label(node), f"expected a fixed patch grid; its shape is {shape}")
-    return axes[0], normal([shape[1]]), (Grid(0, shape[2]),), (Grid(1, shape[3]),)
+    return axes[0], canonical([shape[1]]), (Grid(0, shape[2]),), (Grid(1, shape[3]),)
 
 
 def _reduced(node: gs.Node, axes: Axes) -> Axes:

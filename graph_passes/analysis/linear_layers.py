@@ -10,10 +10,9 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from graph_passes.analysis.axes import Batch, Tokens, has, token_axis
-from graph_passes.analysis.axis_propagation import Labels
-from graph_passes.analysis.patterns import constant, integers, operands, rows_of_slice
-
-MOVES = {"Reshape", "Transpose", "Split", "Slice", "Gather", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Cast"}
+from graph_passes.analysis.axis_map import AxisMap
+from graph_passes.analysis.operators import DATA_MOVEMENT_OPS
+from graph_passes.analysis.patterns import computed_and_constant, constant_value, integers, rows_of_slice
 
 
 @dataclass
@@ -39,21 +38,21 @@ def linear_at(tensor: gs.Tensor) -> Linear | None:
     if (
         node is not None
         and node.op == "Add"
-        and (parts := operands(node)) is not None
+        and (parts := computed_and_constant(node)) is not None
         and parts[1].shape[-1:] == (parts[1].size,)
     ):
         add, (source, bias) = node, parts
         node = source.inputs[0] if source.inputs and len(source.outputs) == 1 else None
     if node is None or node.op not in ("MatMul", "Gemm") or (add is not None and node.op == "Gemm"):
         return None
-    weight = constant(node.inputs[1])
-    if weight is None or weight.ndim != 2 or constant(node.inputs[0]) is not None:
+    weight = constant_value(node.inputs[1])
+    if weight is None or weight.ndim != 2 or constant_value(node.inputs[0]) is not None:
         return None
     if node.op == "Gemm":
         if node.attrs.get("transA", 0) or node.attrs.get("alpha", 1.0) != 1.0 or node.attrs.get("beta", 1.0) != 1.0:
             return None
         weight = weight.T if node.attrs.get("transB", 0) else weight
-        bias = constant(node.inputs[2]) if len(node.inputs) > 2 else None
+        bias = constant_value(node.inputs[2]) if len(node.inputs) > 2 else None
         if len(node.inputs) > 2 and (bias is None or bias.size != weight.shape[1]):
             return None
     return Linear(node.inputs[0], node, add, weight, None if bias is None else bias.reshape(-1))
@@ -67,9 +66,9 @@ class Columns:
     tensor: gs.Tensor
     values: NDArray[np.int64]
 
-    def of_one_token(self, labels: Labels) -> NDArray[np.int64] | None:
+    def of_one_token(self, axis_map: AxisMap) -> NDArray[np.int64] | None:
         """The column numbers of one token, its axes and the batch's gone; None where tokens differ or an axis is merged."""
-        axes = labels.of(self.tensor)
+        axes = axis_map.of(self.tensor)
         place = None if axes is None else token_axis(axes)
         if axes is None or place is None or any(len(axis) > 1 and has(axis, Tokens, Batch) for axis in axes):
             return None
@@ -80,43 +79,43 @@ class Columns:
         return one.squeeze(axis=gone)
 
 
-def columns_of(tensor: gs.Tensor, labels: Labels) -> Columns | None:
+def columns_of(tensor: gs.Tensor, axis_map: AxisMap) -> Columns | None:
     """Follow ``tensor`` back over moves alone to a linear layer; None where there is anything else on the way."""
     path: list[tuple[gs.Node, gs.Tensor]] = []
     current = tensor
     while (linear := linear_at(current)) is None:
         node = current.inputs[0] if current.inputs else None
-        if node is None or node.op not in MOVES or labels.of(current) is None:
+        if node is None or node.op not in DATA_MOVEMENT_OPS or axis_map.of(current) is None:
             return None
         path.append((node, current))
         current = node.inputs[0]
-    shape = _shape(labels, current)
-    if shape is None or labels.tokens(current) is None:
+    shape = _shape(axis_map, current)
+    if shape is None or axis_map.tokens(current) is None:
         return None
     values = np.broadcast_to(np.arange(shape[-1]), shape)
     for node, output in reversed(path):
-        moved = _moved(node, output, values, labels)
+        moved = _moved(node, output, values, axis_map)
         if moved is None:
             return None
         values = moved
     return Columns(linear, tensor, values)
 
 
-def union(columns: Sequence[Columns]) -> NDArray[np.int64]:
+def column_numbers(columns: Sequence[Columns]) -> NDArray[np.int64]:
     """All column numbers, sorted."""
     return np.unique(np.concatenate([found.values.reshape(-1) for found in columns])) if columns else np.arange(0)
 
 
-def back_to_roots(columns: Sequence[Columns], labels: Labels) -> tuple[list[Columns], list[gs.Node]]:
+def back_to_roots(columns: Sequence[Columns], axis_map: AxisMap) -> tuple[list[Columns], list[gs.Node]]:
     """Where all these columns, and no others, are together: the tensors, and the moves passed on the way back to them."""
-    whole = set(union(columns).tolist())
+    whole = set(column_numbers(columns).tolist())
     roots: dict[int, Columns] = {}
     passed: list[gs.Node] = []
     for found in columns:
         root = found
-        while root.tensor.inputs and root.tensor.inputs[0].op in MOVES:
-            before = columns_of(root.tensor.inputs[0].inputs[0], labels)
-            if before is None or not set(union([before]).tolist()) <= whole:
+        while root.tensor.inputs and root.tensor.inputs[0].op in DATA_MOVEMENT_OPS:
+            before = columns_of(root.tensor.inputs[0].inputs[0], axis_map)
+            if before is None or not set(column_numbers([before]).tolist()) <= whole:
                 break
             passed.append(root.tensor.inputs[0])
             root = before
@@ -124,41 +123,41 @@ def back_to_roots(columns: Sequence[Columns], labels: Labels) -> tuple[list[Colu
     return list(roots.values()), passed
 
 
-def exits_of(labels: Labels, operand: tuple[gs.Node, int]) -> list[Columns]:
+def projection_outputs(axis_map: AxisMap, operand: tuple[gs.Node, int]) -> list[Columns]:
     """The tensors, furthest from the attention, that hold nothing but columns of a linear layer that feed its operand."""
     node, index = operand
     found: dict[int, Columns] = {}
     pending, seen = [node.inputs[index]], set()
     while pending:
         tensor = pending.pop()
-        if id(tensor) in seen or not labels.depends(tensor) or labels.tokens(tensor) is None:
+        if id(tensor) in seen or not axis_map.depends(tensor) or axis_map.tokens(tensor) is None:
             continue
         seen.add(id(tensor))
-        columns = columns_of(tensor, labels)
+        columns = columns_of(tensor, axis_map)
         if columns is not None:
             found[id(tensor)] = columns
         elif tensor.inputs and tensor.inputs[0].op != "LayerNormalization":
             pending.extend(tensor.inputs[0].inputs)
         elif tensor.inputs:
             pending.append(tensor.inputs[0].inputs[0])
-    return back_to_roots(list(found.values()), labels)[0]
+    return back_to_roots(list(found.values()), axis_map)[0]
 
 
-def _shape(labels: Labels, tensor: gs.Tensor) -> tuple[int, ...] | None:
+def _shape(axis_map: AxisMap, tensor: gs.Tensor) -> tuple[int, ...] | None:
     """A tensor's shape for one image."""
-    axes = labels.of(tensor)
+    axes = axis_map.of(tensor)
     if axes is None:
         return None
     sizes = [[1 if isinstance(f, Batch) else f if isinstance(f, int) else f.size for f in axis] for axis in axes]
     return tuple(int(np.prod(size)) for size in sizes)
 
 
-def _moved(node: gs.Node, output: gs.Tensor, values: NDArray[np.int64], labels: Labels) -> NDArray[np.int64] | None:
+def _moved(node: gs.Node, output: gs.Tensor, values: NDArray[np.int64], axis_map: AxisMap) -> NDArray[np.int64] | None:
     """What a move makes of column numbers."""
     if node.op == "Transpose":
         return values.transpose(node.attrs.get("perm"))
     if node.op == "Gather":
-        index = constant(node.inputs[1])
+        index = constant_value(node.inputs[1])
         return None if index is None else values.take(index.astype(np.int64), axis=node.attrs.get("axis", 0))
     if node.op == "Slice":
         bounds = rows_of_slice(node, values.shape) or {}
@@ -170,5 +169,5 @@ def _moved(node: gs.Node, output: gs.Tensor, values: NDArray[np.int64], labels: 
         sizes = integers(node.inputs[1]) if len(node.inputs) > 1 else [-(-values.shape[axis] // count)] * count
         parts = np.split(values, np.cumsum(sizes or [])[:-1], axis=axis)
         return parts[next(number for number, tensor in enumerate(node.outputs) if tensor is output)]
-    shape = _shape(labels, output)
+    shape = _shape(axis_map, output)
     return None if shape is None else values.reshape(shape)

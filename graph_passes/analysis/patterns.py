@@ -34,7 +34,7 @@ def produced_by(tensor: gs.Tensor, *ops: str) -> gs.Node | None:
     return tensor.inputs[0]
 
 
-def constant(tensor: gs.Tensor) -> NDArray[np.generic] | None:
+def constant_value(tensor: gs.Tensor) -> NDArray[np.generic] | None:
     """The value of a constant tensor (initializer or Constant node), else None."""
     if isinstance(tensor, gs.Constant):
         return np.asarray(tensor.values)
@@ -44,18 +44,27 @@ def constant(tensor: gs.Tensor) -> NDArray[np.generic] | None:
     return np.asarray(node.attrs["value"].values)
 
 
-def operands(node: gs.Node) -> tuple[gs.Tensor, NDArray[np.generic]] | None:
+def constant_shape(tensor: gs.Tensor) -> tuple[int, ...]:
+    """The shape of a constant tensor; the values of an initializer are not read."""
+    if isinstance(tensor, gs.Constant):
+        return tuple(tensor.shape)
+    value = constant_value(tensor)
+    assert value is not None  # the caller knows that it is constant
+    return value.shape
+
+
+def computed_and_constant(node: gs.Node) -> tuple[gs.Tensor, NDArray[np.generic]] | None:
     """The computed and the constant operand of a two-input node, in either order; None when it has not one of each."""
     for one, other in ((0, 1), (1, 0)):
-        value = constant(node.inputs[other])
-        if value is not None and constant(node.inputs[one]) is None:
+        value = constant_value(node.inputs[other])
+        if value is not None and constant_value(node.inputs[one]) is None:
             return node.inputs[one], value
     return None
 
 
 def integers(tensor: gs.Tensor) -> list[int] | None:
     """A constant integer tensor as a flat list, else None."""
-    value = constant(tensor)
+    value = constant_value(tensor)
     return None if value is None or value.dtype.kind not in "iu" else [int(v) for v in value.reshape(-1)]
 
 

@@ -1,6 +1,6 @@
 """Finds the parts of a Vision Transformer in an ONNX graph: what its blocks read and compute, and what its head reads.
 
-Anchors are the attentions that ``labels`` comes through when it follows the image's tokens; blocks are what is between two
+Anchors are the attentions that ``axis_map`` comes through when it follows the image's tokens; blocks are what is between two
 places where everything passes through one tensor, the residual stream. Names are never looked at.
 """
 
@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.analysis.axes import Grid, Mixed, Tokens, has, size_of, token_axis
-from graph_passes.analysis.axis_propagation import ELEMENTWISE, UNARY, Attention, Labels, follow
-from graph_passes.analysis.patterns import MatchFailure, constant, integers, label
+from graph_passes.analysis.axes import Grid, Mixed, Tokens, axis_size, has, token_axis
+from graph_passes.analysis.axis_map import Attention, AxisMap
+from graph_passes.analysis.axis_propagation import propagate_axes
+from graph_passes.analysis.operators import ELEMENTWISE_OPS, UNARY_OPS
+from graph_passes.analysis.patterns import MatchFailure, constant_value, integers, label
 from graph_passes.onnx_io.graph_convert import sorted_nodes
 
 
@@ -39,10 +41,10 @@ class Structure:
 
     ``stream[l]`` is the residual stream behind l blocks. ``head_tokens`` (plan indices) are those that the head reads one by
     one; ``pools`` says that it also takes a mean or an attention over all that are left. ``names`` gives each plan index its
-    name in ``labels``.
+    name in ``axis_map``.
     """
 
-    labels: Labels
+    axis_map: AxisMap
     tokens: int
     width: int
     grid: tuple[int, int]
@@ -56,7 +58,7 @@ class Structure:
     @property
     def order(self) -> list[int]:
         """Plan indices of the tokens as they enter the first block."""
-        return self.indices(self.labels.tokens(self.stream[0]))
+        return self.indices(self.axis_map.tokens(self.stream[0]))
 
     def indices(self, tokens: Tokens | None) -> list[int]:
         """Plan indices of tokens, in their order."""
@@ -69,32 +71,32 @@ def find_structure(graph: gs.Graph) -> Structure:
     if not any(_weighs_values(node) for node in graph.nodes):
         raise MatchFailure("graph", "expected a Vision Transformer; found no Softmax that weighs values, so no attention")
     nodes = sorted_nodes(graph)
-    labels = follow(graph, nodes, _images(graph))
+    axis_map = propagate_axes(nodes, _images(graph))
     for output in graph.outputs:
-        if id(output) in labels.faults:
-            raise labels.faults[id(output)]
-        tokens = labels.tokens(output)
-        if any(has(axis, Mixed) for axis in labels.of(output) or ()):
+        if id(output) in axis_map.faults:
+            raise axis_map.faults[id(output)]
+        tokens = axis_map.tokens(output)
+        if any(has(axis, Mixed) for axis in axis_map.of(output) or ()):
             raise MatchFailure(f"graph output '{output.name}'", "expected no tokens that a constant matrix mixes")
         if tokens is not None and tokens.size > 1:
             expected = f"expected the head's answer, not {tokens.size} tokens; choose other outputs with --outputs"
             raise MatchFailure(f"graph output '{output.name}'", expected)
-    levels = _levels(labels)
+    levels = _levels(axis_map)
     if not levels:
         raise MatchFailure("graph", "expected a Vision Transformer; found no attention among patches of the image")
-    stream = _stream(graph, nodes, labels, len(levels))
-    first = labels.of(stream[0])
+    stream = _stream(graph, nodes, axis_map, len(levels))
+    first = axis_map.of(stream[0])
     assert first is not None
     place = token_axis(first)
-    width = max(size_of(axis) for index, axis in enumerate(first) if index != place and all(isinstance(f, int) for f in axis))
-    grid = _grid(labels)
-    names = _names(labels, stream[0], grid)
-    head, pools = _head(graph, nodes, labels, len(levels))
+    width = max(axis_size(axis) for index, axis in enumerate(first) if index != place and all(isinstance(f, int) for f in axis))
+    grid = _grid(axis_map)
+    names = _names(axis_map, stream[0], grid)
+    head, pools = _head(graph, nodes, axis_map, len(levels))
     structure = Structure(
-        labels=labels, tokens=len(names), width=width, grid=grid, stream=stream, blocks=[], head_tokens=[],
+        axis_map=axis_map, tokens=len(names), width=width, grid=grid, stream=stream, blocks=[], head_tokens=[],
         prefix_tokens=sum(name < 0 for name in names), pools=pools, names=names,
     )  # fmt: skip
-    entering = labels.tokens(stream[0])
+    entering = axis_map.tokens(stream[0])
     if entering is None or not head | set(entering.names) <= set(names):
         expected = f"expected one token per patch of a {grid} grid, and prefix tokens"
         raise MatchFailure(label(stream[0].inputs[0]), expected)
@@ -116,9 +118,9 @@ def _weighs_values(node: gs.Node) -> bool:
     while pending:
         tensor = pending.pop()
         for reader in tensor.outputs:
-            if reader.op == "MatMul" and constant(reader.inputs[1]) is None:
+            if reader.op == "MatMul" and constant_value(reader.inputs[1]) is None:
                 return True
-            if reader.op in UNARY | ELEMENTWISE and id(reader) not in seen:
+            if reader.op in UNARY_OPS | ELEMENTWISE_OPS and id(reader) not in seen:
                 seen.add(id(reader))
                 pending.extend(reader.outputs)
     return False
@@ -132,16 +134,16 @@ def _images(graph: gs.Graph) -> gs.Variable:
     return inputs[0]
 
 
-def _levels(labels: Labels) -> list[list[Attention]]:
+def _levels(axis_map: AxisMap) -> list[list[Attention]]:
     """The attentions among tokens by how many attentions came before them."""
-    among = [attention for attention in labels.attentions if attention.queried is not None]
+    among = [attention for attention in axis_map.attentions if attention.queried is not None]
     levels = sorted({attention.level for attention in among})
     if levels != list(range(len(levels))):
         raise MatchFailure(label(among[0].mix), "expected the attentions one behind the other")
     return [[attention for attention in among if attention.level == level] for level in levels]
 
 
-def _stream(graph: gs.Graph, nodes: list[gs.Node], labels: Labels, depth: int) -> list[gs.Variable]:
+def _stream(graph: gs.Graph, nodes: list[gs.Node], axis_map: AxisMap, depth: int) -> list[gs.Variable]:
     """For every number of attentions passed the tensor that all tokens pass through before the next one."""
     found: dict[int, list[gs.Variable]] = {}
     live: dict[int, int] = {}
@@ -154,38 +156,38 @@ def _stream(graph: gs.Graph, nodes: list[gs.Node], labels: Labels, depth: int) -
                     del live[id(tensor)]
         for tensor in node.outputs:
             readers = {id(reader) for reader in tensor.outputs if reader.op not in ("Shape", "Size")}
-            if labels.depends(tensor) and (readers or id(tensor) in ends):
+            if axis_map.depends(tensor) and (readers or id(tensor) in ends):
                 live[id(tensor)] = len(readers) + (id(tensor) in ends)
         for tensor in node.outputs:
-            axes = labels.of(tensor)
+            axes = axis_map.of(tensor)
             if list(live) == [id(tensor)] and axes is not None and token_axis(axes) is not None:
-                found.setdefault(labels.level(tensor), []).append(tensor)
+                found.setdefault(axis_map.level(tensor), []).append(tensor)
     for level in range(depth + 1):
         if level not in found:
             raise MatchFailure(f"block {level}", "expected all tokens to pass through one tensor before it")
-    closing = [tensor for tensor in found[depth] if _joins(labels, tensor.inputs[0])]
+    closing = [tensor for tensor in found[depth] if _joins(axis_map, tensor.inputs[0])]
     return [*(found[level][-1] for level in range(depth)), (closing or found[depth])[-1]]
 
 
-def _joins(labels: Labels, node: gs.Node) -> bool:
+def _joins(axis_map: AxisMap, node: gs.Node) -> bool:
     """Whether a node closes a shortcut: it adds tokens to tokens."""
-    return bool(node.op == "Add" and all(labels.tokens(tensor) is not None for tensor in node.inputs))
+    return bool(node.op == "Add" and all(axis_map.tokens(tensor) is not None for tensor in node.inputs))
 
 
-def _names(labels: Labels, first: gs.Variable, grid: tuple[int, int]) -> list[int]:
+def _names(axis_map: AxisMap, first: gs.Variable, grid: tuple[int, int]) -> list[int]:
     """The name of each token in a plan's order: prefix tokens as they were before any reordering, then patches row by row.
 
     Patches that ``drop_patches`` left out have names as well, so that a plan's numbers hold.
     """
     source = first
     while (node := source.inputs[0]).op in ("Gather", "Slice", "MatMul", "Concat"):
-        before = [tensor for tensor in node.inputs if labels.tokens(tensor) is not None]
-        if not before or {labels.tokens(tensor) for tensor in before} == {labels.tokens(source)}:
+        before = [tensor for tensor in node.inputs if axis_map.tokens(tensor) is not None]
+        if not before or {axis_map.tokens(tensor) for tensor in before} == {axis_map.tokens(source)}:
             break
-        if node.op == "Concat" and any(labels.of(tensor) is None for tensor in node.inputs):
+        if node.op == "Concat" and any(axis_map.of(tensor) is None for tensor in node.inputs):
             break  # prefix tokens are joined here
         source = _source_of_runs(before)
-    tokens = labels.tokens(source)
+    tokens = axis_map.tokens(source)
     assert tokens is not None
     return [*(name for name in tokens.names if name < 0), *range(grid[0] * grid[1])]
 
@@ -196,26 +198,26 @@ def _source_of_runs(tensors: list[gs.Variable]) -> gs.Variable:
     return node.inputs[0] if len(tensors) > 1 and node is not None and node.op == "Slice" else tensors[0]
 
 
-def _grid(labels: Labels) -> tuple[int, int]:
-    factors = [factor for axes in labels.axes.values() for axis in axes for factor in axis]
+def _grid(axis_map: AxisMap) -> tuple[int, int]:
+    factors = [factor for axes in axis_map.axes.values() for axis in axes for factor in axis]
     sizes = {factor.axis: factor.size for factor in factors if isinstance(factor, Grid)}
     return sizes.get(0, 1), sizes.get(1, 1)
 
 
-def _head(graph: gs.Graph, nodes: list[gs.Node], labels: Labels, depth: int) -> tuple[set[int], bool]:
+def _head(graph: gs.Graph, nodes: list[gs.Node], axis_map: AxisMap, depth: int) -> tuple[set[int], bool]:
     """Names of the tokens that are read one by one, and whether all that are left are pooled."""
     single: set[int] = set()
     pools = False
-    pooling = {id(attention.mix) for attention in labels.attentions if attention.queried is None}
+    pooling = {id(attention.mix) for attention in axis_map.attentions if attention.queried is None}
     for node in nodes:
-        sources = [tensor for tensor in node.inputs if labels.tokens(tensor) is not None]
-        onwards = any(id(tensor) in labels.faults or _holds_tokens(labels, tensor) for tensor in node.outputs)
+        sources = [tensor for tensor in node.inputs if axis_map.tokens(tensor) is not None]
+        onwards = any(id(tensor) in axis_map.faults or _holds_tokens(axis_map, tensor) for tensor in node.outputs)
         if not sources or onwards or node.op in ("Shape", "Size"):
             continue
         for tensor in sources:
-            if labels.level(tensor) != depth:
+            if axis_map.level(tensor) != depth:
                 raise MatchFailure(label(node), "expected only what is behind the last block to read single tokens")
-            tokens = labels.tokens(tensor)
+            tokens = axis_map.tokens(tensor)
             assert tokens is not None
             if id(node) in pooling or node.op == "ReduceMean":
                 pools = True
@@ -225,7 +227,7 @@ def _head(graph: gs.Graph, nodes: list[gs.Node], labels: Labels, depth: int) -> 
             else:
                 single.update(tokens.names)
     for output in graph.outputs:
-        tokens = labels.tokens(output)
+        tokens = axis_map.tokens(output)
         single.update(tokens.names if tokens is not None else ())
     return single, pools
 
@@ -234,6 +236,6 @@ def _indices(node: gs.Node) -> list[int]:
     return integers(node.inputs[1]) or [0]
 
 
-def _holds_tokens(labels: Labels, tensor: gs.Tensor) -> bool:
-    axes = labels.of(tensor)
+def _holds_tokens(axis_map: AxisMap, tensor: gs.Tensor) -> bool:
+    axes = axis_map.of(tensor)
     return axes is not None and any(has(axis, Tokens, Mixed) for axis in axes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from graph_passes.analysis.patterns import MatchFailure, label
 from graph_passes.analysis.vit_structure import Structure
-from graph_passes.cutting.token_cutter import Layout
+from graph_passes.cutting.token_cutter import TokenLayout
 from graph_passes.cutting.token_merging import Merges, ensure_merged
 from patchslim.errors import InputRejected
 from patchslim.plan import SlimPlan
@@ -14,7 +14,7 @@ class PlanMismatch(InputRejected):
     """The plan is for another model than this graph (exit 3)."""
 
 
-def ensure_fit(structure: Structure, plan: SlimPlan) -> None:
+def ensure_plan_fits(structure: Structure, plan: SlimPlan) -> None:
     """Raise ``PlanMismatch`` unless the plan's sizes are those of the graph."""
     model = {
         "blocks": len(structure.blocks),
@@ -40,13 +40,13 @@ def ensure_fit(structure: Structure, plan: SlimPlan) -> None:
         raise PlanMismatch(f"the plan for '{plan.model}' does not fit this graph: " + "; ".join(faults))
 
 
-def embedded_by(plan: SlimPlan) -> list[int]:
+def embedded_tokens(plan: SlimPlan) -> list[int]:
     """The tokens that are left where the patches that the first block loses are never embedded (see ``drop_patches``)."""
     merged = {token for token, into in enumerate(plan.merged_into or []) if into >= 0}  # later blocks drop what this one keeps
     return sorted({*range(plan.prefix_tokens), *plan.kept[0], *merged})
 
 
-def layout_of(structure: Structure, plan: SlimPlan) -> Layout:
+def layout_of_plan(structure: Structure, plan: SlimPlan) -> TokenLayout:
     """What each block reads and computes under the plan, given the order that the graph's tokens are in."""
     read, computed = [structure.order], []
     for kept in plan.kept:
@@ -54,13 +54,13 @@ def layout_of(structure: Structure, plan: SlimPlan) -> Layout:
         computed.append([token for token in read[-1] if token in wanted])
         put_back = plan.mode == "stale" and len(computed) < plan.depth
         read.append(computed[-1] + [token for token in read[-1] if put_back and token not in wanted])
-    return Layout(structure, read, computed, None if plan.merged_into is None else Merges(structure, plan))
+    return TokenLayout(structure, read, computed, None if plan.merged_into is None else Merges(structure, plan))
 
 
-def same_for_all(structure: Structure, tokens: list[int]) -> Layout:
+def uniform_layout(structure: Structure, tokens: list[int]) -> TokenLayout:
     """Every block reads and computes ``tokens``, in this order."""
     depth = len(structure.blocks)
-    return Layout(structure, [tokens] * (depth + 1), [tokens] * depth)
+    return TokenLayout(structure, [tokens] * (depth + 1), [tokens] * depth)
 
 
 def needs_cut(structure: Structure, plan: SlimPlan) -> bool:
@@ -70,7 +70,7 @@ def needs_cut(structure: Structure, plan: SlimPlan) -> bool:
     Raises ``MatchFailure`` where it was cut by another plan.
     """
     embedded = structure.order
-    if len(embedded) < plan.tokens and set(embedded) != set(embedded_by(plan)):
+    if len(embedded) < plan.tokens and set(embedded) != set(embedded_tokens(plan)):
         raise MatchFailure(label(structure.stream[0].inputs[0]), "the patches of another plan were dropped already")
     if all(len(block.reads) == len(block.computes) == len(embedded) for block in structure.blocks):
         return any(count < len(embedded) for count in plan.counts)

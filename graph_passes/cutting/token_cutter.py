@@ -17,20 +17,20 @@ from itertools import islice
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.analysis.axes import UNKNOWN_BATCH, Axes, Axis, Tokens, has, size_of, token_axis
-from graph_passes.analysis.axis_propagation import Attention, Table
-from graph_passes.analysis.patterns import MatchFailure, constant, integers, label
+from graph_passes.analysis.axes import UNKNOWN_BATCH, Axes, Axis, Tokens, axis_size, has, token_axis
+from graph_passes.analysis.axis_map import Attention, TokenTable
+from graph_passes.analysis.patterns import MatchFailure, constant_value, integers, label
 from graph_passes.analysis.vit_structure import Structure
 from graph_passes.cutting.row_ops import RowAxis, merge_rows, take_rows
-from graph_passes.cutting.token_merging import Merges, add_bias, ensure_mergeable, mix_late
+from graph_passes.cutting.token_merging import Merges, add_key_bias, ensure_mergeable, merge_after_norm
 from graph_passes.node_builder import NodeBuilder, make_constant, replace_all_uses
 from graph_passes.pass_registry import CutForm
 
 STEM = -1  # the rank of what comes before the blocks: as it is
-MOVERS = {"Slice", "Gather", "Split", "Concat"}
+TOKEN_SELECTING_OPS = {"Slice", "Gather", "Split", "Concat"}
 
 
-class Layout:
+class TokenLayout:
     """Tokens by plan index: ``read[l]`` those of the stream behind l blocks, ``computed[l]`` those that block l computes.
 
     ``merges`` says what becomes of the others; None: they are lost.
@@ -49,45 +49,47 @@ class Layout:
         self.ranks |= {2 * level + 1: [name[token] for token in tokens] for level, tokens in enumerate(computed)}
 
 
-def lay(graph: gs.Graph, structure: Structure, layout: Layout, form: CutForm = "auto") -> None:
+def apply_layout(graph: gs.Graph, structure: Structure, layout: TokenLayout, form: CutForm = "auto") -> None:
     """Change ``graph`` to ``layout``, all cuts in one ``form``; raises ``MatchFailure`` for what cannot be laid so."""
-    if structure.labels.mixes:
-        raise MatchFailure(label(structure.labels.mixes[0].node), "expected no tokens to be mixed yet; this matrix mixes them")
+    if structure.axis_map.mixing_matrices:
+        raise MatchFailure(
+            label(structure.axis_map.mixing_matrices[0].node), "expected no tokens to be mixed yet; this matrix mixes them"
+        )
     _Cutter(graph, structure, layout, form).run()
 
 
 class _Cutter:
-    def __init__(self, graph: gs.Graph, structure: Structure, layout: Layout, form: CutForm) -> None:
-        self.graph, self.structure, self.labels, self.form = graph, structure, structure.labels, form
+    def __init__(self, graph: gs.Graph, structure: Structure, layout: TokenLayout, form: CutForm) -> None:
+        self.graph, self.structure, self.axis_map, self.form = graph, structure, structure.axis_map, form
         self.names, self.merges = layout.ranks, layout.merges
         self.last = 2 * len(structure.blocks)
         self.stream = {id(tensor): level for level, tensor in enumerate(structure.stream)}
         self.ranks: dict[int, int] = {}  # of nodes
         self.taken: dict[tuple[int, tuple[int, ...]], gs.Variable] = {}
         self.outputs: dict[int, gs.Variable] = {}  # the stream with its dropped rows put back
-        self.tables: dict[int, list[Table]] = {}
-        for table in self.labels.tables:
+        self.tables: dict[int, list[TokenTable]] = {}
+        for table in self.axis_map.tables:
             self.tables.setdefault(id(table.node), []).append(table)
 
     def run(self) -> None:
         self._rank_nodes()
         if self.merges is not None:
-            mix_late(self.labels, set(self.stream), self.merges, self.ranks)
-        originals = [node for node in self.labels.nodes if self.ranks.get(id(node), STEM) != STEM]
+            merge_after_norm(self.axis_map, set(self.stream), self.merges, self.ranks)
+        originals = [node for node in self.axis_map.nodes if self.ranks.get(id(node), STEM) != STEM]
         for tensor in self.structure.stream:
             self._put_back(tensor)
         for node in originals:
             self._rewire(node)
-        for attention in self.labels.attentions:
+        for attention in self.axis_map.attentions:
             self._weigh(attention)
 
     # Which part of its tokens a node computes
 
     def _rank_nodes(self) -> None:
         asked: dict[int, int] = {id(tensor): self.last for tensor in self.graph.outputs}
-        keys_values = {(id(node), operand) for a in self.labels.attentions for node, operand in (a.keys, a.values)}
-        for node in reversed(self.labels.nodes):
-            if not any(self.labels.depends(tensor) for tensor in node.inputs) or node.op in ("Shape", "Size"):
+        keys_values = {(id(node), operand) for a in self.axis_map.attentions for node, operand in (a.keys, a.values)}
+        for node in reversed(self.axis_map.nodes):
+            if not any(self.axis_map.depends(tensor) for tensor in node.inputs) or node.op in ("Shape", "Size"):
                 continue
             level = next((self.stream[id(tensor)] for tensor in node.outputs if id(tensor) in self.stream), None)
             wanted = [asked[id(tensor)] for tensor in node.outputs if id(tensor) in asked]
@@ -98,13 +100,13 @@ class _Cutter:
                 rank = self.last  # the head: its outputs hold no tokens
             self.ranks[id(node)] = rank
             for operand, tensor in enumerate(node.inputs):
-                if self.labels.depends(tensor):
-                    part = 2 * self.labels.level(tensor) if (id(node), operand) in keys_values and rank != STEM else rank
+                if self.axis_map.depends(tensor):
+                    part = 2 * self.axis_map.level(tensor) if (id(node), operand) in keys_values and rank != STEM else rank
                     asked[id(tensor)] = min(part, asked.get(id(tensor), part))
 
     def _axes(self, tensor: gs.Tensor) -> Axes | None:
         """The axes of a tensor that holds tokens, on whatever axis."""
-        axes = self.labels.of(tensor)
+        axes = self.axis_map.of(tensor)
         return axes if axes is not None and any(has(axis, Tokens) for axis in axes) else None
 
     def _part(self, tokens: Tokens, rank: int, level: int) -> tuple[int, ...]:
@@ -115,7 +117,7 @@ class _Cutter:
 
     def _available(self, tensor: gs.Tensor) -> tuple[int, ...]:
         """The tokens that ``tensor`` will hold."""
-        tokens = self.labels.tokens(tensor)
+        tokens = self.axis_map.tokens(tensor)
         assert tokens is not None
         if id(tensor) in self.stream:
             return self._part(tokens, 2 * self.stream[id(tensor)], 0)
@@ -127,7 +129,7 @@ class _Cutter:
     def _put_back(self, tensor: gs.Variable) -> None:
         """Order the tokens that enter the first block; in mode ``stale``, put a block's dropped rows behind the others."""
         level = self.stream[id(tensor)]
-        tokens, readers = self.labels.tokens(tensor), list(tensor.outputs)
+        tokens, readers = self.axis_map.tokens(tensor), list(tensor.outputs)
         if not readers or tokens is None:
             return
         have = tokens.names if level == 0 else self._part(tokens, 2 * level - 1, 0)
@@ -149,18 +151,18 @@ class _Cutter:
     def _rewire(self, node: gs.Node) -> None:
         """Give a node the part of each operand that it is to read, and constants that fit."""
         rank = self.ranks[id(node)]
-        level = max(self.labels.level(tensor) for tensor in node.inputs)
-        keys_values = {operand for a in self.labels.attentions for at, operand in (a.keys, a.values) if at is node}
+        level = max(self.axis_map.level(tensor) for tensor in node.inputs)
+        keys_values = {operand for a in self.axis_map.attentions for at, operand in (a.keys, a.values) if at is node}
         sources = {index: self._source(tensor) for index, tensor in enumerate(node.inputs)}
         for index, source in sources.items():
-            tokens = None if source is None else self.labels.tokens(source)
+            tokens = None if source is None else self.axis_map.tokens(source)
             if source is None or tokens is None:
                 continue
-            want = self._part(tokens, 2 * self.labels.level(source) if index in keys_values else rank, 0)
+            want = self._part(tokens, 2 * self.axis_map.level(source) if index in keys_values else rank, 0)
             have = self._available(source)
             if want and want != have:
                 node.inputs[index] = self._take(node.inputs[index], have, want, self._cut_name(node, index, source))
-        if node.op in MOVERS:
+        if node.op in TOKEN_SELECTING_OPS:
             self._move(node, list(sources.values()), rank)
         for table in self.tables.get(id(node), []):
             self._cut_table(table, rank, level)
@@ -168,17 +170,17 @@ class _Cutter:
             self._reshape(node, rank, level)
 
     def _source(self, tensor: gs.Tensor) -> gs.Variable | None:
-        """The tensor that ``labels`` knows of what a node reads; None for constants."""
+        """The tensor that ``axis_map`` knows of what a node reads; None for constants."""
         for level, out in self.outputs.items():
             if tensor is out:
                 return self.structure.stream[level]
-        return tensor if self.labels.of(tensor) is not None else None
+        return tensor if self.axis_map.of(tensor) is not None else None
 
     def _cut_name(self, node: gs.Node, index: int, source: gs.Variable) -> str:
-        block = self.labels.level(source)
+        block = self.axis_map.level(source)
         if id(source) in self.stream:
             return f"block_{block}.shortcut"
-        scores = any(a.scores is node and index == 0 for a in self.labels.attentions)
+        scores = any(a.scores is node and index == 0 for a in self.axis_map.attentions)
         return f"block_{block}.{'queries' if scores else 'kept'}"
 
     def _take(self, tensor: gs.Tensor, have: Sequence[int], want: tuple[int, ...], name: str) -> gs.Variable:
@@ -188,12 +190,12 @@ class _Cutter:
             source = self._source(tensor) or tensor
             place = {token: row for row, token in enumerate(have)}
             rows = [place[token] for token in want]
-            axes = self.labels.of(source)
+            axes = self.axis_map.of(source)
             assert axes is not None
             at, build = RowAxis(len(axes), self._place(source), len(have)), NodeBuilder(self.graph, name, tensor.dtype)
-            level = self.labels.level(source)
+            level = self.axis_map.level(source)
             if self.merges is not None and self.merges.at(level) and len(have) != len(want):
-                ensure_mergeable(self.labels, source, self.structure.stream[level])
+                ensure_mergeable(self.axis_map, source, self.structure.stream[level])
                 dropped = [place[token] for token in have if token not in set(want)]
                 weights = self.merges.weights(level, have, want)
                 self.taken[key] = merge_rows(build, tensor, (rows, dropped), weights, at, self.form)
@@ -210,10 +212,10 @@ class _Cutter:
             return
         if attention.softmax is None:
             raise MatchFailure(label(attention.mix), "expected a Softmax that merged tokens weigh in; expand_attention first")
-        add_bias(self.graph, attention.softmax, bias, f"block_{attention.level}.sizes")
+        add_key_bias(self.graph, attention.softmax, bias, f"block_{attention.level}.sizes")
 
     def _place(self, tensor: gs.Tensor) -> int:
-        axes = self.labels.of(tensor)
+        axes = self.axis_map.of(tensor)
         place = None if axes is None else token_axis(axes)
         if place is None:
             raise MatchFailure(f"tensor '{tensor.name}'", "expected its tokens on an axis of their own, to cut them there")
@@ -223,8 +225,8 @@ class _Cutter:
         """Renumber a Slice, Gather, Split or Concat along the tokens."""
         first = next((source for source in sources if source is not None), None)
         axes = None if first is None else self._axes(first)
-        before = None if first is None else self.labels.tokens(first)
-        after = self.labels.tokens(node.outputs[0])
+        before = None if first is None else self.axis_map.tokens(first)
+        after = self.axis_map.tokens(node.outputs[0])
         place = None if axes is None else token_axis(axes)
         if before is None or place is None or (node.op != "Concat" and before == after):
             return
@@ -237,7 +239,7 @@ class _Cutter:
             (index,) = integers(node.inputs[1]) or [0]
             node.inputs[1] = make_constant(f"{node.outputs[0].name}.row", np.asarray(row[before.names[index]], dtype=np.int64))
         elif node.op == "Split":
-            parts = [self._part(t, rank, 0) for out in node.outputs if (t := self.labels.tokens(out)) is not None]
+            parts = [self._part(t, rank, 0) for out in node.outputs if (t := self.axis_map.tokens(out)) is not None]
             if tuple(name for part in parts for name in part) != have:
                 raise MatchFailure(label(node), "expected the tokens in an order that its parts keep")
             node.attrs.pop("num_outputs", None)
@@ -255,12 +257,12 @@ class _Cutter:
             node.inputs = [node.inputs[0]]
 
     def _concat(self, node: gs.Node, sources: list[gs.Variable | None], rank: int) -> None:
-        whole, place = self.labels.tokens(node.outputs[0]), int(node.attrs["axis"])
+        whole, place = self.axis_map.tokens(node.outputs[0]), int(node.attrs["axis"])
         assert whole is not None
         parts: list[tuple[int, ...]] = []
         left = iter(whole.names)
         for source, tensor in zip(sources, node.inputs, strict=True):
-            tokens = None if source is None else self.labels.tokens(source)
+            tokens = None if source is None else self.axis_map.tokens(source)
             names = tuple(islice(left, tensor.shape[place] if tokens is None else tokens.size))
             parts.append(self._part(Tokens(names), rank, 0))
             if tokens is None and parts[-1] != names:
@@ -271,12 +273,12 @@ class _Cutter:
             if not parts[index]:
                 del node.inputs[index]
 
-    def _cut_table(self, table: Table, rank: int, level: int) -> None:
+    def _cut_table(self, table: TokenTable, rank: int, level: int) -> None:
         want = self._part(table.tokens, rank, level)
         if want == table.tokens.names:
             return
-        values = constant(table.node.inputs[table.operand])
-        assert values is not None  # the labels saw to it
+        values = constant_value(table.node.inputs[table.operand])
+        assert values is not None  # the axis_map saw to it
         row = {name: number for number, name in enumerate(table.tokens.names)}
         rows = [row[name] for name in want]
         name = f"{table.node.outputs[0].name}.operand_{table.operand}"
@@ -298,4 +300,4 @@ class _Cutter:
             node.inputs[1] = make_constant(f"{node.outputs[0].name}.shape", wanted)
 
     def _length(self, axis: Axis, rank: int, level: int) -> int:
-        return size_of(tuple(len(self._part(f, rank, level)) if isinstance(f, Tokens) else f for f in axis))
+        return axis_size(tuple(len(self._part(f, rank, level)) if isinstance(f, Tokens) else f for f in axis))

@@ -19,22 +19,22 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from graph_passes.analysis.axes import Tokens, tokens_in
-from graph_passes.analysis.axis_propagation import NORMS, Labels
-from graph_passes.analysis.linear_layers import MOVES
-from graph_passes.analysis.patterns import MatchFailure, constant, label, operands
+from graph_passes.analysis.axis_map import AxisMap
+from graph_passes.analysis.operators import DATA_MOVEMENT_OPS, NORM_OPS
+from graph_passes.analysis.patterns import MatchFailure, computed_and_constant, constant_value, label
 from graph_passes.analysis.vit_structure import Structure
 from graph_passes.node_builder import NodeBuilder, replace_input
 from patchslim.plan import SlimPlan
 from patchslim.token_groups import mixing_of
 
-AFFINE = MOVES | {"Add", "Sub", "Concat", "Dropout", "Neg"}
+AFFINE_OPS = DATA_MOVEMENT_OPS | {"Add", "Sub", "Concat", "Dropout", "Neg"}
 #: What exporters write a norm with, where it is not one node.
-WRITTEN_OUT = {"Add", "Cast", "Div", "Identity", "Mul", "Pow", "ReduceMean", "ReduceSum", "Reciprocal", "Sqrt", "Sub"}
-ROOTS = NORMS | {"Sqrt"}  # of these every norm has one
+NORM_PART_OPS = {"Add", "Cast", "Div", "Identity", "Mul", "Pow", "ReduceMean", "ReduceSum", "Reciprocal", "Sqrt", "Sub"}
+NORM_ROOT_OPS = NORM_OPS | {"Sqrt"}  # of these every norm has one
 
 
 class Merges:
-    """A plan's merges, for tokens by their names in ``labels``."""
+    """A plan's merges, for tokens by their names in ``axis_map``."""
 
     def __init__(self, structure: Structure, plan: SlimPlan) -> None:
         self.plan = plan
@@ -62,7 +62,7 @@ class Merges:
         return np.asarray([math.log(size) for size in sizes]) if max(sizes) > 1 else None
 
 
-def add_bias(graph: gs.Graph, softmax: gs.Node, bias: NDArray[np.float64], name: str) -> None:
+def add_key_bias(graph: gs.Graph, softmax: gs.Node, bias: NDArray[np.float64], name: str) -> None:
     """Add ``bias [n]`` to the logits that a Softmax weighs."""
     logits = softmax.inputs[0]
     build = NodeBuilder(graph, name, logits.dtype)
@@ -70,92 +70,92 @@ def add_bias(graph: gs.Graph, softmax: gs.Node, bias: NDArray[np.float64], name:
     replace_input(softmax, logits, build.op("Add", [logits, log_sizes]))
 
 
-def mix_late(labels: Labels, stream: set[int], merges: Merges, ranks: dict[int, int]) -> None:
+def merge_after_norm(axis_map: AxisMap, stream: set[int], merges: Merges, ranks: dict[int, int]) -> None:
     """In blocks that merge, let the norm be computed of all tokens, and the queries picked out of a packed projection of all.
 
     ``stream`` holds the identities of the residual stream's tensors, ``ranks`` those of ``cutting`` by a node's.
     """
-    tables = {id(table.node) for table in labels.tables}
+    tables = {id(table.node) for table in axis_map.tables}
     normed = set(stream)  # the stream, and what is made of it without a linear layer
-    for node in labels.nodes:
-        level, rank = labels.level(node.outputs[0]), ranks.get(id(node))
+    for node in axis_map.nodes:
+        level, rank = axis_map.level(node.outputs[0]), ranks.get(id(node))
         if rank not in (2 * level, 2 * level + 1) or not merges.at(level):
             continue
-        of_norm = node.op in NORMS | WRITTEN_OUT and id(node) not in tables
-        if of_norm and all(id(tensor) in normed for tensor in node.inputs if labels.depends(tensor)):
+        of_norm = node.op in NORM_OPS | NORM_PART_OPS and id(node) not in tables
+        if of_norm and all(id(tensor) in normed for tensor in node.inputs if axis_map.depends(tensor)):
             normed |= {id(tensor) for tensor in node.outputs}
             ranks[id(node)] = 2 * level
-        elif node.op in ("Gather", "Slice", "Squeeze") and labels.tokens(node.inputs[0]) == labels.tokens(node.outputs[0]):
+        elif node.op in ("Gather", "Slice", "Squeeze") and axis_map.tokens(node.inputs[0]) == axis_map.tokens(node.outputs[0]):
             maker = node.inputs[0].inputs[0] if node.inputs[0].inputs and id(node.inputs[0]) not in stream else node
             ranks[id(node)] = min(rank, ranks.get(id(maker), rank))
 
 
-def ensure_mergeable(labels: Labels, taken: gs.Variable, stream: gs.Variable) -> None:
+def ensure_mergeable(axis_map: AxisMap, taken: gs.Variable, stream: gs.Variable) -> None:
     """Raise ``MatchFailure`` unless ``taken`` is affine, alike for all tokens, in the stream or in a norm of it."""
-    tables = {id(table.node) for table in labels.tables}
+    tables = {id(table.node) for table in axis_map.tables}
 
     def is_affine(node: gs.Node) -> bool:
-        return node.op in AFFINE or _is_scale(node) or _is_linear(node)
+        return node.op in AFFINE_OPS or _is_scale(node) or _is_linear(node)
 
-    for tensor, node in _back(labels, taken, stream, tables, is_affine):
+    for tensor, node in _back(axis_map, taken, stream, tables, is_affine):
         if not is_affine(node):
-            _ensure_norm(labels, tensor, stream, tables)
+            _ensure_norm(axis_map, tensor, stream, tables)
 
 
 def _back(
-    labels: Labels, start: gs.Tensor, stream: gs.Variable, tables: set[int], through: Callable[[gs.Node], bool]
+    axis_map: AxisMap, start: gs.Tensor, stream: gs.Variable, tables: set[int], through: Callable[[gs.Node], bool]
 ) -> Iterator[tuple[gs.Tensor, gs.Node]]:
     """What is computed between the stream and ``start``, each tensor with its node, as far back as ``through`` goes on."""
     pending, seen = [start], {id(stream)}
     while pending:
         tensor = pending.pop()
-        if id(tensor) in seen or not labels.depends(tensor):
+        if id(tensor) in seen or not axis_map.depends(tensor):
             continue
         seen.add(id(tensor))
-        node = _node_before(labels, tensor, stream, tables)
+        node = _node_before(axis_map, tensor, stream, tables)
         yield tensor, node
         if through(node):
             pending.extend(node.inputs)
 
 
-def _node_before(labels: Labels, tensor: gs.Tensor, stream: gs.Variable, tables: set[int]) -> gs.Node:
+def _node_before(axis_map: AxisMap, tensor: gs.Tensor, stream: gs.Variable, tables: set[int]) -> gs.Node:
     if not tensor.inputs:
         raise MatchFailure(f"tensor '{tensor.name}'", "expected it to be computed from the block's input, to merge its tokens")
     node = tensor.inputs[0]
     if id(node) in tables:
         raise MatchFailure(label(node), "expected the same for all tokens before some are merged; it has a row for each")
-    if _held(labels, tensor) != _held(labels, stream):
+    if _held(axis_map, tensor) != _held(axis_map, stream):
         raise MatchFailure(label(node), "expected all tokens of the block's input together, to merge some of them")
     return node
 
 
-def _held(labels: Labels, tensor: gs.Tensor) -> Tokens | None:
-    axes = labels.of(tensor)
+def _held(axis_map: AxisMap, tensor: gs.Tensor) -> Tokens | None:
+    axes = axis_map.of(tensor)
     return None if axes is None else tokens_in(axes)
 
 
 def _is_scale(node: gs.Node) -> bool:
     """Whether a node multiplies by constants."""
-    parts = operands(node) if node.op in ("Mul", "Div") else None
+    parts = computed_and_constant(node) if node.op in ("Mul", "Div") else None
     return parts is not None and (node.op == "Mul" or node.inputs[0] is parts[0])
 
 
 def _is_linear(node: gs.Node) -> bool:
     """Whether a node is a linear layer, with one bias for all rows."""
-    if node.op not in ("MatMul", "Gemm") or constant(node.inputs[1]) is None:
+    if node.op not in ("MatMul", "Gemm") or constant_value(node.inputs[1]) is None:
         return False
     if len(node.inputs) < 3:
         return True
-    bias = constant(node.inputs[2])
+    bias = constant_value(node.inputs[2])
     return bias is not None and bias.size in (1, *bias.shape[-1:])
 
 
-def _ensure_norm(labels: Labels, normed: gs.Tensor, stream: gs.Variable, tables: set[int]) -> None:
+def _ensure_norm(axis_map: AxisMap, normed: gs.Tensor, stream: gs.Variable, tables: set[int]) -> None:
     """Raise ``MatchFailure`` unless ``normed`` is the stream after one norm, as one node or written out."""
     last, roots = normed.inputs[0], 0
-    for _, node in _back(labels, normed, stream, tables, lambda _: True):
-        roots += node.op in ROOTS
-        if node.op not in WRITTEN_OUT | NORMS or roots > 1:
+    for _, node in _back(axis_map, normed, stream, tables, lambda _: True):
+        roots += node.op in NORM_ROOT_OPS
+        if node.op not in NORM_PART_OPS | NORM_OPS or roots > 1:
             roots = 0
             break
     if roots != 1:
@@ -169,7 +169,7 @@ def ensure_merged(structure: Structure, plan: SlimPlan) -> None:
     merges = Merges(structure, plan)
     for block in structure.blocks:
         read, kept = ([structure.names[token] for token in tokens] for tokens in (block.reads, block.computes))
-        found = [mix for mix in structure.labels.mixes if mix.level == block.index]
+        found = [mix for mix in structure.axis_map.mixing_matrices if mix.level == block.index]
         if not merges.at(block.index):
             if found:
                 raise MatchFailure(label(found[0].node), "tokens are merged already, and by the plan they are lost")

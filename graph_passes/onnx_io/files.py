@@ -18,7 +18,7 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped,unused-ignore]
 
 from graph_passes.onnx_io import protobuf_wire as wire
-from graph_passes.onnx_io.model import Bytes, OnnxModel, Weight, as_model, assemble, copy_fields, size_of
+from graph_passes.onnx_io.model import Bytes, OnnxModel, Weight, as_model, assemble, copy_fields, expected_nbytes
 from patchslim.errors import InputRejected
 from patchslim.records import atomic_path
 
@@ -146,7 +146,7 @@ class _Folder:
         """The bytes of ``tensor``, which then is as if it had never been elsewhere; raises ``InputRejected``."""
         entries = {entry.key: entry.value for entry in tensor.external_data}
         location = entries.get("location", "")
-        data, size = self._file(tensor.name, location), size_of(tensor)
+        data, size = self._file(tensor.name, location), expected_nbytes(tensor)
         start, count = entries.get("offset", "0"), entries.get("length", str(size))
         try:
             offset, length = int(start), int(count)

@@ -149,7 +149,7 @@ def numpy_type(data_type: int) -> np.dtype[Any]:
     return found
 
 
-def size_of(tensor: onnx.TensorProto) -> int | None:
+def expected_nbytes(tensor: onnx.TensorProto) -> int | None:
     """Size in bytes that a tensor's values must have; None for types that are not whole bytes.
 
     Raises ``InputRejected`` for a shape that no tensor has.
@@ -198,7 +198,7 @@ def _without_data(tensor: onnx.TensorProto) -> tuple[onnx.TensorProto, Bytes | N
 
 def _ensure_sound(tensor: onnx.TensorProto, data: Bytes | None) -> None:
     """Raise ``InputRejected`` unless an initializer's values are there once and as many as its shape says."""
-    site, size = f"initializer '{tensor.name}'", size_of(tensor)
+    site, size = f"initializer '{tensor.name}'", expected_nbytes(tensor)
     if tensor.data_type not in TensorProto.DataType.values():
         raise InputRejected(f"{site}: its data type {tensor.data_type} is not one of ONNX")
     if data is None:
@@ -212,7 +212,7 @@ def _ensure_sound(tensor: onnx.TensorProto, data: Bytes | None) -> None:
 
 def _as_weight(tensor: onnx.TensorProto, data: Bytes | None) -> Weight | None:
     """The initializer as a weight, or None for one that stays in the skeleton."""
-    size = size_of(tensor)
+    size = expected_nbytes(tensor)
     if size is None:
         return None
     large = is_large(tensor.data_type, size)

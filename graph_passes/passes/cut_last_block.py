@@ -12,7 +12,7 @@ from __future__ import annotations
 import onnx_graphsurgeon as gs
 
 from graph_passes.analysis.vit_structure import find_structure
-from graph_passes.cutting.token_cutter import Layout, lay
+from graph_passes.cutting.token_cutter import TokenLayout, apply_layout
 from graph_passes.pass_registry import Settings, graph_pass
 
 
@@ -24,6 +24,7 @@ def run(graph: gs.Graph, settings: Settings) -> int:
     kept = [token for token in last.computes if structure.pools or token in structure.head_tokens]
     if kept == last.computes:
         return 0
-    computed = [block.computes for block in structure.blocks[:-1]] + [kept]
-    lay(graph, structure, Layout(structure, [*(block.reads for block in structure.blocks), kept], computed), settings.cut)
+    read = [*(block.reads for block in structure.blocks), kept]
+    computed = [*(block.computes for block in structure.blocks[:-1]), kept]
+    apply_layout(graph, structure, TokenLayout(structure, read, computed), settings.cut)
     return 1

@@ -18,8 +18,8 @@ from __future__ import annotations
 import onnx_graphsurgeon as gs
 
 from graph_passes.analysis.vit_structure import find_structure
-from graph_passes.cutting.plan_layout import ensure_fit, layout_of, needs_cut
-from graph_passes.cutting.token_cutter import lay
+from graph_passes.cutting.plan_layout import ensure_plan_fits, layout_of_plan, needs_cut
+from graph_passes.cutting.token_cutter import apply_layout
 from graph_passes.pass_registry import Settings, graph_pass
 
 
@@ -27,10 +27,10 @@ from graph_passes.pass_registry import Settings, graph_pass
 def run(graph: gs.Graph, settings: Settings) -> int:
     """Returns the number of blocks cut; raises ``MatchFailure`` and ``PlanMismatch``."""
     plan, structure = settings.require_plan(), find_structure(graph)
-    ensure_fit(structure, plan)
+    ensure_plan_fits(structure, plan)
     if not needs_cut(structure, plan):
         return 0
-    lay(graph, structure, layout_of(structure, plan), settings.cut)
+    apply_layout(graph, structure, layout_of_plan(structure, plan), settings.cut)
     embedded = len(structure.order)
     reads = [embedded, *(plan.counts if plan.mode == "compact" else [embedded] * plan.depth)]
     return sum(count < read for count, read in zip(plan.counts, reads, strict=False))

@@ -20,24 +20,24 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from graph_passes.analysis.axes import Axes, Batch, Pixels, Tokens
-from graph_passes.analysis.axis_propagation import Labels
-from graph_passes.analysis.axis_rules import SPATIAL
-from graph_passes.analysis.patterns import MatchFailure, constant, integers, is_unpadded, label
+from graph_passes.analysis.axis_map import AxisMap
+from graph_passes.analysis.operators import SPATIAL_OPS
+from graph_passes.analysis.patterns import MatchFailure, constant_value, integers, is_unpadded, label
 from graph_passes.analysis.vit_structure import find_structure
-from graph_passes.cutting.plan_layout import embedded_by, ensure_fit, same_for_all
-from graph_passes.cutting.token_cutter import lay
+from graph_passes.cutting.plan_layout import embedded_tokens, ensure_plan_fits, uniform_layout
+from graph_passes.cutting.token_cutter import apply_layout
 from graph_passes.node_builder import NodeBuilder, replace_all_uses
 from graph_passes.pass_registry import Settings, graph_pass
 
-MOVES = {"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity"}
+SHAPE_OPS = {"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity"}
 
 
 @graph_pass("drop_patches", default=False, needs_plan=True)
 def run(graph: gs.Graph, settings: Settings) -> int:
     """Returns 1 if patches were dropped, else 0; raises ``MatchFailure`` and ``PlanMismatch``."""
     plan, structure = settings.require_plan(), find_structure(graph)
-    ensure_fit(structure, plan)
-    embedded = set(embedded_by(plan))
+    ensure_plan_fits(structure, plan)
+    embedded = set(embedded_tokens(plan))
     if set(structure.order) == embedded:
         return 0
     if len(structure.order) < plan.tokens:
@@ -50,19 +50,19 @@ def run(graph: gs.Graph, settings: Settings) -> int:
         raise MatchFailure(
             label(structure.stream[0].inputs[0]), "tokens are ordered already; drop_patches goes before order_tokens"
         )
-    patches = _by_product(graph, structure.labels)
+    patches = _by_product(graph, structure.axis_map)
     structure = find_structure(graph)
-    kept = same_for_all(structure, [token for token in plan.order() if token in embedded])
-    lay(graph, replace(structure, stream=[patches, *structure.stream[1:]]), kept, settings.cut)
+    kept = uniform_layout(structure, [token for token in plan.order() if token in embedded])
+    apply_layout(graph, replace(structure, stream=[patches, *structure.stream[1:]]), kept, settings.cut)
     return 1
 
 
-def _by_product(graph: gs.Graph, labels: Labels) -> gs.Variable:
+def _by_product(graph: gs.Graph, axis_map: AxisMap) -> gs.Variable:
     """Embed patches by a MatMul in place of the convolution; returns ``[B, patches, pixels]``. Raises ``MatchFailure``."""
-    conv = _convolution(labels)
+    conv = _convolution(axis_map)
     weights, bias = _constants(conv)
-    rows, columns = _grid(labels, conv, weights)
-    embedded = _embedded(labels, conv)
+    rows, columns = _grid(axis_map, conv, weights)
+    embedded = _embedded(axis_map, conv)
     (features, channels, height, width), source = weights.shape, conv.inputs[0]
     build = NodeBuilder(graph, conv.outputs[0].name, source.dtype)
     divided = build.constant("divided", [0, channels, rows, height, columns, width])
@@ -79,9 +79,9 @@ def _by_product(graph: gs.Graph, labels: Labels) -> gs.Variable:
     return patches
 
 
-def _convolution(labels: Labels) -> gs.Node:
+def _convolution(axis_map: AxisMap) -> gs.Node:
     """The one node that makes patches of the images' pixels."""
-    spatial = [node for node in labels.nodes if node.op in SPATIAL and labels.depends(node.inputs[0])]
+    spatial = [node for node in axis_map.nodes if node.op in SPATIAL_OPS and axis_map.depends(node.inputs[0])]
     if len(spatial) != 1 or spatial[0].op != "Conv":
         found = ", ".join(label(node) for node in spatial) or "none"
         site = label(spatial[0]) if spatial else "graph"
@@ -91,8 +91,8 @@ def _convolution(labels: Labels) -> gs.Node:
 
 def _constants(conv: gs.Node) -> tuple[NDArray[np.generic], NDArray[np.generic] | None]:
     """Weights ``[features, channels, height, width]`` and bias, of a convolution whose patches do not overlap."""
-    weights = constant(conv.inputs[1])
-    bias = constant(conv.inputs[2]) if len(conv.inputs) > 2 else None
+    weights = constant_value(conv.inputs[1])
+    bias = constant_value(conv.inputs[2]) if len(conv.inputs) > 2 else None
     if weights is None or weights.ndim != 4 or (len(conv.inputs) > 2 and bias is None):
         raise MatchFailure(label(conv), "expected constant weights [features, channels, height, width]")
     attrs, kernel = conv.attrs, list(weights.shape[2:])
@@ -104,9 +104,9 @@ def _constants(conv: gs.Node) -> tuple[NDArray[np.generic], NDArray[np.generic] 
     return weights, bias
 
 
-def _grid(labels: Labels, conv: gs.Node, weights: NDArray[np.generic]) -> tuple[int, int]:
+def _grid(axis_map: AxisMap, conv: gs.Node, weights: NDArray[np.generic]) -> tuple[int, int]:
     """Rows and columns of patches."""
-    axes = labels.of(conv.inputs[0])
+    axes = axis_map.of(conv.inputs[0])
     sides = [] if axes is None else [axis[0] for axis in axes[2:] if len(axis) == 1]
     lengths = [side.size for number, side in enumerate(sides) if isinstance(side, Pixels) and side.axis == number]
     if len(lengths) != 2 or any(length % step for length, step in zip(lengths, weights.shape[2:], strict=True)):
@@ -114,17 +114,17 @@ def _grid(labels: Labels, conv: gs.Node, weights: NDArray[np.generic]) -> tuple[
     return lengths[0] // weights.shape[2], lengths[1] // weights.shape[3]
 
 
-def _embedded(labels: Labels, conv: gs.Node) -> gs.Variable:
+def _embedded(axis_map: AxisMap, conv: gs.Node) -> gs.Variable:
     """The tensor ``[B, tokens, features]`` that the convolution's output becomes by moves alone."""
     tensor: gs.Variable = conv.outputs[0]
-    while not _is_embedded(labels.of(tensor) or ()):
+    while not _is_embedded(axis_map.of(tensor) or ()):
         readers = []
         for reader in list(tensor.outputs):
             if reader.op == "Shape":
                 _read_batch_of(conv.inputs[0], reader)
             else:
                 readers.append(reader)
-        if len(readers) != 1 or readers[0].op not in MOVES:
+        if len(readers) != 1 or readers[0].op not in SHAPE_OPS:
             raise MatchFailure(label(conv), "expected its output to be moved to [batch, tokens, features] and nothing else")
         tensor = readers[0].outputs[0]
     return tensor

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from graph_passes.analysis.patterns import constant, integers, operands, produced_by, rows_of_slice
+from graph_passes.analysis.patterns import computed_and_constant, constant_value, integers, produced_by, rows_of_slice
 from graph_passes.node_builder import replace_all_uses
 from graph_passes.pass_registry import Settings, graph_pass
 
@@ -42,7 +42,7 @@ def _unchanged(node: gs.Node) -> gs.Tensor | None:
 
 def _beside_zeros(add: gs.Node) -> gs.Tensor | None:
     """The computed operand, where the constant one is zero and does not repeat it."""
-    found = operands(add)
+    found = computed_and_constant(add)
     if found is None or found[1].any():
         return None
     source, zeros = found
@@ -54,10 +54,15 @@ def _beside_zeros(add: gs.Node) -> gs.Tensor | None:
 def _guards_nothing(where: gs.Node) -> bool:
     """Whether a node is ``0 where the weights are NaN, else the weights`` behind a Softmax of scores of which some are seen."""
     softmax, isnan, otherwise = produced_by(where.inputs[2], "Softmax"), produced_by(where.inputs[0], "IsNaN"), where.inputs[1]
-    if softmax is None or isnan is None or isnan.inputs[0] is not where.inputs[2] or (zero := constant(otherwise)) is None:
+    if (
+        softmax is None
+        or isnan is None
+        or isnan.inputs[0] is not where.inputs[2]
+        or (zero := constant_value(otherwise)) is None
+    ):
         return False
     masked = produced_by(softmax.inputs[0], "Add")
-    found = None if masked is None else operands(masked)
+    found = None if masked is None else computed_and_constant(masked)
     seen = (masked is None or found is not None) and (found is None or np.isfinite(found[1]).any(axis=-1).all())
     return bool(seen and zero.size == 1 and not zero.any() and softmax.attrs.get("axis", -1) in (-1, 3))
 

@@ -14,7 +14,7 @@ import math
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.analysis.patterns import MatchFailure, constant, label
+from graph_passes.analysis.patterns import MatchFailure, constant_value, label
 from graph_passes.node_builder import NodeBuilder, replace_all_uses
 from graph_passes.pass_registry import Settings, graph_pass
 
@@ -35,7 +35,7 @@ def _is_plain(node: gs.Node) -> bool:
     cache = any(tensor.name for tensor in node.inputs[4:]) or any(tensor.outputs for tensor in node.outputs[1:])
     capped = attrs.get("softcap", 0.0) or attrs.get("is_causal", 0)
     mask = node.inputs[3] if len(node.inputs) > 3 and node.inputs[3].name else None
-    return not (cache or capped or (mask is not None and constant(mask) is None)) and _heads(node) is not None
+    return not (cache or capped or (mask is not None and constant_value(mask) is None)) and _heads(node) is not None
 
 
 def _heads(node: gs.Node) -> int | None:
@@ -66,7 +66,7 @@ def _expand(graph: gs.Graph, node: gs.Node) -> None:
     scaled = build.op("Mul", [query, build.constant("factor", np.asarray(scale, dtype=dtype))], name="scale")
     keys = build.op("Transpose", [key], {"perm": [0, 1, 3, 2]}, name="keys")
     scores = build.op("MatMul", [scaled, keys], name="scores")
-    mask = constant(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3].name else None
+    mask = constant_value(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3].name else None
     if mask is not None:
         if mask.dtype == np.bool_:
             mask = np.where(mask, 0, np.finfo(dtype).min).astype(dtype)

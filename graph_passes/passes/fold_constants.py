@@ -21,16 +21,16 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from graph_passes.analysis.axis_propagation import ELEMENTWISE, UNARY
-from graph_passes.analysis.patterns import MatchFailure, constant, label, produced_by, rows_of_slice
+from graph_passes.analysis.operators import ELEMENTWISE_OPS, UNARY_OPS
+from graph_passes.analysis.patterns import MatchFailure, constant_value, label, produced_by, rows_of_slice
 from graph_passes.node_builder import NodeBuilder, make_constant, replace_all_uses
 from graph_passes.onnx_io.graph_convert import sorted_nodes
 from graph_passes.pass_registry import Settings, graph_pass
 
-KEPT = {
+NEVER_FOLDED_OPS = {
     "DequantizeLinear", "QuantizeLinear", "RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli",
 }  # fmt: skip
-MOST = 2**24  # elements that a folded tensor may have
+MAX_FOLDED_ELEMENTS = 2**24  # elements that a folded tensor may have
 Value = NDArray[Any]  # of numbers, or of objects: a number, the name of a symbolic length, or None
 _INTEGERS = (onnx.TensorProto.INT32, onnx.TensorProto.INT64)
 _PARTIAL: dict[str, Callable[[Any, Any], Any]] = {
@@ -69,7 +69,7 @@ def run(graph: gs.Graph, settings: Settings) -> int:
 
 def _inlined(graph: gs.Graph, node: gs.Node) -> bool:
     """Put the branch that a constant condition takes in the place of an If; returns whether it could be done."""
-    condition = constant(node.inputs[0])
+    condition = constant_value(node.inputs[0])
     if condition is None:
         return False
     branch = node.attrs["then_branch" if condition.reshape(-1)[0] else "else_branch"]
@@ -105,7 +105,7 @@ def _expands_images(graph: gs.Graph, node: gs.Node, known: dict[int, Value]) -> 
     Where only elementwise nodes read it, they repeat it by themselves. Elsewhere the shape is written as the images' first
     length before constants, a form that shape inference can follow.
     """
-    value, source, images = known.get(id(node.inputs[1])), constant(node.inputs[0]), graph.inputs[0]
+    value, source, images = known.get(id(node.inputs[1])), constant_value(node.inputs[0]), graph.inputs[0]
     first = (images.shape or [None])[0]
     if value is None or source is None or _is_whole(value) or not isinstance(first, str) or len(graph.inputs) != 1:
         return False  # nothing to know, or known, or no batch to write
@@ -138,7 +138,7 @@ def _is_of_images(shape: gs.Tensor) -> bool:
     concat = produced_by(shape, "Concat")
     if concat is None or produced_by(concat.inputs[0], "Shape") is None:
         return False
-    return all(constant(part) is not None for part in concat.inputs[1:])
+    return all(constant_value(part) is not None for part in concat.inputs[1:])
 
 
 def _is_repeated_by_readers(tensor: gs.Tensor) -> bool:
@@ -147,16 +147,18 @@ def _is_repeated_by_readers(tensor: gs.Tensor) -> bool:
         others = [operand for operand in reader.inputs if operand is not tensor]
         if reader.op == "Attention" and reader.inputs[3:4] == [tensor]:
             continue
-        if reader.op not in UNARY | ELEMENTWISE:
+        if reader.op not in UNARY_OPS | ELEMENTWISE_OPS:
             return False
-        if all(constant(operand) is not None for operand in others) and not all(map(_is_repeated_by_readers, reader.outputs)):
+        if all(constant_value(operand) is not None for operand in others) and not all(
+            map(_is_repeated_by_readers, reader.outputs)
+        ):
             return False
     return bool(tensor.outputs)
 
 
 def _values_of(graph: gs.Graph, node: gs.Node, known: dict[int, Value]) -> list[Value]:
     """What is known of a node's outputs; nothing where the list is empty."""
-    if node.op in ("Constant", "If") or node.op in KEPT or node.domain not in (None, "", "ai.onnx"):
+    if node.op in ("Constant", "If") or node.op in NEVER_FOLDED_OPS or node.domain not in (None, "", "ai.onnx"):
         return []
     if node.op == "Shape":
         return _shape(node)
@@ -168,14 +170,16 @@ def _values_of(graph: gs.Graph, node: gs.Node, known: dict[int, Value]) -> list[
     if any(isinstance(value, gs.Graph) for value in node.attrs.values()):
         return []
     shapes = [tensor.shape for tensor in node.outputs]
-    small = all(shape is not None and all(isinstance(n, int) for n in shape) and prod(shape) <= MOST for shape in shapes)
+    small = all(
+        shape is not None and all(isinstance(n, int) for n in shape) and prod(shape) <= MAX_FOLDED_ELEMENTS for shape in shapes
+    )
     if not small and sum(value.size for value in inputs if value is not None) > 1024:
         return []
     return _computed(graph, node, inputs)
 
 
 def _known(tensor: gs.Tensor, known: dict[int, Value]) -> Value | None:
-    return known.get(id(tensor)) if id(tensor) in known else constant(tensor)
+    return known.get(id(tensor)) if id(tensor) in known else constant_value(tensor)
 
 
 def _shape(node: gs.Node) -> list[Value]:

@@ -20,7 +20,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from graph_passes.analysis.axes import Axes, Pixels, has
-from graph_passes.analysis.patterns import MatchFailure, constant, is_unpadded
+from graph_passes.analysis.patterns import MatchFailure, constant_value, is_unpadded
 from graph_passes.analysis.vit_structure import find_structure
 from graph_passes.node_builder import NodeBuilder, make_constant, replace_all_uses, replace_input
 from graph_passes.pass_registry import Settings, graph_pass
@@ -33,11 +33,11 @@ _CHANNELS = {"uint8-nchw": 1, "uint8-nhwc": 3}
 @graph_pass("image_input", default=False)
 def run(graph: gs.Graph, settings: Settings) -> int:
     """Returns 1 if the input was changed, else 0; raises ``MatchFailure``, and ``UsageError`` for settings that do not fit."""
-    labels = find_structure(graph).labels
-    (images,) = [tensor for tensor in graph.inputs if labels.of(tensor) is not None]
+    axis_map = find_structure(graph).axis_map
+    (images,) = [tensor for tensor in graph.inputs if axis_map.of(tensor) is not None]
     if settings.image not in _CHANNELS:
         raise UsageError("image_input: say what the images are to be: --image uint8-nchw or uint8-nhwc")
-    wanted, place = _CHANNELS[settings.image], _channel_axis(labels.of(images) or ())
+    wanted, place = _CHANNELS[settings.image], _channel_axis(axis_map.of(images) or ())
     if images.dtype == np.uint8:
         if place != wanted:
             raise MatchFailure(f"graph input '{images.name}'", f"takes bytes already, but not as {settings.image}")
@@ -104,17 +104,17 @@ def _moving(before: int, after: int) -> list[int]:
 
 def _can_take(node: gs.Node) -> bool:
     """Whether a node is a convolution whose weights can take the normalisation."""
-    fixed = node.op == "Conv" and all(constant(tensor) is not None for tensor in node.inputs[1:])
+    fixed = node.op == "Conv" and all(constant_value(tensor) is not None for tensor in node.inputs[1:])
     return fixed and is_unpadded(node) and node.attrs.get("group", 1) == 1
 
 
 def _fold(conv: gs.Node, mean: NDArray[np.float64], std: NDArray[np.float64]) -> None:
     """``W ((x / 255 - mean) / std) + b = (W / (255 std)) x + (b - W (mean / std))``, over channels; rounded once."""
-    weights = constant(conv.inputs[1])
+    weights = constant_value(conv.inputs[1])
     assert weights is not None  # the caller saw to it
     exact, channels = weights.astype(np.float64), (1, -1, 1, 1)
     bias = -(exact * (mean / std).reshape(channels)).sum(axis=(1, 2, 3))
-    old = constant(conv.inputs[2]) if len(conv.inputs) > 2 else None
+    old = constant_value(conv.inputs[2]) if len(conv.inputs) > 2 else None
     if old is not None:
         bias = bias + old.astype(np.float64)
     name = conv.outputs[0].name

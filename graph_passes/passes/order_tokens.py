@@ -14,8 +14,8 @@ import onnx_graphsurgeon as gs
 
 from graph_passes.analysis.patterns import MatchFailure, label
 from graph_passes.analysis.vit_structure import find_structure
-from graph_passes.cutting.plan_layout import ensure_fit, needs_cut, same_for_all
-from graph_passes.cutting.token_cutter import lay
+from graph_passes.cutting.plan_layout import ensure_plan_fits, needs_cut, uniform_layout
+from graph_passes.cutting.token_cutter import apply_layout
 from graph_passes.pass_registry import Settings, graph_pass
 
 
@@ -23,11 +23,11 @@ from graph_passes.pass_registry import Settings, graph_pass
 def run(graph: gs.Graph, settings: Settings) -> int:
     """Returns 1 if the tokens were put in order, else 0; raises ``MatchFailure`` and ``PlanMismatch``."""
     plan, structure = settings.require_plan(), find_structure(graph)
-    ensure_fit(structure, plan)
+    ensure_plan_fits(structure, plan)
     order = [token for token in plan.order() if token in structure.order]  # without those that were never embedded
     if not needs_cut(structure, plan) or structure.order == order:
         return 0
     if structure.order != sorted(order):
         raise MatchFailure(label(structure.stream[0].inputs[0]), "the tokens are already ordered for another plan")
-    lay(graph, structure, same_for_all(structure, order), settings.cut)
+    apply_layout(graph, structure, uniform_layout(structure, order), settings.cut)
     return 1

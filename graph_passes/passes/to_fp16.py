@@ -42,7 +42,7 @@ def run(graph: gs.Graph, settings: Settings) -> int:
     for tensor in graph.tensors().values():
         if isinstance(tensor, gs.Variable) and tensor.dtype == np.float32:
             tensor.dtype = np.dtype(np.float16)
-    for attention in structure.labels.attentions:
+    for attention in structure.axis_map.attentions:
         if attention.softmax is not None:
             _keep_softmax(graph, attention.softmax)
     for tensor in [t for t in graph.inputs if t.dtype == np.float16]:

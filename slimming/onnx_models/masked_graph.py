@@ -18,7 +18,7 @@ import onnx_graphsurgeon as gs
 import torch
 
 from graph_passes.analysis.axes import UNKNOWN_BATCH, Batch, token_axis
-from graph_passes.analysis.axis_propagation import Attention
+from graph_passes.analysis.axis_map import Attention
 from graph_passes.analysis.macs import geometry_of, regions
 from graph_passes.analysis.patterns import MatchFailure, label
 from graph_passes.analysis.vit_structure import find_structure
@@ -115,21 +115,21 @@ class MaskedGraph:
                 self.model = run_passes(self.original, PREPARE, Settings()).model
                 self.graph = import_graph(with_shapes(self.model))
                 self.structure = find_structure(self.graph)
-            self.labels = self.structure.labels
+            self.axis_map = self.structure.axis_map
             self.images: gs.Variable = next(tensor for tensor in self.graph.inputs if tensor.outputs)
-            self.batch = self.labels.batch.size
+            self.batch = self.axis_map.batch.size
             self._ensure_readable()
             self.head = regions(self.structure)[-1]
             self.means = [node for node in self.head if self._is_mean(node)]
-            self.pools = [attention for attention in self.labels.attentions if attention.queried is None]
+            self.pools = [attention for attention in self.axis_map.attentions if attention.queried is None]
             self._ensure_head()
             self.geometry = geometry_of(self.structure)
         except MatchFailure as failure:
             raise InputRejected(f"{path}: {failure}") from failure
         self.pooled = {id(pool.mix): self.structure.indices(pool.read) for pool in self.pools}
-        self.pooled |= {id(node): self.structure.indices(self.labels.tokens(node.inputs[0])) for node in self.means}
+        self.pooled |= {id(node): self.structure.indices(self.axis_map.tokens(node.inputs[0])) for node in self.means}
         self.masks: list[gs.Variable] = []
-        self.key_masks = {id(attention.mix): self._mask_keys(attention) for attention in self.labels.attentions}
+        self.key_masks = {id(attention.mix): self._mask_keys(attention) for attention in self.axis_map.attentions}
         self.mean_masks = {id(node): self._mask_mean(node) for node in self.means}
 
     @property
@@ -144,7 +144,9 @@ class MaskedGraph:
         return bool(self.images.shape[1] != 3)
 
     def _is_mean(self, node: gs.Node) -> bool:
-        return bool(node.op == "ReduceMean" and self.labels.tokens(node.inputs[0]) and not self.labels.tokens(node.outputs[0]))
+        return bool(
+            node.op == "ReduceMean" and self.axis_map.tokens(node.inputs[0]) and not self.axis_map.tokens(node.outputs[0])
+        )
 
     def _ensure_readable(self) -> None:
         """Raise ``MatchFailure`` unless images are float RGB and every block is dense, its maps within reach."""
@@ -157,7 +159,7 @@ class MaskedGraph:
         if 3 not in (self.images.shape[1], self.images.shape[3]):
             raise MatchFailure(site, f"expected images of three channels; its shape is {self.images.shape}")
         for stream in self.structure.stream:
-            axes = self.labels.of(stream) or ()
+            axes = self.axis_map.of(stream) or ()
             if len(axes) != 3 or token_axis(axes) != 1:
                 raise MatchFailure(label(stream.inputs[0]), "expected tokens as [images, tokens, width] between the blocks")
         for block in self.structure.blocks:
@@ -168,13 +170,13 @@ class MaskedGraph:
             for attention in block.attentions:
                 if attention.softmax is None:
                     raise MatchFailure(label(attention.mix), "expected an attention whose Softmax can be read")
-                maps = self.labels.of(attention.softmax.outputs[0])
+                maps = self.axis_map.of(attention.softmax.outputs[0])
                 if maps is None or not maps[0] or not isinstance(maps[0][0], Batch):
                     raise MatchFailure(label(attention.softmax), "expected images on the first axis")
 
     def _ensure_head(self) -> None:
         """Raise ``MatchFailure`` unless tokens mean the same to the head wherever they are from."""
-        if any(table.node is node for table in self.labels.tables for node in self.head):
+        if any(table.node is node for table in self.axis_map.tables for node in self.head):
             raise MatchFailure("head", "expected no constants for each token behind the last block")
         if any(token >= self.structure.prefix_tokens for token in self.structure.head_tokens):
             raise MatchFailure("head", "expected it to read prefix tokens one by one, or to pool; it reads single patches")
@@ -196,11 +198,11 @@ class MaskedGraph:
     def _mask_mean(self, mean: gs.Node) -> gs.Variable:
         """Multiply what a mean over tokens reads by an input: one number for each token."""
         tokens = mean.inputs[0]
-        axes = self.labels.of(tokens)
+        axes = self.axis_map.of(tokens)
         place = None if axes is None else token_axis(axes)
         if axes is None or place is None:
             raise MatchFailure(label(mean), "expected tokens on an axis of their own")
-        held = self.labels.tokens(tokens)
+        held = self.axis_map.tokens(tokens)
         assert held is not None
         mask = self._input(tokens.dtype, [held.size if index == place else 1 for index in range(len(axes))])
         scaled = gs.Variable(f"{mask.name}.tokens", dtype=tokens.dtype, shape=tokens.shape)

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from graph_passes.analysis.axis_propagation import Attention
+from graph_passes.analysis.axis_map import Attention
 from patchslim.arrays import Array
 from patchslim.macs import Geometry
 from slimming.models.attention import AttentionInput

@@ -15,7 +15,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 
 from graph_passes import OnnxModel, Settings, run_passes, slim
-from graph_passes.cutting.plan_layout import embedded_by
+from graph_passes.cutting.plan_layout import embedded_tokens
 from graph_passes.onnx_io.graph_interface import with_image_size, with_outputs
 from graph_passes.pass_manager import default_passes
 from graph_passes.pass_registry import CutForm, ImageForm
@@ -48,7 +48,7 @@ def names(*also: str, layout: Layout = "split", before: str = "order_tokens") ->
 def masked(model: VisionTransformer, plan: SlimPlan, images: torch.Tensor) -> NDArray[np.float32]:
     """The plan by masks alone: every token goes through every block, but keys are hidden, of never embedded patches always."""
     x = model.norm_pre(model._pos_embed(model.patch_embed(images)))
-    readable = embedded_by(plan)
+    readable = embedded_tokens(plan)
     for block, kept in zip(model.blocks, plan.kept, strict=True):
         attention, (batch, count, width) = block.attn, x.shape
         split = (batch, count, 3, attention.num_heads, width // attention.num_heads)
