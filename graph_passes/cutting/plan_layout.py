@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from graph_passes.analysis.patterns import MatchFailure, label
 from graph_passes.analysis.vit_structure import Structure
-from graph_passes.cutting.token_cutter import TokenLayout
 from graph_passes.cutting.token_merging import Merges, ensure_merged
+from graph_passes.cutting.token_sets import TokenLayout
 from patchslim.errors import InputRejected
 from patchslim.plan import SlimPlan
 

@@ -1,12 +1,7 @@
 """Lays a graph's blocks out for other tokens: which each block reads, and which it computes.
 
-One walk from the head to the images asks at every tensor how much of it is needed. An attention asks for keys and values of
-all tokens that its block reads, everything else only for what its own readers ask; where both meet, all are computed and the
-smaller part is cut out. So a cut comes to lie wherever queries and shortcut leave the tokens that keys and values need,
-whatever the exporter made of the block.
-
-A part is named by a rank, the smaller the earlier: ``2 l`` for the tokens of the residual stream behind l blocks, ``2 l - 1``
-for those that block l has computed. The two differ in mode ``stale`` only, where dropped rows are put back.
+``token_sets`` says which tokens each node is to compute. Rows are taken wherever a node reads fewer tokens than there are, and
+every constant that has one row per token, or names their number, is made anew.
 """
 
 from __future__ import annotations
@@ -17,54 +12,33 @@ from itertools import islice
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_passes.analysis.axes import UNKNOWN_BATCH, Axes, Axis, Tokens, axis_size, has, token_axis
+from graph_passes.analysis.axes import UNKNOWN_BATCH, Axis, Tokens, axis_size, has, token_axis
 from graph_passes.analysis.axis_map import Attention, TokenTable
 from graph_passes.analysis.patterns import MatchFailure, constant_value, integers, label
 from graph_passes.analysis.vit_structure import Structure
 from graph_passes.cutting.row_ops import RowAxis, merge_rows, take_rows
-from graph_passes.cutting.token_merging import Merges, add_key_bias, ensure_mergeable, merge_after_norm
+from graph_passes.cutting.token_merging import add_key_bias, ensure_mergeable, merge_after_norm
+from graph_passes.cutting.token_sets import STEM, TokenLayout, TokenSets
 from graph_passes.node_builder import NodeBuilder, make_constant, replace_all_uses
 from graph_passes.pass_registry import CutForm
 
-STEM = -1  # the rank of what comes before the blocks: as it is
-TOKEN_SELECTING_OPS = {"Slice", "Gather", "Split", "Concat"}
-
-
-class TokenLayout:
-    """Tokens by plan index: ``read[l]`` those of the stream behind l blocks, ``computed[l]`` those that block l computes.
-
-    ``merges`` says what becomes of the others; None: they are lost.
-    """
-
-    def __init__(
-        self,
-        structure: Structure,
-        read: Sequence[Sequence[int]],
-        computed: Sequence[Sequence[int]],
-        merges: Merges | None = None,
-    ) -> None:
-        self.merges = merges
-        name = structure.names
-        self.ranks = {2 * level: [name[token] for token in tokens] for level, tokens in enumerate(read)}
-        self.ranks |= {2 * level + 1: [name[token] for token in tokens] for level, tokens in enumerate(computed)}
+_TOKEN_SELECTING_OPS = {"Slice", "Gather", "Split", "Concat"}
 
 
 def apply_layout(graph: gs.Graph, structure: Structure, layout: TokenLayout, form: CutForm = "auto") -> None:
-    """Change ``graph`` to ``layout``, all cuts in one ``form``; raises ``MatchFailure`` for what cannot be laid so."""
-    if structure.axis_map.mixing_matrices:
-        raise MatchFailure(
-            label(structure.axis_map.mixing_matrices[0].node), "expected no tokens to be mixed yet; this matrix mixes them"
-        )
+    """Change ``graph`` so that its blocks read and compute the tokens of ``layout``, every cut in the form ``form``.
+
+    Raises ``MatchFailure`` where the graph merges tokens already, or where rows cannot be taken.
+    """
+    if mixing := structure.axis_map.mixing_matrices:
+        raise MatchFailure(label(mixing[0].node), "expected no tokens to be mixed yet; this matrix mixes them")
     _Cutter(graph, structure, layout, form).run()
 
 
 class _Cutter:
     def __init__(self, graph: gs.Graph, structure: Structure, layout: TokenLayout, form: CutForm) -> None:
         self.graph, self.structure, self.axis_map, self.form = graph, structure, structure.axis_map, form
-        self.names, self.merges = layout.ranks, layout.merges
-        self.last = 2 * len(structure.blocks)
-        self.stream = {id(tensor): level for level, tensor in enumerate(structure.stream)}
-        self.ranks: dict[int, int] = {}  # of nodes
+        self.sets, self.merges = TokenSets(graph, structure, layout), layout.merges
         self.taken: dict[tuple[int, tuple[int, ...]], gs.Variable] = {}
         self.outputs: dict[int, gs.Variable] = {}  # the stream with its dropped rows put back
         self.tables: dict[int, list[TokenTable]] = {}
@@ -72,68 +46,24 @@ class _Cutter:
             self.tables.setdefault(id(table.node), []).append(table)
 
     def run(self) -> None:
-        self._rank_nodes()
         if self.merges is not None:
-            merge_after_norm(self.axis_map, set(self.stream), self.merges, self.ranks)
-        originals = [node for node in self.axis_map.nodes if self.ranks.get(id(node), STEM) != STEM]
+            merge_after_norm(self.axis_map, set(self.sets.stream), self.merges, self.sets.of_node)
+        originals = [node for node in self.axis_map.nodes if self.sets.of_node.get(id(node), STEM) != STEM]
         for tensor in self.structure.stream:
             self._put_back(tensor)
         for node in originals:
             self._rewire(node)
         for attention in self.axis_map.attentions:
-            self._weigh(attention)
-
-    # Which part of its tokens a node computes
-
-    def _rank_nodes(self) -> None:
-        asked: dict[int, int] = {id(tensor): self.last for tensor in self.graph.outputs}
-        keys_values = {(id(node), operand) for a in self.axis_map.attentions for node, operand in (a.keys, a.values)}
-        for node in reversed(self.axis_map.nodes):
-            if not any(self.axis_map.depends(tensor) for tensor in node.inputs) or node.op in ("Shape", "Size"):
-                continue
-            level = next((self.stream[id(tensor)] for tensor in node.outputs if id(tensor) in self.stream), None)
-            wanted = [asked[id(tensor)] for tensor in node.outputs if id(tensor) in asked]
-            if not wanted:
-                continue  # nothing reads it
-            rank = min(wanted) if level is None else 2 * level - 1
-            if all(self._axes(tensor) is None for tensor in node.outputs) and level is None:
-                rank = self.last  # the head: its outputs hold no tokens
-            self.ranks[id(node)] = rank
-            for operand, tensor in enumerate(node.inputs):
-                if self.axis_map.depends(tensor):
-                    part = 2 * self.axis_map.level(tensor) if (id(node), operand) in keys_values and rank != STEM else rank
-                    asked[id(tensor)] = min(part, asked.get(id(tensor), part))
-
-    def _axes(self, tensor: gs.Tensor) -> Axes | None:
-        """The axes of a tensor that holds tokens, on whatever axis."""
-        axes = self.axis_map.of(tensor)
-        return axes if axes is not None and any(has(axis, Tokens) for axis in axes) else None
-
-    def _part(self, tokens: Tokens, rank: int, level: int) -> tuple[int, ...]:
-        """Those of ``tokens`` that are left at a rank; of keys those that the block behind ``level`` blocks reads."""
-        names = self.names[2 * level if tokens.keys else rank] if rank != STEM else tokens.names
-        there = set(tokens.names)
-        return tuple(name for name in names if name in there)
-
-    def _available(self, tensor: gs.Tensor) -> tuple[int, ...]:
-        """The tokens that ``tensor`` will hold."""
-        tokens = self.axis_map.tokens(tensor)
-        assert tokens is not None
-        if id(tensor) in self.stream:
-            return self._part(tokens, 2 * self.stream[id(tensor)], 0)
-        rank = self.ranks.get(id(tensor.inputs[0]), STEM) if tensor.inputs else STEM
-        return self._part(tokens, rank, 0)
-
-    # Changing the graph
+            self._weigh_keys(attention)
 
     def _put_back(self, tensor: gs.Variable) -> None:
         """Order the tokens that enter the first block; in mode ``stale``, put a block's dropped rows behind the others."""
-        level = self.stream[id(tensor)]
+        level = self.sets.stream[id(tensor)]
         tokens, readers = self.axis_map.tokens(tensor), list(tensor.outputs)
         if not readers or tokens is None:
             return
-        have = tokens.names if level == 0 else self._part(tokens, 2 * level - 1, 0)
-        want = self._part(tokens, 2 * level, 0)
+        have = tokens.names if level == 0 else self.sets.within(tokens, 2 * level - 1, 0)
+        want = self.sets.within(tokens, 2 * level, 0)
         if have == want:
             return
         if level == 0:
@@ -142,7 +72,9 @@ class _Cutter:
             before = self.outputs.get(level - 1, self.structure.stream[level - 1])
             place = self._place(tensor)
             rest = tuple(name for name in want if name not in set(have))
-            dropped = self._take(before, self._available(self.structure.stream[level - 1]), rest, f"block_{level - 1}.dropped")
+            dropped = self._take(
+                before, self.sets.held_by(self.structure.stream[level - 1]), rest, f"block_{level - 1}.dropped"
+            )
             build = NodeBuilder(self.graph, f"block_{level - 1}.write_back", tensor.dtype)
             out = build.op("Concat", [tensor, dropped], {"axis": place})
         self.outputs[level] = out
@@ -150,7 +82,7 @@ class _Cutter:
 
     def _rewire(self, node: gs.Node) -> None:
         """Give a node the part of each operand that it is to read, and constants that fit."""
-        rank = self.ranks[id(node)]
+        token_set = self.sets.of_node[id(node)]
         level = max(self.axis_map.level(tensor) for tensor in node.inputs)
         keys_values = {operand for a in self.axis_map.attentions for at, operand in (a.keys, a.values) if at is node}
         sources = {index: self._source(tensor) for index, tensor in enumerate(node.inputs)}
@@ -158,16 +90,16 @@ class _Cutter:
             tokens = None if source is None else self.axis_map.tokens(source)
             if source is None or tokens is None:
                 continue
-            want = self._part(tokens, 2 * self.axis_map.level(source) if index in keys_values else rank, 0)
-            have = self._available(source)
+            want = self.sets.within(tokens, 2 * self.axis_map.level(source) if index in keys_values else token_set, 0)
+            have = self.sets.held_by(source)
             if want and want != have:
                 node.inputs[index] = self._take(node.inputs[index], have, want, self._cut_name(node, index, source))
-        if node.op in TOKEN_SELECTING_OPS:
-            self._move(node, list(sources.values()), rank)
+        if node.op in _TOKEN_SELECTING_OPS:
+            self._move(node, list(sources.values()), token_set)
         for table in self.tables.get(id(node), []):
-            self._cut_table(table, rank, level)
+            self._cut_table(table, token_set, level)
         if node.op in ("Reshape", "Expand"):
-            self._reshape(node, rank, level)
+            self._reshape(node, token_set, level)
 
     def _source(self, tensor: gs.Tensor) -> gs.Variable | None:
         """The tensor that ``axis_map`` knows of what a node reads; None for constants."""
@@ -178,7 +110,7 @@ class _Cutter:
 
     def _cut_name(self, node: gs.Node, index: int, source: gs.Variable) -> str:
         block = self.axis_map.level(source)
-        if id(source) in self.stream:
+        if id(source) in self.sets.stream:
             return f"block_{block}.shortcut"
         scores = any(a.scores is node and index == 0 for a in self.axis_map.attentions)
         return f"block_{block}.{'queries' if scores else 'kept'}"
@@ -203,11 +135,11 @@ class _Cutter:
                 self.taken[key] = take_rows(build, tensor, rows, at, self.form)
         return self.taken[key]
 
-    def _weigh(self, attention: Attention) -> None:
+    def _weigh_keys(self, attention: Attention) -> None:
         """Let the keys of merged tokens weigh as much as all the tokens that they stand for."""
         if self.merges is None or attention.queried is None:
             return
-        bias = self.merges.bias(attention.level, self._part(attention.read, 2 * attention.level, 0))
+        bias = self.merges.bias(attention.level, self.sets.within(attention.read, 2 * attention.level, 0))
         if bias is None:
             return
         if attention.softmax is None:
@@ -221,31 +153,31 @@ class _Cutter:
             raise MatchFailure(f"tensor '{tensor.name}'", "expected its tokens on an axis of their own, to cut them there")
         return place
 
-    def _move(self, node: gs.Node, sources: list[gs.Variable | None], rank: int) -> None:
+    def _move(self, node: gs.Node, sources: list[gs.Variable | None], token_set: int) -> None:
         """Renumber a Slice, Gather, Split or Concat along the tokens."""
         first = next((source for source in sources if source is not None), None)
-        axes = None if first is None else self._axes(first)
+        axes = None if first is None else self.sets.axes(first)
         before = None if first is None else self.axis_map.tokens(first)
         after = self.axis_map.tokens(node.outputs[0])
         place = None if axes is None else token_axis(axes)
         if before is None or place is None or (node.op != "Concat" and before == after):
             return
-        have = self._part(before, rank, 0)
+        have = self.sets.within(before, token_set, 0)
         row = {token: number for number, token in enumerate(have)}
         if node.op == "Concat":
             if int(node.attrs["axis"]) % len(axes or ()) == place:
-                self._concat(node, sources, rank)
+                self._concat(node, sources, token_set)
         elif after is None:  # a Gather of one token
             (index,) = integers(node.inputs[1]) or [0]
             node.inputs[1] = make_constant(f"{node.outputs[0].name}.row", np.asarray(row[before.names[index]], dtype=np.int64))
         elif node.op == "Split":
-            parts = [self._part(t, rank, 0) for out in node.outputs if (t := self.axis_map.tokens(out)) is not None]
+            parts = [self.sets.within(t, token_set, 0) for out in node.outputs if (t := self.axis_map.tokens(out)) is not None]
             if tuple(name for part in parts for name in part) != have:
                 raise MatchFailure(label(node), "expected the tokens in an order that its parts keep")
             node.attrs.pop("num_outputs", None)
             sizes = make_constant(f"{node.outputs[0].name}.sizes", [len(part) for part in parts])
             node.inputs = [node.inputs[0], sizes]
-        elif (part := self._part(after, rank, 0)) and part != have:
+        elif (part := self.sets.within(after, token_set, 0)) and part != have:
             rows = [row[name] for name in part]
             run = rows == list(range(rows[0], rows[0] + len(rows)))
             name = node.outputs[0].name
@@ -256,7 +188,7 @@ class _Cutter:
             node.op, node.attrs = "Identity", {}
             node.inputs = [node.inputs[0]]
 
-    def _concat(self, node: gs.Node, sources: list[gs.Variable | None], rank: int) -> None:
+    def _concat(self, node: gs.Node, sources: list[gs.Variable | None], token_set: int) -> None:
         whole, place = self.axis_map.tokens(node.outputs[0]), int(node.attrs["axis"])
         assert whole is not None
         parts: list[tuple[int, ...]] = []
@@ -264,17 +196,17 @@ class _Cutter:
         for source, tensor in zip(sources, node.inputs, strict=True):
             tokens = None if source is None else self.axis_map.tokens(source)
             names = tuple(islice(left, tensor.shape[place] if tokens is None else tokens.size))
-            parts.append(self._part(Tokens(names), rank, 0))
+            parts.append(self.sets.within(Tokens(names), token_set, 0))
             if tokens is None and parts[-1] != names:
                 raise MatchFailure(label(node), f"expected the constant tokens of '{tensor.name}' to be kept as they are")
-        if tuple(name for part in parts for name in part) != self._part(whole, rank, 0):
+        if tuple(name for part in parts for name in part) != self.sets.within(whole, token_set, 0):
             raise MatchFailure(label(node), "expected the tokens in an order that its parts keep")
         for index in reversed(range(len(parts))):
             if not parts[index]:
                 del node.inputs[index]
 
-    def _cut_table(self, table: TokenTable, rank: int, level: int) -> None:
-        want = self._part(table.tokens, rank, level)
+    def _cut_table(self, table: TokenTable, token_set: int, level: int) -> None:
+        want = self.sets.within(table.tokens, token_set, level)
         if want == table.tokens.names:
             return
         values = constant_value(table.node.inputs[table.operand])
@@ -284,20 +216,20 @@ class _Cutter:
         name = f"{table.node.outputs[0].name}.operand_{table.operand}"
         table.node.inputs[table.operand] = make_constant(name, np.take(values, rows, axis=table.axis))
 
-    def _reshape(self, node: gs.Node, rank: int, level: int) -> None:
+    def _reshape(self, node: gs.Node, token_set: int, level: int) -> None:
         """Give a shape that names a token count the new one, in a constant of its own: exporters share them among blocks."""
-        axes, shape = self._axes(node.outputs[0]), integers(node.inputs[1])
+        axes, shape = self.sets.axes(node.outputs[0]), integers(node.inputs[1])
         if axes is None or shape is None:
             return
         wanted = list(shape)
         for index, axis in enumerate(axes[-len(shape) :]):
             if has(axis, Tokens) and shape[index] > 0:
-                length = self._length(axis, rank, level)
+                length = self._length(axis, token_set, level)
                 wanted[index] = -1 if length >= UNKNOWN_BATCH else length
         if wanted.count(-1) > 1:
             raise MatchFailure(label(node), f"expected a shape {shape} that can say {wanted}")
         if wanted != shape:
             node.inputs[1] = make_constant(f"{node.outputs[0].name}.shape", wanted)
 
-    def _length(self, axis: Axis, rank: int, level: int) -> int:
-        return axis_size(tuple(len(self._part(f, rank, level)) if isinstance(f, Tokens) else f for f in axis))
+    def _length(self, axis: Axis, token_set: int, level: int) -> int:
+        return axis_size(tuple(len(self.sets.within(f, token_set, level)) if isinstance(f, Tokens) else f for f in axis))

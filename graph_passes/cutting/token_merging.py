@@ -70,24 +70,25 @@ def add_key_bias(graph: gs.Graph, softmax: gs.Node, bias: NDArray[np.float64], n
     replace_input(softmax, logits, build.op("Add", [logits, log_sizes]))
 
 
-def merge_after_norm(axis_map: AxisMap, stream: set[int], merges: Merges, ranks: dict[int, int]) -> None:
+def merge_after_norm(axis_map: AxisMap, stream: set[int], merges: Merges, token_sets: dict[int, int]) -> None:
     """In blocks that merge, let the norm be computed of all tokens, and the queries picked out of a packed projection of all.
 
-    ``stream`` holds the identities of the residual stream's tensors, ``ranks`` those of ``cutting`` by a node's.
+    ``stream``: the ``id`` of each tensor of the residual stream. ``token_sets``: the token set of each node by its ``id`` (see
+    ``token_sets``), changed in place.
     """
     tables = {id(table.node) for table in axis_map.tables}
     normed = set(stream)  # the stream, and what is made of it without a linear layer
     for node in axis_map.nodes:
-        level, rank = axis_map.level(node.outputs[0]), ranks.get(id(node))
-        if rank not in (2 * level, 2 * level + 1) or not merges.at(level):
+        level, token_set = axis_map.level(node.outputs[0]), token_sets.get(id(node))
+        if token_set not in (2 * level, 2 * level + 1) or not merges.at(level):
             continue
         of_norm = node.op in NORM_OPS | NORM_PART_OPS and id(node) not in tables
         if of_norm and all(id(tensor) in normed for tensor in node.inputs if axis_map.depends(tensor)):
             normed |= {id(tensor) for tensor in node.outputs}
-            ranks[id(node)] = 2 * level
+            token_sets[id(node)] = 2 * level
         elif node.op in ("Gather", "Slice", "Squeeze") and axis_map.tokens(node.inputs[0]) == axis_map.tokens(node.outputs[0]):
             maker = node.inputs[0].inputs[0] if node.inputs[0].inputs and id(node.inputs[0]) not in stream else node
-            ranks[id(node)] = min(rank, ranks.get(id(maker), rank))
+            token_sets[id(node)] = min(token_set, token_sets.get(id(maker), token_set))
 
 
 def ensure_mergeable(axis_map: AxisMap, taken: gs.Variable, stream: gs.Variable) -> None:

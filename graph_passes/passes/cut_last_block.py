@@ -12,7 +12,8 @@ from __future__ import annotations
 import onnx_graphsurgeon as gs
 
 from graph_passes.analysis.vit_structure import find_structure
-from graph_passes.cutting.token_cutter import TokenLayout, apply_layout
+from graph_passes.cutting.token_cutter import apply_layout
+from graph_passes.cutting.token_sets import TokenLayout
 from graph_passes.pass_registry import Settings, graph_pass
 
 
