@@ -26,10 +26,8 @@ def test_its_options_exist() -> None:
 
 
 def test_the_files_it_names_exist() -> None:
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", PAGE) if "://" not in link]
-    assert links
-    assert [link for link in links if not (ROOT / "docs" / link).exists()] == []
     named = re.findall(r"`([a-z]+\.py)`", PAGE)
+    assert named
     assert [name for name in named if not any((ROOT / "graph_passes").rglob(name))] == []
 
 
