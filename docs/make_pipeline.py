@@ -46,17 +46,28 @@ def render() -> str:
             parts.append(text(centre, 124, command, 12, edge, ' font-family="monospace"'))
         if index:
             parts.append(arrow(x - gap + 3, 82, gap - 5))
-    parts.append(text(WIDTH / 2, 178, "The same held-out images go through every stage, so each loss is laid at the stage that caused it", 15))
+    parts.append(
+        text(
+            WIDTH / 2,
+            178,
+            "The same held-out images go through every stage, so each loss is laid at the stage that caused it",
+            15,
+        )
+    )
     for index, rung in enumerate(RUNGS):
         x = 27 + index * (width + gap)
         parts += [box(x, 196, width, 40, "#ffffff", "#9ca3af"), text(x + width / 2, 221, rung)]
         if index:
             parts.append(arrow(x - gap + 3, 216, gap - 5))
     parts.append(text(WIDTH / 2, 268, "top-1 with its interval, agreement and logit error, stage by stage", 15))
-    parts.append(text(WIDTH / 2, 294, "more loss than you allow: exit code 5, and no bundle", 15, "#b91c1c", ' font-weight="bold"'))
+    parts.append(
+        text(WIDTH / 2, 294, "more loss than you allow: exit code 5, and no bundle", 15, "#b91c1c", ' font-weight="bold"')
+    )
     head = '<marker id="head" viewBox="0 0 8 8" refX="1" refY="4" markerWidth="5" markerHeight="5" orient="auto">'
     head += '<path d="M0 0 L8 4 L0 8 z" fill="#6b7280"/></marker>'
-    opening = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="Helvetica, Arial, sans-serif" '
+    opening = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="Helvetica, Arial, sans-serif" '
+    )
     title = "Model, plan, slim ONNX, engine and bundle; each stage is compared with the one before"
     return "\n".join([f'{opening}role="img">', f"<title>{title}</title>", f"<defs>{head}</defs>", *parts, "</svg>", ""])
 

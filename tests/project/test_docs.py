@@ -33,7 +33,7 @@ OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 #: Options of commands that are not ours, where a page names them.
 FOREIGN = {
     "README.md": {"--group", "--strict"},
-    "CONTRIBUTING.md": {"--group", "--strict"},
+    "CONTRIBUTING.md": {"--check", "--group", "--strict"},
     "docs/imagenet.md": {"--standalone", "--nproc-per-node"},
 }
 TWO_COMMANDS = ("pip install uv && uv run python -m export.run --model vit_ti --engine trt", "pip install uv && uv run pytest")
@@ -91,7 +91,9 @@ def test_a_command_uses_options_that_exist(module: str, arguments: str) -> None:
     assert set(OPTION.findall(arguments)) <= options_of(module)
 
 
-@pytest.mark.parametrize(("page", "heading", "text"), list(sections()), ids=[f"{page}: {title}" for page, title, _ in sections()])
+@pytest.mark.parametrize(
+    ("page", "heading", "text"), list(sections()), ids=[f"{page}: {title}" for page, title, _ in sections()]
+)
 def test_every_option_named_exists(page: str, heading: str, text: str) -> None:
     door = re.fullmatch(r"`python -m ([a-z0-9_.]+)`", heading)
     doors = [door[1]] if door else DOORS
