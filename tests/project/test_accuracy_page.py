@@ -27,7 +27,7 @@ def table(text: str) -> Table:
 
 
 def shown(name: str) -> Table:
-    """What ``benchmarks.accuracy.tables --show`` prints of a results file: top-1 and its range, without what follows a comma."""
+    """What ``benchmarks.accuracy.tables --show`` prints of a results file: top-1 and its range, not what follows a comma."""
     done = door_here([sys.executable, "-m", "benchmarks.accuracy.tables", "--show", str(RESULTS / f"{name}.json")])
     assert done.returncode == 0, done.stderr
     (text,) = re.findall(r"^(\| MACs removed .*?)\n\n", done.stdout, flags=re.DOTALL | re.MULTILINE)
