@@ -69,7 +69,7 @@ def main() -> None:
         pixels = pixels.flip(-1) if torch.rand((), generator=rng) < 0.5 else pixels
         loss = functional.cross_entropy(model(pixels), targets[drawn], label_smoothing=0.1)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         if step % 10 == 0:
             print(f"step {step}: loss {loss.item():.3f}", flush=True)
