@@ -17,7 +17,7 @@ from graph_passes.onnx_io.graph_convert import export_model, import_graph, with_
 from graph_passes.onnx_io.model import OnnxModel, as_model
 from graph_passes.pass_registry import PASSES, CutForm, ImageForm, PassResult, Refusal, Settings
 from patchslim.choices import Layout, Precision
-from patchslim.errors import InputRejected, UsageError
+from patchslim.errors import InputRejected, UsageError, did_you_mean
 from patchslim.plan import SlimPlan
 
 #: How often a pass that repeats is run at most.
@@ -100,7 +100,7 @@ def run_passes(
 def ensure_known(names: Sequence[str]) -> None:
     """Raise ``UsageError`` for a name that no pass has."""
     if unknown := [name for name in names if name not in PASSES]:
-        raise UsageError(f"no pass named {', '.join(unknown)}; there are {', '.join(PASSES)}")
+        raise UsageError(f"no pass named {', '.join(unknown)}; there are {', '.join(PASSES)}{did_you_mean(unknown[0], PASSES)}")
 
 
 def ensure_plan(names: Sequence[str], plan: SlimPlan | None) -> None:

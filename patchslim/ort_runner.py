@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple, Self
 import numpy as np
 
 from patchslim.arrays import Array
-from patchslim.errors import InputRejected, Unavailable
+from patchslim.errors import InputRejected, Unavailable, did_you_mean
 from patchslim.runner import BatchLimits
 
 CPU: Final = "CPUExecutionProvider"
@@ -127,8 +127,8 @@ def _open(model: Path | bytes, name: str, provider: str, threads: int) -> Any:
     except ImportError as error:
         raise Unavailable('ONNX Runtime is not installed; install it: pip install "patchslim[edge]"') from error
     if provider not in ort.get_available_providers():
-        here = ", ".join(ort.get_available_providers())
-        raise Unavailable(f"ONNX Runtime has no {provider} here; it has {here}")
+        here = ort.get_available_providers()
+        raise Unavailable(f"ONNX Runtime has no {provider} here; it has {', '.join(here)}{did_you_mean(provider, here)}")
     if isinstance(model, Path) and not model.is_file():
         raise InputRejected(f"{name}: is not a file")
     options = ort.SessionOptions()

@@ -29,6 +29,7 @@ PACKAGES = (
     Package("timm", "timm", ("export",)),
     Package("accelerate", "accelerate", ("export",)),
     Package("safetensors", "safetensors", ("export",)),
+    Package("patchslim_digits", "patchslim-digits", ("export",)),
     Package("onnx", "onnx", ("edge", "export")),
     Package("onnxscript", "onnxscript", ("export",)),
     Package("onnx_graphsurgeon", "onnx-graphsurgeon", ("edge", "export")),

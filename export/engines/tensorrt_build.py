@@ -20,7 +20,7 @@ from export.engines.base import DEFAULT_TARGETS, TARGETS, Batch, BuildProgress, 
 from export.engines.onnx_info import OnnxFacts
 from export.engines.tensorrt_worker import BuildRequest
 from patchslim.choices import Precision
-from patchslim.errors import InputRejected, Unavailable, UsageError
+from patchslim.errors import InputRejected, Unavailable, UsageError, did_you_mean
 
 _GRACE = 5.0  # seconds that a cancelled build has to end by itself
 _NAMES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
@@ -50,7 +50,9 @@ def choose_backend(targets: Sequence[str] | None = None, precision: Precision | 
     wanted = tuple(dict.fromkeys(target.lower() for target in targets or ()))
     unknown = [target for target in wanted if target not in TARGETS and target != local]
     if unknown:
-        raise UsageError(f"unknown target {', '.join(unknown)}; valid targets are {', '.join(TARGETS)}")
+        raise UsageError(
+            f"unknown target {', '.join(unknown)}; valid targets are {', '.join(TARGETS)}{did_you_mean(unknown[0], TARGETS)}"
+        )
     full = importlib.util.find_spec("tensorrt") is not None
     if full and local is not None and wanted in ((), (local,)):
         return Backend("tensorrt", (local,), ahead_of_time=False)

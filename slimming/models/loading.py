@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from patchslim.errors import InputRejected, Unavailable, UsageError
+from patchslim.errors import InputRejected, Unavailable, UsageError, did_you_mean
+from patchslim.packages import install_command
 
 PRESETS = {
     "vit_ti": "vit_tiny_patch16_224",
@@ -22,7 +24,8 @@ PRESETS = {
     "deit_s": "deit_small_patch16_224",
     "deit_b": "deit_base_patch16_224",
 }
-BUNDLED = {"vit_ti": Path(__file__).parents[1] / "bundled" / "vit_ti_digits.safetensors"}
+BUNDLED = {"vit_ti": "vit_ti_digits.safetensors"}
+"""Files of the package ``patchslim_digits``, a distribution of its own (``weights/`` in a checkout)."""
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
@@ -86,9 +89,12 @@ def load_model(
     if classes is not None and weights != "pretrained":
         arguments.setdefault("num_classes", classes)
     if weights == "bundled" and name in BUNDLED:  # the classes that they know, where nothing else says
-        arguments.setdefault("num_classes", len(read_weights(BUNDLED[name])[1]["labels"]))
+        arguments.setdefault("num_classes", len(read_weights(bundled_weights(name))[1]["labels"]))
     if not timm.is_model(architecture.split(".")[0]):
-        raise InputRejected(f"model {name}: not a preset ({', '.join(PRESETS)}) and not a model of timm {timm.__version__}")
+        near = did_you_mean(name.split(".")[0], [*PRESETS, *timm.list_models()])
+        raise InputRejected(
+            f"model {name}: not a preset ({', '.join(PRESETS)}) and not a model of timm {timm.__version__}{near}"
+        )
     torch.manual_seed(seed)
     try:
         module = timm.create_model(architecture, pretrained=weights == "pretrained", **arguments)
@@ -114,7 +120,7 @@ def load_model(
         )
     record: dict[str, Any] = {}
     if weights not in ("pretrained", "random"):
-        path = BUNDLED[name] if weights == "bundled" else Path(weights)
+        path = bundled_weights(name) if weights == "bundled" else Path(weights)
         state, record = read_weights(path)
         apply_weights(module, state, path)
     config = resolve_data_config(args=overrides, pretrained_cfg={**module.pretrained_cfg, **record.get("data_config", {})})
@@ -134,6 +140,17 @@ def load_model(
         weights_sha256=state_digest(module.state_dict()),
         record=record,
     )
+
+
+def bundled_weights(name: str) -> Path:
+    """The weights file that is bundled for the preset ``name``; raises ``Unavailable`` where its package is not installed."""
+    package = importlib.util.find_spec("patchslim_digits")
+    if package is None or package.origin is None:
+        raise Unavailable(
+            f"the bundled weights of {name} are not installed: {install_command('export')}, or, from a checkout, "
+            "pip install ./weights; or pass --weights PATH, pretrained or random"
+        )
+    return Path(package.origin).with_name(BUNDLED[name])
 
 
 def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -74,6 +74,38 @@ def test_every_door_answers_help(edge: Path, door: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def installed_files(edge: Path, tmp_path: Path) -> list[Path]:
+    """Every file that was installed, as a path within site-packages."""
+    done = run(edge, "-c", "import patchslim, pathlib; print(pathlib.Path(patchslim.__file__).parents[1])", cwd=tmp_path)
+    packages = Path(done.stdout.strip())
+    return [path.relative_to(packages) for path in packages.rglob("*") if path.is_file()]
+
+
+def test_nothing_is_installed_but_what_a_device_needs(edge: Path, tmp_path: Path) -> None:
+    files = installed_files(edge, tmp_path)
+    assert Path("patchslim/py.typed") in files
+    assert not {"tests", "benchmarks", "docs", "weights", "patchslim_digits"} & {path.parts[0] for path in files}
+    assert not [path for path in files if path.suffix == ".safetensors" or path.name.startswith("train_")]
+
+
+def test_the_console_command_runs(edge: Path, tmp_path: Path) -> None:
+    command = edge.with_name("patchslim")
+    told = run(command, "--version", cwd=tmp_path)
+    assert (told.returncode, told.stdout) == (0, "patchslim 0.1.0\n"), told.stderr
+    assert run(command, "--help", cwd=tmp_path).stdout.startswith("usage: patchslim")
+    make_bundle(tmp_path / "bundle")
+    assert run(command, "validate", "bundle", "--threads", 1, cwd=tmp_path).returncode == 0
+    done = run(command, "export", cwd=tmp_path)
+    assert (done.returncode, "patchslim[export]" in done.stderr) == (4, True), done.stderr
+
+
+def test_the_bundled_weights_say_what_to_install(edge: Path, tmp_path: Path) -> None:
+    code = "from slimming.models.loading import bundled_weights; bundled_weights('vit_ti')"
+    done = run(edge, "-c", code, cwd=tmp_path)
+    assert "Unavailable: the bundled weights of vit_ti are not installed: " in done.stderr
+    assert 'pip install "patchslim[export]"' in done.stderr
+
+
 def test_a_door_that_needs_torch_says_what_to_install(edge: Path, tmp_path: Path) -> None:
     for door in ("export.run", "slimming.run"):
         done = run(edge, "-m", door, "--output", tmp_path / "out", cwd=tmp_path)

@@ -12,13 +12,13 @@ from timm.data import create_transform
 
 from benchmarks.training import train_digits as train
 from slimming.data.source import evaluation_set, load_tensors
-from slimming.models.loading import BUNDLED, load_model
+from slimming.models.loading import bundled_weights, load_model
 
 IMAGES = 160
 
 
 def test_the_bundled_weights_are_small_and_recorded() -> None:
-    path = BUNDLED["vit_ti"]
+    path = bundled_weights("vit_ti")
     assert path.stat().st_size <= 12e6
     loaded = load_model("vit_ti", classes=10)
     assert loaded.record == json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))

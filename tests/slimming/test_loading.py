@@ -68,6 +68,19 @@ def test_an_unknown_name_is_refused_whatever_the_weights(weights: str) -> None:
     assert raised.value.exit_code == 3
 
 
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("vit_tii", "vit_ti"),
+        ("vit_tinny_patch16_224", "vit_tiny_patch16_224"),
+        ("vit_base_patch61_224.mae", "vit_base_patch16_224"),
+    ],
+)
+def test_a_misspelt_name_gets_the_nearest(name: str, near: str) -> None:
+    with pytest.raises(InputRejected, match=rf"model {name}: not a preset .*; did you mean (\w+ or )*{near}\b"):
+        load_model(name, weights="random")
+
+
 @pytest.mark.parametrize("argument", [{"no_such_argument": 1}, {"embed_dim": 47}, {"global_pool": "nonsense"}])
 def test_arguments_that_timm_refuses(argument: dict[str, Any]) -> None:
     with pytest.raises(InputRejected, match=f"model {VIT}: timm refuses .*{next(iter(argument))}"):
