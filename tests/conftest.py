@@ -6,7 +6,9 @@ import contextlib
 import functools
 import gc
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +24,14 @@ if sys.dont_write_bytecode:  # PYTHONDONTWRITEBYTECODE: every process that a tes
 
 if TYPE_CHECKING:
     from export.pipeline import Outcome
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One folder for what the run makes once (tests/helpers/made_once.py); pytest-xdist's processes inherit its name."""
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.mkdtemp(prefix="patchslim-tests-")
+        os.environ["PATCHSLIM_TEST_FILES"] = folder
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def pytest_collection_finish() -> None:

@@ -1,7 +1,6 @@
 """Every graph of the corpus under a random plan: what the passes make of it is what the plan means, and other runtimes take it.
 
-All that exports the corpus is in this file, so that one process does it once. ``PATCHSLIM_CORPUS=all`` builds every case with
-TensorRT-RTX, not only some of every kind.
+``pytest -m "slow or not slow"`` runs every case, the default those of ``QUICK``.
 """
 
 from __future__ import annotations
@@ -33,18 +32,13 @@ from graph_passes.pass_registry import CutForm
 from graph_passes.run import main
 from patchslim.choices import Layout
 from patchslim.plan import Origin, SlimPlan
-from tests.helpers.corpus import CASES, REFUSED, Built, Case, built, by_name, exported, plain, reference
+from tests.helpers.corpus import CASES, QUICK, REFUSED, Built, Case, built, by_name, exported, plain, reference
 from tests.helpers.corpus.models import DEPTH, SIZE
 from tests.helpers.corpus.rewrites import REWRITES
 
 Images = NDArray[np.float32 | np.float16]
-#: A case of every kind that TensorRT has to fuse: other exporters, opsets, projections, masks, rotations, biases and pools.
-BUILT = [
-    "timm_map-dynamo20-unfused", "timm_parallel_scaling-script17", "timm_eva02-dynamo20-unfused", "timm_beit-script17",
-    "timm_registers-dynamo23-static", "timm_layer_scale-script17-unfused-fp16", "hf_vit-dynamo20", "hf_dinov3-script17-unfused",
-    "hf_siglip_avg-script17-static-slim", "hf_deit_teacher-optimum18", "torchvision-dynamo18-static",
-    "timm_class-rewritten:gemm", "timm_class-rewritten:scale-after",
-]  # fmt: skip
+#: Every case; those that are not of ``QUICK`` are marked slow.
+EVERY = [pytest.param(case, id=case.name, marks=[] if case.name in QUICK else pytest.mark.slow) for case in CASES]
 
 
 @dataclass(frozen=True)
@@ -142,7 +136,7 @@ def attentions_of(model: OnnxModel) -> list[tuple[int, int]]:
 # The corpus is what it says
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", EVERY)
 def test_a_graph_computes_what_its_pytorch_model_does(case: Case) -> None:
     found = built(case)
     onnx.checker.check_model(found.model)
@@ -155,7 +149,7 @@ def test_a_graph_computes_what_its_pytorch_model_does(case: Case) -> None:
         np.testing.assert_allclose(result, plain(case, images), rtol=0, atol=found.tolerance)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.opset == 23], ids=str)
+@pytest.mark.parametrize("case", [entry for entry in EVERY if "dynamo23" in str(entry.id)])
 def test_opset_23_emits_the_attention_operator(case: Case) -> None:
     assert Counter(node.op_type for node in exported(case).graph.node)["Attention"] >= DEPTH
 
@@ -173,7 +167,7 @@ def test_rewrites_change_the_form_and_not_the_names_of_inputs() -> None:
 # The passes
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", EVERY)
 def test_a_cut_graph_answers_as_the_plan_means_and_computes_nothing_else(case: Case) -> None:
     given, result = subject(case), slimmed(case, "split")
     assert_answers(case, result.model)
@@ -196,7 +190,7 @@ def test_a_cut_graph_answers_as_the_plan_means_and_computes_nothing_else(case: C
     assert again.model.to_proto().SerializeToString() == proto.SerializeToString()
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", EVERY)
 def test_a_packed_projection_stays_packed_and_openvino_answers_alike(case: Case) -> None:
     openvino = pytest.importorskip("openvino")
     given, model = subject(case), slimmed(case, "packed").model
@@ -278,8 +272,14 @@ os._exit(0)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
-def test_tensorrt_builds_fp16_with_every_attention_fused(tmp_path: Path) -> None:
-    cases = CASES if os.environ.get("PATCHSLIM_CORPUS") == "all" else [by_name(name) for name in BUILT]
+@pytest.mark.parametrize(
+    "cases",
+    [
+        pytest.param([by_name(name) for name in QUICK], id="quick"),
+        pytest.param([case for case in CASES if case.name not in QUICK], id="rest", marks=pytest.mark.slow),
+    ],
+)
+def test_tensorrt_builds_fp16_with_every_attention_fused(cases: list[Case], tmp_path: Path) -> None:
     paths = {case: tmp_path / f"{number}.onnx" for number, case in enumerate(cases)}
     expected = {}
     for case, path in paths.items():

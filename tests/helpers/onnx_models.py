@@ -19,6 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from graph_passes import OnnxModel
 from patchslim.macs import Geometry
 from patchslim.plan import Origin, SlimPlan
+from tests.helpers.made_once import model_made_once
 
 SIZES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -181,7 +182,7 @@ def macs_of_graph(model: OnnxModel | onnx.ModelProto) -> int:
 def dense(kind: str) -> tuple[VisionTransformer, onnx.ModelProto]:
     """A tiny model of four blocks and its export, made once per test run; do not change either."""
     model = tiny_vit(kind)
-    return model, export_dense(model)
+    return model, model_made_once(f"tiny-{kind}", lambda: export_dense(model))
 
 
 def tiny_cnn() -> onnx.ModelProto:

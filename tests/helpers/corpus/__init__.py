@@ -21,6 +21,7 @@ from tests.helpers.corpus import exporters, models
 from tests.helpers.corpus.models import DEPTH, FAMILIES, GRID, SIZE, WIDTH, Family, Head
 from tests.helpers.corpus.reference import masked_logits
 from tests.helpers.corpus.rewrites import REWRITES
+from tests.helpers.made_once import model_made_once
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,15 @@ CASES: list[Case] = [
     *(Case(f"timm_class-rewritten:{name}", "timm_class", f"rewritten:{name}", 20, fused=False) for name in REWRITES),
 ]
 
+#: A case of every kind that the passes have to see through and TensorRT to fuse: other exporters, opsets, projections, masks,
+#: rotations, biases and pools. Tests of all ``CASES`` mark the others slow.
+QUICK: list[str] = [
+    "timm_map-dynamo20-unfused", "timm_parallel_scaling-script17", "timm_eva02-dynamo20-unfused", "timm_beit-script17",
+    "timm_registers-dynamo23-static", "timm_layer_scale-script17-unfused-fp16", "hf_vit-dynamo20", "hf_dinov3-script17-unfused",
+    "hf_siglip_avg-script17-static-slim", "hf_deit_teacher-optimum18", "torchvision-dynamo18-static",
+    "timm_class-rewritten:gemm", "timm_class-rewritten:scale-after",
+]  # fmt: skip
+
 REFUSED: list[Case] = [
     _case("swin", "torchscript", 17),
     _case("cnn", "dynamo", 20),
@@ -180,6 +190,10 @@ def by_name(name: str) -> Case:
 @cache
 def exported(case: Case) -> onnx.ModelProto:
     """The ONNX model of any case, refused ones included; shared by all tests, so not to be changed."""
+    return model_made_once(f"corpus-{case.name}", lambda: _export(case))
+
+
+def _export(case: Case) -> onnx.ModelProto:
     model = models.torch_model(case.family, case.fused)
     example = torch.from_numpy(_images(0, 2 if case.dynamic else 1))
     if case.family == "text":
@@ -200,7 +214,7 @@ def exported(case: Case) -> onnx.ModelProto:
 
 @cache
 def built(case: Case) -> Built:
-    """The graph of a case of ``CASES`` with its tokens, head and input; made once per process."""
+    """The graph of a case of ``CASES`` with its tokens, head and input; read once per process."""
     family: Family = FAMILIES[case.family]
     model = exported(case)
     value = model.graph.input[0]
