@@ -25,6 +25,8 @@ from slimming.api import dense_plan, make_plan
 from slimming.models.slim_vit import SlimViT
 from tests.helpers.timm_models import build, images_for
 
+pytestmark = pytest.mark.numeric
+
 KINDS = ["class_token", "layer_scale", "qk_norm", "not_square"]
 SIZED: dict[str, Any] = {"patch_size": 8, "depth": 5}  # 36 patches, or 32
 

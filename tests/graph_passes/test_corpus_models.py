@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from tests.helpers.corpus import CASES, REFUSED, built, by_name, plain, reference
 from tests.helpers.corpus.models import DEPTH, FAMILIES, SIZE, torch_model
 
+pytestmark = pytest.mark.numeric
+
 
 def _images(batch: int) -> NDArray[np.float32]:
     return np.random.default_rng(2).standard_normal((batch, 3, SIZE, SIZE), dtype=np.float32)

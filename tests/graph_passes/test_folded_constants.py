@@ -13,6 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 from graph_passes import OnnxModel, Settings, run_passes, slim
 from tests.helpers.onnx_models import dense, ort_logits, random_plan, reference
 
+pytestmark = pytest.mark.numeric
+
 HIDDEN = float("-inf")
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 

@@ -24,6 +24,8 @@ from patchslim.errors import InputRejected, UsageError
 from patchslim.plan import SlimPlan
 from tests.helpers.onnx_models import as_proto, dense, ort_logits, plan_for, reference, tiny_vit
 
+pytestmark = pytest.mark.numeric
+
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 PIXELS = torch.randint(0, 256, (3, 3, 32, 32), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

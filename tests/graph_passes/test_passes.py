@@ -14,6 +14,8 @@ from patchslim.errors import InputRejected
 from patchslim.plan import SlimPlan
 from tests.helpers.onnx_models import FORMS, dense, ort_logits, plan_for, random_plan, reference, tiny_cnn
 
+pytestmark = pytest.mark.numeric
+
 ALL = list(range(17))
 # Block 1 keeps what block 0 left, so in compact mode it needs no cut; the last block keeps the class token only.
 KEPT = [[0, 2, 5, 6, 9, 11, 14, 16], [0, 2, 5, 6, 9, 11, 14, 16], [0, 5, 11, 16], [0]]

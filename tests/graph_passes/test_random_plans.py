@@ -13,6 +13,8 @@ from patchslim.choices import Layout, Mode
 from slimming.models.slim_vit import SlimViT
 from tests.helpers.onnx_models import SIZES, dense, export_dense, macs_of_graph, ort_logits, random_plan, reference
 
+pytestmark = pytest.mark.numeric
+
 KINDS = st.sampled_from(sorted(SIZES))
 MODES = st.sampled_from(["compact", "stale"])
 LAYOUTS = st.sampled_from(["split", "packed"])

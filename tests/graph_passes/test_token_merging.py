@@ -38,6 +38,8 @@ from tests.helpers.tensorrt_vit import AHEAD_OF_TIME, wide
 from tests.helpers.tensorrt_vit import plan_of as tensorrt_plan
 from tests.helpers.timm_models import build, images_for, random_masks
 
+pytestmark = pytest.mark.numeric
+
 LAYOUTS: list[Layout] = ["split", "packed"]
 FORMS: list[CutForm] = ["auto", "slice", "gather", "matmul"]
 FAMILIES: dict[str, dict[str, Any]] = {

@@ -20,6 +20,8 @@ from slimming.search.scores import PaperScore
 from slimming.search.top_down import TopDownSearch
 from tests.helpers.timm_models import build, images_for
 
+pytestmark = pytest.mark.numeric
+
 TOLERANCE = 0.003
 KINDS = ["class_token", "distilled", "eva02_rope", "siglip"]
 

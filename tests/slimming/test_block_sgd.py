@@ -15,6 +15,8 @@ from slimming.models.fused_attention import unfused_attention
 from slimming.models.reader import ModelReader
 from tests.helpers.timm_models import build, images_for
 
+pytestmark = pytest.mark.numeric
+
 BLOCK, KEPT = 1, torch.tensor([0, 1, 2, 5, 7])
 IMAGES = [2] * 12  # of each batch: three steps make an epoch
 Batches = Callable[[list[int]], Iterator[tuple[Tensor, Tensor]]]

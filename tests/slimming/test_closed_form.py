@@ -32,6 +32,8 @@ from slimming.tensor_store import TensorStore
 from tests.helpers.timm_models import build, images_for
 from tests.helpers.tolerances import solve_error, sum_error
 
+pytestmark = pytest.mark.numeric
+
 IMAGES = 44
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "class token": ("class_token", {}),

@@ -37,6 +37,8 @@ from tests.helpers.corpus import by_name, exported
 from tests.helpers.corpus import reference as corpus_reference
 from tests.helpers.onnx_models import dense, plan_for, reference, tiny_cnn
 
+pytestmark = pytest.mark.numeric
+
 TRANSFORM = create_transform(input_size=(3, 32, 32), crop_pct=1.0)
 POOLS = {"avg": "timm_avg_class-script17", "map": "timm_map-dynamo20-unfused"}
 COUNTS = {"plain": (15, 11, 6, 1), "distilled": (18, 12, 7, 2), "registers": (19, 13, 9, 1)}

@@ -20,6 +20,8 @@ from slimming.models.reader import check_supported, reader_of
 from slimming.models.slim_vit import SlimViT
 from tests.helpers.timm_models import ALL_KINDS, TINY, build, head_of, images_for, pools, without_fused_attention
 
+pytestmark = pytest.mark.numeric
+
 VIT = "vit_tiny_patch16_224"
 CLOSE: dict[str, float] = {"rtol": 1e-4, "atol": 1e-4}
 

@@ -18,6 +18,8 @@ from slimming.search.scores import PathGram, Score, State, input_magnitude, pape
 from slimming.search.top_down import TopDownSearch
 from tests.helpers.timm_models import build, images_for
 
+pytestmark = pytest.mark.numeric
+
 EXACT: dict[str, float] = {"rtol": 1e-9, "atol": 1e-12}
 
 

@@ -34,6 +34,8 @@ from slimming.search.profile import profile_within
 from slimming.search.similarity import MergeSearch
 from tests.helpers.timm_models import ALL_KINDS, build, images_for, pools, without_fused_attention
 
+pytestmark = pytest.mark.numeric
+
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 SINGLE = [kind for kind in ALL_KINDS if not pools(build(kind))]
 

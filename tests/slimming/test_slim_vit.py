@@ -28,6 +28,8 @@ from tests.helpers.timm_models import (
     without_fused_attention,
 )
 
+pytestmark = pytest.mark.numeric
+
 CLOSE: dict[str, float] = {"rtol": 1e-4, "atol": 1e-4}
 
 

@@ -29,6 +29,8 @@ from slimming.search.top_down import Selection, TopDownSearch
 from slimming.tensor_store import TensorStore
 from tests.helpers.timm_models import build, images_for
 
+pytestmark = pytest.mark.numeric
+
 IMAGES = 20
 #: Models whose head pools, with and without prefix tokens.
 POOLED: dict[str, dict[str, Any]] = {
