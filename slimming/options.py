@@ -12,7 +12,7 @@ import tyro
 from patchslim.choices import Fit, Mode, ScoreName
 from patchslim.errors import UsageError
 from slimming.fitting.recipe import Recipe
-from slimming.search.budget import Budget, check_similarity, check_summary, merges
+from slimming.search.budget import Budget, check_similarity, check_summary, merges, resolved_score
 
 _INSTEAD = ("tolerance", "tokens", "latency-reduction", "latency-budget-ms")
 
@@ -132,6 +132,10 @@ class ModelOptions(FittingGroup, BudgetGroup, ImageGroup, ModelGroup):
             if (value := getattr(self, name.replace("-", "_"))) is not None:
                 return Budget(name, value, snap=self.snap)
         return Budget("macs-reduction", self.macs_reduction, snap=self.snap)
+
+    def resolved_score(self, *, fixed_head: bool) -> ScoreName:
+        """What the score ``auto`` stands for; raises ``UsageError`` where another does not go with the model's head."""
+        return resolved_score(self.score, fixed_head, self.mode, self.fit, self.budget, self.summary)
 
     def merges(self, *, fixed_head: bool) -> bool:
         """Whether the plan will merge tokens, of a model whose head reads single tokens or not; raises ``UsageError``."""

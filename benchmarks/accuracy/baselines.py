@@ -1,12 +1,12 @@
-"""Training-free references of two rivals that choose tokens at run time, image by image: ToMe and EViT.
+"""Training-free implementations of two baselines that choose tokens at run time, image by image: ToMe and EViT.
 
 Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023 (arXiv 2210.09461), and Liang et al., "Not All Patches are What
 You Need: Expediting Vision Transformers via Token Reorganizations", ICLR 2022 (arXiv 2202.07800). Our own code; where the
 papers are silent (order after merging, rounding, caps) it does as the authors' code does. They are for accuracy at a counted
 cost, not for speed. Costs follow ``patchslim.plan.macs_of``.
 
-Neither paper lets the last block skip the patches, which no class-token head reads; ``head_only`` gives the rivals that exact
-saving too, so that it need not be counted as a merit of a plan that has it. It is off unless asked for.
+In neither paper does the last block skip the patches, which no class-token head reads; ``head_only`` gives the baselines that
+exact saving too, so that it is not counted as a merit of a plan that has it. It is off unless asked for.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def merge(tokens: Tensor, sizes: Tensor, matching: tuple[Tensor, Tensor, Tensor]
     return merged[..., :-1] / merged[..., -1:], merged[..., -1]
 
 
-class Rival(nn.Module):
+class Baseline(nn.Module):
     """A class-token timm ViT whose blocks pass on fewer tokens than they read; it shares the model's parameters.
 
     ``counts`` are the tokens after each block's attention, which its MLP and the next block see. Raises ``InputRejected`` for a
@@ -113,11 +113,13 @@ class Rival(nn.Module):
                 and isinstance(block.attn.norm, nn.Identity)
             )
             if not plain:
-                raise InputRejected(f"the rivals take plain pre-norm blocks; block {index} is not one: {type(block).__name__}")
+                raise InputRejected(
+                    f"the baselines take plain pre-norm blocks; block {index} is not one: {type(block).__name__}"
+                )
         if model.num_prefix_tokens != 1 or model.global_pool != "token":
             raise InputRejected(
-                f"the rivals take one class token that the head reads; the model has {model.num_prefix_tokens} prefix tokens "
-                f"and pooling {model.global_pool!r}"
+                "the baselines take one class token that the head reads; the model has "
+                f"{model.num_prefix_tokens} prefix tokens and pooling {model.global_pool!r}"
             )
         self.model = model
         self.head_only = head_only
@@ -144,7 +146,7 @@ class Rival(nn.Module):
         return self.head_only and block == self.depth - 1
 
 
-class ToMeViT(Rival):
+class ToMeViT(Baseline):
     """ToMe: each block merges r tokens (one number, or one for each block) into their most similar ones, after its attention.
 
     A block merges at most half of its tokens, the class token aside. Raises ``InputRejected`` and ``UsageError``.
@@ -186,7 +188,7 @@ class ToMeViT(Rival):
         return merge(tokens, sizes, bipartite_soft_matching(metric, r))
 
 
-class EViT(Rival):
+class EViT(Baseline):
     """EViT: some blocks keep, after attention, the patches that the class token attends to most, and fuse the rest into one.
 
     ``keep_rate`` is the part of the tokens, the class token aside, that each of ``blocks`` keeps, rounded up; the fused token
@@ -255,15 +257,15 @@ def tome_for_macs(model: Any, macs: int, *, head_only: bool = False) -> ToMeViT:
     The paper's r is one integer; here the first j blocks may merge r + 1 and the others r, for the budgets between two r.
     """
     depth, most = len(model.blocks), int(model.patch_embed.num_patches) // 2
-    rival = ToMeViT(model, 0, head_only=head_only)
+    baseline = ToMeViT(model, 0, head_only=head_only)
     for total in range(1, depth * most + 1):  # the cost falls as the total grows
-        if rival.macs() <= macs:
+        if baseline.macs() <= macs:
             break
         r, more = divmod(total, depth)
-        rival = ToMeViT(model, [r + (block < more) for block in range(depth)], head_only=head_only)
-    if rival.macs() > macs:
-        raise BudgetUnreachable(f"ToMe cannot do with {macs} MACs; its least here is {rival.macs()}")
-    return rival
+        baseline = ToMeViT(model, [r + (block < more) for block in range(depth)], head_only=head_only)
+    if baseline.macs() > macs:
+        raise BudgetUnreachable(f"ToMe cannot do with {macs} MACs; its least here is {baseline.macs()}")
+    return baseline
 
 
 def evit_for_macs(model: Any, macs: int, **options: Any) -> EViT:
@@ -283,4 +285,4 @@ def evit_for_macs(model: Any, macs: int, **options: Any) -> EViT:
     shorter = (
         EViT(model, rate, **options) for digits in range(1, 12) if (rate := math.floor(low * 10**digits) / 10**digits) > 0
     )
-    return next((rival for rival in shorter if rival.counts == best.counts), best)
+    return next((baseline for baseline in shorter if baseline.counts == best.counts), best)

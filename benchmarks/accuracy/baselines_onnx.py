@@ -1,8 +1,8 @@
-"""The rivals written for ONNX Runtime: the same answers as ``benchmarks.accuracy.baselines``, from operators that it runs fast.
+"""The baselines written for ONNX Runtime: the answers of ``benchmarks.accuracy.baselines``, from operators that it runs fast.
 
-Exported as they stand, the rivals gather element by element (``GatherElements``) and merge by ``ScatterElements``. Here whole
-rows are copied (``Gather`` over the flattened batch) and merged by a small matrix product, and nothing is gathered or divided
-that stays as it is: what somebody would write who wants the rival to be fast.
+Exported as they stand, the baselines gather element by element (``GatherElements``) and merge by ``ScatterElements``. Here
+whole rows are copied (``Gather`` over the flattened batch) and merged by a small matrix product, and nothing is gathered or
+divided that stays as it is: what somebody would write who wants the baseline to be fast.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.accuracy.baselines import EViT, Rival, ToMeViT
+from benchmarks.accuracy.baselines import Baseline, EViT, ToMeViT
 
 
 def rows_of(tokens: Tensor, places: Tensor) -> Tensor:
@@ -65,10 +65,10 @@ class LeanEViT(EViT):
         return torch.cat(parts, dim=1)
 
 
-def lean(rival: Rival) -> Rival:
-    """The same rival, sharing its parameters, in operators that ONNX Runtime runs fast."""
-    if isinstance(rival, ToMeViT):
-        return LeanToMe(rival.model, rival.merged(), head_only=rival.head_only)
-    assert isinstance(rival, EViT)
-    options = {"fuse": rival.fuse, "normalised": rival.normalised, "head_only": rival.head_only}
-    return LeanEViT(rival.model, rival.keep_rate, rival.blocks, **options)
+def lean(baseline: Baseline) -> Baseline:
+    """The same baseline, sharing its parameters, in operators that ONNX Runtime runs fast."""
+    if isinstance(baseline, ToMeViT):
+        return LeanToMe(baseline.model, baseline.merged(), head_only=baseline.head_only)
+    assert isinstance(baseline, EViT)
+    options = {"fuse": baseline.fuse, "normalised": baseline.normalised, "head_only": baseline.head_only}
+    return LeanEViT(baseline.model, baseline.keep_rate, baseline.blocks, **options)

@@ -1,22 +1,31 @@
-"""Measures the rows of the accuracy tables: a model with its held-out images, the rivals, and our plans and refitted models."""
+"""Measures the rows of the accuracy tables: the dense model, the baselines, and what ``python -m slimming.run`` makes of it."""
 
 from __future__ import annotations
 
 import base64
-import copy
 import dataclasses
 import hashlib
 import json
 import shutil
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.accuracy.rows import EVIT_FORMS, Case, Options, are_apart, public
-from patchslim.choices import Mode, ScoreName
-from patchslim.errors import BudgetUnreachable, InputRejected, Unavailable
+from benchmarks.accuracy.rows import EVIT_FORMS, Case, TableOptions, are_apart, public
+from patchslim.choices import Mode
+from patchslim.errors import BudgetUnreachable, InputRejected, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from benchmarks.accuracy.baselines import Baseline
+    from patchslim.progress import StageProgress
+    from slimming.api import FoundPlan, PlanFinder
+    from slimming.data.source import ImageSet
+    from slimming.models.slim_vit import SlimViT
+    from slimming.run import SlimmingOptions
 
 
-def held_out(options: Options) -> Any:
+def held_out(options: TableOptions) -> ImageSet:
     """The images to measure on. Where nothing else is taken from ``--data``, one without splits need not be divided."""
     from slimming.data.source import evaluation_set
 
@@ -35,37 +44,36 @@ class NotMeasured(Exception):  # noqa: N818 - no error: the row says why it has 
 
 
 class Bench:
-    """A model and held-out images, preprocessed once, with the dense model's answers."""
+    """A model and held-out images, preprocessed once, with the dense model's answers.
 
-    def __init__(self, options: Options) -> None:
+    The model is loaded as ``python -m slimming.run`` loads it. ``options`` are the given ones, with the score that ``auto``
+    stands for in place of it. Raises ``PatchslimError``.
+    """
+
+    def __init__(self, options: TableOptions) -> None:
         import torch
-        from timm.data import create_transform
 
         from patchslim.progress import Reporter
         from slimming.data.source import load_tensors
-        from slimming.models.loading import load_model, parse_arguments
         from slimming.models.reader import reader_of
+        from slimming.session import open_session
         from slimming.tensor_store import TensorStore
 
-        if options.device == "cuda" and not torch.cuda.is_available():
-            raise Unavailable("--device cuda: PyTorch sees no CUDA device here")
         torch.set_num_threads(options.threads)
-        self.options, self.reporter = options, Reporter()
+        self.reporter = Reporter()
         self.images = held_out(options)
-        arguments = parse_arguments(options.model_arg)
-        classes = len(self.images.labels)
-        self.loaded = load_model(options.model, weights=options.weights, arguments=arguments, classes=classes)
-        self.model = self.loaded.module.to(options.device)
-        if self.model.num_classes != classes:
-            raise InputRejected(f"{options.data} has {classes} classes, the model {self.model.num_classes}")
+        default = options.slimming(options.default_case())
+        self.session = open_session(default, self.images)
+        self.model: nn.Module = self.session.loaded.module
         self.reader = reader_of(self.model, options.model)
+        fixed = self.reader.head.fixed
+        self.options = dataclasses.replace(options, default_score=default.resolved_score(fixed_head=fixed))
         self.batch_size = options.batch_size or (100 if self.reader.tokens <= 100 else 16)
-        self.transform = create_transform(**self.loaded.data_config)
-        self.pixels = TensorStore().empty(len(self.images), *self.loaded.data_config["input_size"])
+        self.pixels = TensorStore().empty(len(self.images), *self.session.loaded.data_config["input_size"])
         self.labels = torch.empty(len(self.images), dtype=torch.long)
         done = 0
         with self.reporter.bar("held-out images") as update:
-            for batch, targets in load_tensors(self.images, self.transform, self.batch_size):
+            for batch, targets in load_tensors(self.images, self.session.transform, self.batch_size):
                 rows = slice(done, done + len(batch))
                 self.pixels[rows], self.labels[rows] = batch, targets
                 done += len(batch)
@@ -77,7 +85,7 @@ class Bench:
     def described(self) -> dict[str, Any]:
         """What the results are of: rows of another model or of other images do not go with them."""
         digest = hashlib.sha256(b"".join(sorted(self.digests))).hexdigest()
-        loaded, options = self.loaded, self.options
+        loaded, options = self.session.loaded, self.options
         return {
             "model": {
                 "name": loaded.name,
@@ -100,18 +108,18 @@ class Bench:
 
         return macs_of([self.reader.tokens] * len(self.reader.blocks), self.reader.tokens, self.reader.geometry())
 
-    def logits(self, module: Any, title: str) -> Any:
+    def logits(self, module: nn.Module, title: str) -> Tensor:
         """Logits (images, classes) of the held-out images."""
         import torch
 
-        found = []
+        found: list[Tensor] = []
         with self.reporter.bar(title) as update, torch.inference_mode():
             for batch in torch.split(self.pixels, self.batch_size):
-                found.append(module(batch.to(self.options.device)).float().cpu())
+                found.append(module(batch.to(next(module.parameters()).device)).float().cpu())
                 update(sum(map(len, found)), len(self.pixels))
         return torch.cat(found)
 
-    def measured(self, module: Any, title: str) -> dict[str, Any]:
+    def accuracy_of(self, module: nn.Module, title: str) -> dict[str, Any]:
         """Top-1 of ``module``, and how its answers differ from the dense model's; ``correct`` is a bit for each image."""
         import numpy as np
 
@@ -128,7 +136,7 @@ class Bench:
             "correct": base64.b64encode(np.packbits(right.numpy()).tobytes()).decode(),
         }
 
-    def rival(self, case: Case) -> tuple[Any, dict[str, Any]]:
+    def baseline(self, case: Case) -> tuple[Baseline, dict[str, Any]]:
         """ToMe or EViT at the cost that the case's budget names, and what its row says of it; raises ``NotMeasured``."""
         from benchmarks.accuracy.baselines import evit_for_macs, tome_for_macs
 
@@ -142,120 +150,104 @@ class Bench:
         except (BudgetUnreachable, InputRejected) as error:
             raise NotMeasured(str(error)) from error
 
-    def others(self, address: str, count: int, seed: int) -> Any:
-        """Images to make plans from or to train on: never held-out ones, by address here and by pixels in ``unseen``."""
-        from slimming.data.source import calibration_set
+    def check_unseen(self, images: ImageSet) -> None:
+        """Raise ``InputRejected`` where one of ``images`` is measured on, by its place in the data or by its pixels.
 
-        images = calibration_set(address, count, seed, apart=are_apart(self.options.data, address))
+        The same images are read once.
+        """
+        are_apart(self.options.data, images.address)
         same = images.address == self.images.address and images.split == self.images.split
         if same and set(images.indices) & set(self.images.indices):
-            raise InputRejected(f"{address}: holds images that are measured on")
-        return images
+            raise InputRejected(f"{images.address}: holds images that are measured on")
+        described = json.dumps([images.describe(), images.indices])
+        if described in self.found_unseen:
+            return
+        for image in self.preprocessed(images):
+            if digest_of(image) in self.digests:
+                raise InputRejected(f"{images.address}: an image of it is among the held-out images of {self.options.data}")
+        self.found_unseen.add(described)
 
-    def unseen(self, images: Any, batch_size: int) -> Iterator[Any]:
-        """Preprocessed batches of ``images``; raises ``InputRejected`` at the first one that is measured on."""
+    def preprocessed(self, images: ImageSet) -> Iterator[Tensor]:
+        """``images``, one after the other, as the model takes them: (3, h, w)."""
         from slimming.data.source import load_tensors
 
-        for batch, _ in load_tensors(images, self.transform, batch_size):
-            if any(digest_of(image) in self.digests for image in batch):
-                raise InputRejected(f"{images.address}: an image of it is among the held-out images of {self.options.data}")
-            yield batch
-
-    def check_unseen(self, images: Any) -> None:
-        """Raise ``InputRejected`` where one of ``images`` is measured on; the same images are looked at once."""
-        described = json.dumps([images.describe(), images.indices])
-        if described not in self.found_unseen:
-            for _ in self.unseen(images, 64):
-                pass
-            self.found_unseen.add(described)
+        for batch, _ in load_tensors(images, self.session.transform, 64):
+            yield from batch
 
 
-def digest_of(image: Any) -> bytes:
+def digest_of(image: Tensor) -> bytes:
     """SHA-256 over a preprocessed image."""
     return hashlib.sha256(image.numpy().tobytes()).digest()
 
 
-class Ours:
-    """Plans and refitted models of one calibration draw and mode: every score and budget looks at the same dense features."""
+class CalibrationDraw:
+    """Plans and weights made from one draw of calibration images, by the entry points of ``python -m slimming.run``.
+
+    All scores and budgets that need the same features of the dense model are searched on the same ones.
+    """
 
     def __init__(self, bench: Bench, mode: Mode, seed: int) -> None:
-        from slimming.search.features import BATCH, DenseFeatures
+        from slimming.session import calibration_images
 
-        options = bench.options
-        images = bench.others(options.calibration_address(), options.calibration_images, seed)
-        self.bench, self.seed, self.draw = bench, seed, (mode, seed)
-        self.plans: dict[tuple[str, float], Any] = {}
-        with bench.reporter.stages() as progress:
-            batches = bench.unseen(images, BATCH)
-            self.features = DenseFeatures(bench.reader, batches, len(images), mode=mode, progress=progress)
-        self.features.progress = lambda stage, done, total: None
+        images = calibration_images(bench.options.slimming(Case("auto", fit="none", mode=mode, seed=seed)))
+        bench.check_unseen(images)
+        self.bench, self.mode, self.seed = bench, mode, seed
+        self.session = dataclasses.replace(bench.session, calibration=images)
+        self._bars: StageProgress | None = None
+        self._finders: dict[bool, PlanFinder] = {}
 
-    def plan(self, score: ScoreName, budget: float) -> Any:
-        """The plan that ``slimming.api.find_plan`` makes of these images; raises ``NotMeasured``."""
-        from slimming.api import make_plan
-        from slimming.search.costs import MacsCost
-        from slimming.search.profile import profile_within, uniform_within
-        from slimming.search.scores import score_named
-        from slimming.search.similarity import MergeSearch
-        from slimming.search.top_down import TopDownSearch
+    def finder(self, options: SlimmingOptions) -> PlanFinder:
+        """The features that ``options`` ask for. Eq. 6's magnitudes need unfused attention, which rounds otherwise."""
+        from slimming.api import needs_magnitudes
+        from slimming.session import open_finder
 
-        if (score, budget) not in self.plans:
-            features, reader = self.features, self.features.reader
-            merging = score == "similarity"
-            if merging and (features.mode == "stale" or not reader.head.fixed):
-                raise NotMeasured("tokens are merged in compact form, under a head that reads single tokens")
-            ranking = score_named(score, self.seed)
-            search = MergeSearch(features) if merging else TopDownSearch(features, ranking)
-            cost = MacsCost(search.tokens, search.depth, reader.geometry(), features.mode, merged=merging)
-            limit = (1 - budget) * cost.dense()
-            try:
-                counts = (uniform_within if score == "uniform" else profile_within)(search, cost, limit)
-            except BudgetUnreachable as error:
-                raise NotMeasured(str(error)) from error
-            found = search.by_counts(counts)
-            name, merged_into = self.bench.loaded.architecture, found.merged_into
-            self.plans[score, budget] = make_plan(reader.model, name, found.kept, mode=features.mode, merged_into=merged_into)
-        return self.plans[score, budget]
+        needs = needs_magnitudes(options.score, self.bench.reader, options.mode, options.fit, options.budget, options.summary)
+        if needs not in self._finders:
+            self._finders[needs] = open_finder(options, self.session, self._report)
+        return self._finders[needs]
 
-    def slim(self, case: Case) -> tuple[Any, dict[str, Any]]:
-        """The slimmed model of a case, and what its row says of it; raises ``NotMeasured``."""
-        from slimming.fitting.closed_form import can_compensate, compensate
+    def close(self) -> None:
+        """Release the features."""
+        for finder in self._finders.values():
+            finder.close()
+        self._finders.clear()
+
+    def _report(self, stage: str, done: int, total: int) -> None:
+        if self._bars is not None:
+            self._bars(stage, done, total)
+
+    def found(self, case: Case) -> FoundPlan:
+        """The plan and the weights of a case; raises ``NotMeasured``. Checkpoints lie beside the results meanwhile."""
+        from slimming.session import search, training_images
+
+        bench, options = self.bench, self.bench.options.slimming(case)
+        try:
+            options.check()
+            options.resolved_score(fixed_head=bench.reader.head.fixed)
+        except UsageError as error:
+            raise NotMeasured(str(error)) from error
+        if case.finetune:
+            bench.check_unseen(training_images(options))
+        folder = bench.options.output.with_suffix(".finetune.part")
+        try:
+            with bench.reporter.stages() as self._bars:
+                finder = self.finder(options)
+                found = search(options, self.session, options.layout, self._report, finder=finder, checkpoint=folder)
+        except BudgetUnreachable as error:
+            raise NotMeasured(str(error)) from error
+        if found.fit != options.fit:
+            raise NotMeasured("a model whose blocks end in norms has no closed-form fit")
+        shutil.rmtree(folder, ignore_errors=True)
+        return found
+
+    def module_of(self, found: FoundPlan) -> SlimViT:
+        """The model with its weights under its plan, ready to answer."""
         from slimming.models.slim_vit import SlimViT
 
-        plan = self.plan(case.method, case.budget)  # type: ignore[arg-type]
-        model = copy.deepcopy(self.bench.model)
-        if case.fit == "closed-form":
-            if not can_compensate(model):
-                raise NotMeasured("a model whose blocks end in norms has no closed-form fit")
-            compensate(model, self.features, plan)
-        module = SlimViT(model, plan).eval()
-        return module, {"macs": plan.macs(), "counts": plan.counts} | (self.finetuned(module) if case.finetune else {})
+        return SlimViT(found.model, found.plan).to(next(self.bench.model.parameters()).device).eval()
 
-    def finetuned(self, module: Any) -> dict[str, Any]:
-        """Fine-tune ``module`` in place, the dense original its teacher; checkpoints lie beside the results meanwhile."""
-        from slimming.fitting.finetune import finetune
-        from slimming.fitting.recipe import Recipe
-
-        bench, options = self.bench, self.bench.options
-        images = bench.others(options.train_address(), options.finetune_images, self.seed)
-        bench.check_unseen(images)
-        folder = options.output.with_suffix(".finetune.part")
-        with bench.reporter.stages("steps") as progress:
-            report = finetune(
-                module,
-                copy.deepcopy(bench.model),
-                images,
-                data_config=bench.loaded.data_config,
-                recipe=Recipe(
-                    epochs=options.finetune_epochs,
-                    batch_size=options.finetune_batch_size,
-                    lr=options.finetune_lr,
-                    precision=options.finetune_precision,
-                    seed=self.seed,
-                ),
-                checkpoint=folder,
-                progress=progress,
-            )
-        shutil.rmtree(folder, ignore_errors=True)
-        module.eval()
-        return {"finetuned": report.as_dict()}
+    def slim(self, case: Case) -> tuple[SlimViT, dict[str, Any]]:
+        """The slimmed model of a case, and what its row says of it; raises ``NotMeasured``."""
+        found = self.found(case)
+        row: dict[str, Any] = {"macs": found.plan.macs(), "counts": found.plan.counts}
+        return self.module_of(found), row | ({} if found.finetune is None else {"finetuned": found.finetune})

@@ -1,4 +1,4 @@
-"""What the rows of ``benchmarks.accuracy.latency`` say: rivals' lines at our latency, results files, Markdown, a picture."""
+"""What the rows of ``benchmarks.accuracy.latency`` say: baselines' lines at our latency, results files, Markdown, a picture."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from patchslim.records import atomic_path
 
 
 def lines_of(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The rivals' rows by line, the fastest first; each line starts from the dense model that its rival merges or keeps."""
+    """The baselines' rows by line, the fastest first; each line starts from the dense model that its baseline reduces."""
     lines: dict[str, list[dict[str, Any]]] = {}
-    rivals = [row for row in rows if "latency_ms" in row and row["method"] in ("ToMe", "EViT")]
-    for row in rivals:
+    baselines = [row for row in rows if "latency_ms" in row and row["method"] in ("ToMe", "EViT")]
+    for row in baselines:
         name = "EViT, best form" if row["method"] == "EViT" else row["method"]
         lines.setdefault(name + (", last block cut" if row["head_only"] else ""), []).append(row)
     dense = {row["head_only"]: row for row in rows if row["method"] == "dense"}
@@ -27,7 +27,7 @@ def lines_of(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def at_latency(line: list[dict[str, Any]], latency: float) -> float | None:
-    """Top-1 of a rival's line at a latency, linear between its points; None where its fastest point is slower.
+    """Top-1 of a baseline's line at a latency, linear between its points; None where its fastest point is slower.
 
     In its favour: a point that is both slower and worse than another is left out, though the line went through it.
     """
@@ -43,7 +43,7 @@ def at_latency(line: list[dict[str, Any]], latency: float) -> float | None:
 
 
 def summarised(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each of our rows against each rival's line at our latency; ``lead`` in percentage points."""
+    """Each of our rows against each baseline's line at our latency; ``lead`` in percentage points."""
     entries = []
     ours = [row for row in rows if row["fit"] and "latency_ms" in row]
     for row, (title, line) in itertools.product(ours, lines_of(rows).items()):
@@ -86,7 +86,7 @@ def title_of(row: dict[str, Any]) -> str:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Every model's time and accuracy, then ours against the rivals at our latency."""
+    """Every model's time and accuracy, then ours against the baselines at our latency."""
     model, timing, rows = result["model"], result["timing"], [row for row in result["rows"] if "latency_ms" in row]
     lines = [
         f"### {result['name']}: {model['name']}, top-1 on {result['evaluation']['images']} held-out images at measured latency",
@@ -104,7 +104,7 @@ def markdown(result: dict[str, Any]) -> str:
     seeded = len({entry["seed"] for entry in result["summary"]}) > 1
     lines += [
         "",
-        "| ours at | ms | top-1 | rival at that latency | its top-1 | our lead, points |",
+        "| ours at | ms | top-1 | baseline at that latency | its top-1 | our lead, points |",
         "|---|---|---|---|---|---|",
     ]
     for entry in result["summary"]:
@@ -121,7 +121,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Top-1 over latency: ours (a line for each seed), and each rival's line from the dense model on; always the same bytes."""
+    """Top-1 over latency: ours, a line for each seed, and each baseline's line from the dense model on; always equal bytes."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -87,19 +87,19 @@ def is_default(row: dict[str, Any], default: dict[str, Any]) -> bool:
 
 
 def compared(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Our default, seed by seed, against each rival at the same budget, image by image."""
+    """Our default, seed by seed, against each baseline at the same budget, image by image."""
     images = result["evaluation"]["images"]
     rows = best_forms([row for row in result["rows"] if "top1" in row])
     ours = [row for row in rows if is_default(row, result["default"])]
-    rivals = [row for row in rows if row["head_only"] is not None]
+    baselines = [row for row in rows if row["head_only"] is not None]
     entries = []
-    for own, rival in itertools.product(ours, rivals):
-        if own["budget"] != rival["budget"]:
+    for own, baseline in itertools.product(ours, baselines):
+        if own["budget"] != baseline["budget"]:
             continue
-        mine, theirs = correct_of(own, images), correct_of(rival, images)
+        mine, theirs = correct_of(own, images), correct_of(baseline, images)
         gained, lost = int((mine & ~theirs).sum()), int((theirs & ~mine).sum())
         entries.append(
-            {name: rival[name] for name in ("budget", "method", "head_only", "form")}
+            {name: baseline[name] for name in ("budget", "method", "head_only", "form")}
             | {"seed": own["seed"], "only_ours": gained, "only_theirs": lost, "p": round(mcnemar(gained, lost), 6)}
             | {"difference": round(100 * (gained - lost) / images, 4)}
             | {"difference_error": round(difference_error(gained, lost, images), 4)}
@@ -122,7 +122,7 @@ def title_of(entry: dict[str, Any]) -> str:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The summary as Markdown tables: methods by budgets, then ours against the rivals."""
+    """The summary as Markdown tables: methods by budgets, then ours against the baselines."""
     summary = [entry for entry in result["summary"] if entry["method"] != "dense"]
     model, evaluation, calibration = result["model"], result["evaluation"], result["calibration"]
     budgets = sorted({entry["budget"] for entry in summary})
@@ -132,8 +132,8 @@ def markdown(result: dict[str, Any]) -> str:
         "Top-1 in percent, the mean over seeds (least–most) where there are several; then the points to dense, ± the standard",
         "error of a difference on the same images. "
         f"Plans are made from {calibration['images']} images of {calibration['data']}.",
-        "EViT has the best of its forms at each budget, named in brackets and chosen on the held-out images. The rivals also",
-        "with the last block cut to the class token, which is exact, and which our plans have.",
+        "EViT has the best of its forms at each budget, named in brackets and chosen on the held-out images. The baselines",
+        "are also measured with the last block cut to the class token, which is exact, and which our plans have.",
         "",
         "| MACs removed | " + " | ".join(f"{budget:.1%}" for budget in budgets) + " |",
         "|---|" + "---|" * len(budgets),
@@ -171,7 +171,7 @@ def cell(entry: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Top-1 over the MACs in fact removed, a line for ours, for chance and for each rival; the bars are least and most."""
+    """Top-1 over the MACs in fact removed, a line for ours, for chance and for each baseline; the bars are least and most."""
     import matplotlib
 
     matplotlib.use("Agg")

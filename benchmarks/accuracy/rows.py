@@ -7,10 +7,14 @@ import itertools
 import shlex
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from patchslim.choices import Fit, Mode, ScoreName
 from patchslim.errors import InputRejected, UsageError
+from slimming.run import SlimmingOptions
+
+#: What ``python -m slimming.run`` does when it is told nothing: the tables' defaults are these.
+DEFAULT = SlimmingOptions()
 
 SCORES: tuple[ScoreName, ...] = ("similarity", "paper", "residual", "attention", "random", "uniform")
 FITS: tuple[Fit, ...] = ("none", "closed-form")
@@ -19,24 +23,24 @@ EVIT_FORMS: dict[str, dict[str, bool]] = {"summed": {}, "averaged": {"normalised
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
+class SubjectOptions:
     """What is measured: the options that every accuracy benchmark has."""
 
     name: str = "digits"
     """What the results are called."""
-    model: str = "vit_ti"
+    model: str = DEFAULT.model
     """A preset or any timm model name."""
     model_arg: tuple[str, ...] = ()
     """key=value pairs for timm.create_model."""
-    weights: str = "bundled"
+    weights: str = DEFAULT.weights
     """bundled, pretrained, random or a weights file."""
-    data: str = "digits"
+    data: str = DEFAULT.data
     """Held-out images: digits, a folder, FILE.tar, hfds/NAME or wds/PATH."""
     calibration_data: str | None = None
     """Images that plans and fits are made from; by default the part of --data that is not held out."""
     eval_images: int | None = 2000
     """How many held-out images; None is all."""
-    calibration_images: int = 256
+    calibration_images: int = DEFAULT.calibration_images
     """How many images a plan is made from."""
     budgets: tuple[float, ...] = (0.30, 0.45, 0.60)
     """Fractions of the dense multiply-accumulates that we remove."""
@@ -55,7 +59,7 @@ class Subject:
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(Subject):
+class TableOptions(SubjectOptions):
     """Options of ``benchmarks.accuracy.tables``."""
 
     train_data: str | None = None
@@ -64,19 +68,19 @@ class Options(Subject):
     """Each draws its own calibration images, and its own random score."""
     scores: tuple[ScoreName, ...] = SCORES
     """The scores that plans are made by."""
-    modes: tuple[Mode, ...] = ("compact",)
+    modes: tuple[Mode, ...] = (DEFAULT.mode,)
     """What later blocks see of a dropped token."""
-    default_score: ScoreName = "similarity"
-    """The score that is marked as ours."""
-    default_fit: Fit = "closed-form"
-    """The fit that is marked as ours."""
+    default_score: ScoreName = DEFAULT.score
+    """The score whose rows are marked as ours; auto is the one that slimming.run takes."""
+    default_fit: Fit = DEFAULT.fit
+    """The fit whose rows are marked as ours."""
     finetune_epochs: float = 0
     """Epochs of fine-tuning of our default, for the first seed; 0 skips it."""
     finetune_images: int = 10_000
     """How many images an epoch has."""
-    finetune_batch_size: int = 64
+    finetune_batch_size: int = DEFAULT.finetune_batch_size
     """Images per step of fine-tuning."""
-    finetune_lr: float | None = None
+    finetune_lr: float | None = DEFAULT.finetune_lr
     """Peak learning rate of fine-tuning; None is slimming.run's default for the batch."""
     finetune_precision: Literal["no", "bf16"] = "no"
     """Mixed precision of fine-tuning."""
@@ -105,6 +109,7 @@ class Options(Subject):
             raise UsageError(f"--default-fit {self.default_fit}: the tables have {' and '.join(FITS)}")
         if self.finetune_epochs < 0:
             raise UsageError("--finetune-epochs must not be negative")
+        self.slimming(self.default_case()).check()
 
     def calibration_address(self) -> str:
         """Where plans and fits are made from."""
@@ -118,6 +123,45 @@ class Options(Subject):
         """The command line that these options come from."""
         return self.command_of("benchmarks.accuracy.tables", ("figure",))
 
+    def default_case(self) -> Case:
+        """The row that is marked as ours, at the first budget and seed."""
+        finetune = self.finetune_record() if self.finetune_epochs else None
+        return Case(self.default_score, self.budgets[0], self.default_fit, self.modes[0], self.seeds[0], finetune=finetune)
+
+    def finetune_record(self) -> dict[str, Any]:
+        """What the rows that are fine-tuned say of how."""
+        record = {"epochs": self.finetune_epochs, "images": self.finetune_images, "data": public(self.train_address())}
+        record |= {"batch_size": self.finetune_batch_size, "lr": self.finetune_lr}
+        return record | ({} if self.finetune_precision == "no" else {"precision": self.finetune_precision})
+
+    def slimming(self, case: Case) -> SlimmingOptions:
+        """The options of ``python -m slimming.run`` that give the plan and the weights of a row of ours."""
+        options = SlimmingOptions(
+            model=self.model,
+            model_arg=self.model_arg,
+            weights=self.weights,
+            data=self.data,
+            calibration_data=self.calibration_data,
+            calibration_images=self.calibration_images,
+            macs_reduction=case.budget,
+            score=cast(ScoreName, case.method),
+            fit=cast(Fit, case.fit),
+            mode=case.mode or DEFAULT.mode,
+            seed=case.seed or 0,
+            device=self.device,
+        )
+        if not case.finetune:
+            return options
+        return dataclasses.replace(
+            options,
+            finetune_epochs=self.finetune_epochs,
+            train_data=self.train_address(),
+            train_images=self.finetune_images,
+            finetune_batch_size=self.finetune_batch_size,
+            finetune_lr=self.finetune_lr,
+            finetune_precision=self.finetune_precision,
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -128,7 +172,7 @@ class Case:
     fit: str | None = None
     mode: Mode | None = None
     seed: int | None = None
-    head_only: bool | None = None  # of a rival: whether its last block is cut to the class token, as ours is
+    head_only: bool | None = None  # of a baseline: whether its last block is cut to the class token, as ours is
     form: str | None = None  # of EViT
     finetune: dict[str, Any] | None = None
 
@@ -141,7 +185,7 @@ class Case:
         )
 
 
-def cases(options: Options) -> list[Case]:
+def cases(options: TableOptions) -> list[Case]:
     """Every row that the options ask for, in the order in which they are measured."""
     rows = [Case("dense")]
     for budget, cut in itertools.product(options.budgets, (False, True)):
@@ -150,13 +194,8 @@ def cases(options: Options) -> list[Case]:
     ours = itertools.product(options.modes, options.seeds, options.budgets, options.scores, FITS)
     rows += [Case(score, budget, fit, mode, seed) for mode, seed, budget, score, fit in ours]
     if options.finetune_epochs:
-        recipe = {"epochs": options.finetune_epochs, "images": options.finetune_images, "data": public(options.train_address())}
-        recipe |= {"batch_size": options.finetune_batch_size, "lr": options.finetune_lr}
-        recipe |= {} if options.finetune_precision == "no" else {"precision": options.finetune_precision}
         for budget in sorted({*options.finetune_reductions, *options.budgets}):
-            rows.append(
-                Case(options.default_score, budget, options.default_fit, options.modes[0], options.seeds[0], finetune=recipe)
-            )
+            rows.append(dataclasses.replace(options.default_case(), budget=budget))
     return rows
 
 

@@ -19,49 +19,55 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.bench import Bench, NotMeasured, Ours
-from benchmarks.accuracy.rows import Case, Options, cases
+from benchmarks.accuracy.bench import Bench, CalibrationDraw, NotMeasured
+from benchmarks.accuracy.rows import Case, TableOptions, cases
 from patchslim.cli import run_command
 from patchslim.errors import InputRejected
 from patchslim.records import atomic_path
 
 
-def measure(options: Options) -> dict[str, Any]:
+def measure_tables(options: TableOptions) -> dict[str, Any]:
     """Measure every row that is not in ``--output`` yet, writing each as it is done; the results. Raises ``PatchslimError``."""
     options.check()
     bench = Bench(options)
     described = bench.described()
     result = {"name": options.name, "command": options.command(), "machine": machine(options), **described}
+    options = bench.options
     result["default"] = {"score": options.default_score, "fit": options.default_fit, "mode": options.modes[0]}
     rows = found_rows(options.output, described)
     wanted = [(key_of(case, described), case) for case in cases(options)]
-    ours: Ours | None = None
+    draw: CalibrationDraw | None = None
     for number, (key, case) in enumerate(wanted, start=1):
         if key in rows:
             continue
         title, start = f"{number}/{len(wanted)} {case.title()}", time.perf_counter()
-        if case.mode is not None and case.seed is not None and (ours is None or ours.draw != (case.mode, case.seed)):
-            ours = None  # the features of one draw are enough to hold
-            ours = Ours(bench, case.mode, case.seed)
-        row = row_of(bench, ours, case, title)
+        if (
+            case.mode is not None
+            and case.seed is not None
+            and (draw is None or (draw.mode, draw.seed) != (case.mode, case.seed))
+        ):
+            if draw is not None:
+                draw.close()  # the features of one draw are enough to hold
+            draw = CalibrationDraw(bench, case.mode, case.seed)
+        row = row_of(bench, draw, case, title)
         rows[key] = {"key": key, **dataclasses.asdict(case), **row, "seconds": round(time.perf_counter() - start, 1)}
         write(options.output, result, rows)
         bench.reporter.say(f"{title}: " + (f"{row['top1']:.2%}" if "top1" in row else row["refused"]))
     return write(options.output, result, rows)
 
 
-def row_of(bench: Bench, ours: Ours | None, case: Case, title: str) -> dict[str, Any]:
+def row_of(bench: Bench, draw: CalibrationDraw | None, case: Case, title: str) -> dict[str, Any]:
     """What is measured of a case, or why it is not."""
     module: Any = bench.model
     row: dict[str, Any] = {"macs": bench.dense_macs, "counts": [bench.reader.tokens] * len(bench.reader.blocks)}
     try:
-        if case.mode is not None and ours is not None:
-            module, row = ours.slim(case)
+        if case.mode is not None and draw is not None:
+            module, row = draw.slim(case)
         elif case.method != "dense":
-            module, row = bench.rival(case)
+            module, row = bench.baseline(case)
     except NotMeasured as error:
         return {"refused": f"{case.method}: {error}"}
-    return row | {"reduction": round(1 - row["macs"] / bench.dense_macs, 6), **bench.measured(module, title)}
+    return row | {"reduction": round(1 - row["macs"] / bench.dense_macs, 6), **bench.accuracy_of(module, title)}
 
 
 def key_of(case: Case, described: dict[str, Any]) -> str:
@@ -116,7 +122,7 @@ def write(path: Path, result: dict[str, Any], rows: dict[str, dict[str, Any]]) -
     return whole
 
 
-def machine(options: Options) -> dict[str, Any]:
+def machine(options: TableOptions) -> dict[str, Any]:
     """What the results were measured with."""
     import timm
     import torch
@@ -128,11 +134,11 @@ def machine(options: Options) -> dict[str, Any]:
     return {"cpu": cpu, "threads": options.threads, "device": device, "torch": torch.__version__, "timm": timm.__version__}
 
 
-def main(options: Options) -> int:
+def main(options: TableOptions) -> int:
     """Measure, or show what was measured; the results as Markdown on stdout."""
     from benchmarks.accuracy.plot import draw, markdown
 
-    results = [read(path) for path in options.show] or [measure(options)]
+    results = [read(path) for path in options.show] or [measure_tables(options)]
     print("\n".join(markdown(result) for result in results))
     if options.figure:
         draw(results[0], options.figure)
@@ -141,4 +147,4 @@ def main(options: Options) -> int:
 
 if __name__ == "__main__":
     description = "Accuracy at equal cost: ours, score by score, against ToMe and EViT."
-    sys.exit(run_command(Options, main, prog="benchmarks.accuracy.tables", description=description))
+    sys.exit(run_command(TableOptions, main, prog="benchmarks.accuracy.tables", description=description))

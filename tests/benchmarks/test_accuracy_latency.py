@@ -1,4 +1,4 @@
-"""Accuracy at equal latency: exported rivals answer like their references, what is written, and what is read off the lines."""
+"""Accuracy at equal latency: exported baselines answer like their references; what is written and read off the lines."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.accuracy import latency, tables
-from benchmarks.accuracy.baselines import EViT, Rival, ToMeViT
+from benchmarks.accuracy import latency_exports, tables
+from benchmarks.accuracy.baselines import Baseline, EViT, ToMeViT
 from benchmarks.accuracy.baselines_onnx import lean
 from benchmarks.accuracy.bench import Bench
-from benchmarks.accuracy.latency import Options, Workshop, cases, main, measure
+from benchmarks.accuracy.latency import EqualLatencyOptions, cases, main, measure_at_equal_latency
+from benchmarks.accuracy.latency_exports import RowExporter
 from benchmarks.accuracy.latency_report import at_latency, draw, lines_of, markdown, summarised
 from benchmarks.accuracy.rows import Case
 from patchslim.errors import InputRejected, UsageError
@@ -26,7 +27,7 @@ from tests.helpers.timm_models import TINY, build, images_for
 SMALL = {**TINY, "depth": 2, "num_classes": 10, "patch_size": 8}
 
 
-def rivals(model: Any) -> dict[str, Rival]:
+def baselines(model: Any) -> dict[str, Baseline]:
     half = int(model.patch_embed.num_patches) // 2
     return {
         "ToMe": ToMeViT(model, 3),
@@ -40,21 +41,21 @@ def rivals(model: Any) -> dict[str, Rival]:
 
 
 @pytest.mark.parametrize("kind", ["class_token", "qk_norm", "not_square"])
-@pytest.mark.parametrize("name", rivals(build(depth=5)))
-def test_the_rewritten_rival_is_the_rival(kind: str, name: str) -> None:
+@pytest.mark.parametrize("name", baselines(build(depth=5)))
+def test_the_rewritten_baseline_is_the_baseline(kind: str, name: str) -> None:
     model = build(kind, depth=5, patch_size=8).double()  # so that rounding does not decide between near-equal edges
-    rival = rivals(model)[name]
-    rewritten, images = lean(rival), images_for(model, 3).double()
-    assert type(rewritten) is not type(rival)
-    assert (rewritten.counts, rewritten.macs()) == (rival.counts, rival.macs())
-    torch.testing.assert_close(rewritten(images), rival(images), rtol=1e-9, atol=1e-9)
+    baseline = baselines(model)[name]
+    rewritten, images = lean(baseline), images_for(model, 3).double()
+    assert type(rewritten) is not type(baseline)
+    assert (rewritten.counts, rewritten.macs()) == (baseline.counts, baseline.macs())
+    torch.testing.assert_close(rewritten(images), baseline(images), rtol=1e-9, atol=1e-9)
 
 
 @pytest.fixture(scope="module")
-def options(tmp_path_factory: pytest.TempPathFactory) -> Options:
+def options(tmp_path_factory: pytest.TempPathFactory) -> EqualLatencyOptions:
     folder = tmp_path_factory.mktemp("latency")
     save_file(build(**SMALL).state_dict(), folder / "tiny.safetensors")
-    return Options(
+    return EqualLatencyOptions(
         name="tiny",
         model="vit_tiny_patch16_224",
         model_arg=tuple(f"{key}={value}" for key, value in SMALL.items()),
@@ -62,8 +63,8 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> Options:
         eval_images=12,
         calibration_images=8,
         budgets=(0.4,),
-        rival_budgets=(0.4,),
-        head_only=(True,),  # one line of each rival: an export takes a second or two
+        baseline_budgets=(0.4,),
+        head_only=(True,),  # one line of each baseline: an export takes a second or two
         batch=5,
         rounds=2,
         work=folder / "work",
@@ -72,15 +73,15 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> Options:
 
 
 @pytest.fixture(scope="module")
-def result(options: Options) -> dict[str, Any]:
-    assert measure(dataclasses.replace(options, prepare=True)) is None
+def result(options: EqualLatencyOptions) -> dict[str, Any]:
+    assert measure_at_equal_latency(dataclasses.replace(options, prepare=True)) is None
     assert not options.output.exists()
-    measured = measure(options)
+    measured = measure_at_equal_latency(options)
     assert measured is not None
     return measured
 
 
-def test_every_model_is_exported_as_it_answers_and_timed(options: Options, result: dict[str, Any]) -> None:
+def test_every_model_is_exported_as_it_answers_and_timed(options: EqualLatencyOptions, result: dict[str, Any]) -> None:
     assert [row["method"] for row in result["rows"]] == ["dense", "dense", "similarity", "ToMe", "EViT"]
     for row in result["rows"]:
         assert set(row["exports"]) == ({"plain", "lean"} if row["method"] in ("ToMe", "EViT") else {"plain"})
@@ -98,7 +99,7 @@ def test_every_model_is_exported_as_it_answers_and_timed(options: Options, resul
     assert result["rows"][1]["macs"] < dense["macs"]
 
 
-def test_the_graphs_hold_what_their_rows_say(options: Options, result: dict[str, Any]) -> None:
+def test_the_graphs_hold_what_their_rows_say(options: EqualLatencyOptions, result: dict[str, Any]) -> None:
     assert options.work is not None
     kept = {path.stem: {node.op_type for node in onnx.load(path).graph.node} for path in options.work.glob("*.onnx")}
     assert len(kept) == 7
@@ -112,10 +113,10 @@ def test_the_graphs_hold_what_their_rows_say(options: Options, result: dict[str,
         assert [axis.dim_value for axis in tensor.shape.dim] == [5, 3, 48, 48]
 
 
-def test_a_second_call_times_what_is_there(options: Options, result: dict[str, Any]) -> None:
+def test_a_second_call_times_what_is_there(options: EqualLatencyOptions, result: dict[str, Any]) -> None:
     assert options.work is not None
     before = {path: path.stat().st_mtime_ns for path in options.work.iterdir()}
-    again = measure(dataclasses.replace(options, output=options.output.with_name("again.json")))
+    again = measure_at_equal_latency(dataclasses.replace(options, output=options.output.with_name("again.json")))
     assert again is not None
     assert {path: path.stat().st_mtime_ns for path in options.work.iterdir()} == before
     for name in ("method", "top1", "macs", "agreement"):
@@ -131,18 +132,21 @@ def test_the_summary_compares_ours_with_each_line(result: dict[str, Any]) -> Non
             assert entry["lead"] == pytest.approx(100 * (entry["top1"] - theirs), abs=1e-3)
 
 
-def test_rivals_that_the_tables_hold_are_not_evaluated_again(options: Options, result: dict[str, Any], tmp_path: Path) -> None:
+def test_baselines_that_the_tables_hold_are_not_evaluated_again(
+    options: EqualLatencyOptions, result: dict[str, Any], tmp_path: Path
+) -> None:
     assert options.work is not None
     shutil.copytree(options.work, tmp_path / "work")
     bench, case = Bench(options.of_tables()), Case("ToMe", 0.4, head_only=True)
     described = bench.described()
-    key, counts = tables.key_of(case, described), bench.rival(case)[1]["counts"]
+    key, counts = tables.key_of(case, described), bench.baseline(case)[1]["counts"]
     (tmp_path / "work" / f"{key}-{options.batch}.json").unlink()
     for told, wanted in ((counts, 0.123), ([9, *counts[1:]], result["rows"][3]["top1"])):  # not what another schedule got
         row = {"key": key, "top1": 0.123, "agreement": 0.5, "counts": told}
         (tmp_path / "tables.json").write_text(json.dumps({**described, "rows": [row]}))
-        workshop = Workshop(dataclasses.replace(options, tables=tmp_path / "tables.json"), bench, tmp_path / "work")
-        assert workshop.row(case)["top1"] == wanted
+        known = tables.found_rows(tmp_path / "tables.json", described)
+        exporter = RowExporter(bench, tmp_path / "work", batch=options.batch, known=known)
+        assert exporter.row(case)["top1"] == wanted
         (tmp_path / "work" / f"{key}-{options.batch}.json").unlink()
 
 
@@ -159,7 +163,7 @@ def point(method: str, latency_ms: float, top1: float, **more: Any) -> dict[str,
     return fields | {"reduction": 0.5, "ratio_to_dense": latency_ms / 10} | more
 
 
-def test_a_rivals_line_is_read_at_our_latency_in_its_favour() -> None:
+def test_a_baselines_line_is_read_at_our_latency_in_its_favour() -> None:
     line = [point("ToMe", 4, 0.6), point("ToMe", 5, 0.5), point("ToMe", 6, 0.8), point("dense", 10, 0.9)]
     assert at_latency(line, 3.9) is None
     assert at_latency(line, 4) == pytest.approx(0.6)
@@ -168,7 +172,7 @@ def test_a_rivals_line_is_read_at_our_latency_in_its_favour() -> None:
     assert at_latency(line, 12) == pytest.approx(0.9)
 
 
-def test_leads_are_in_points_and_rivals_that_do_not_reach_us_have_none() -> None:
+def test_leads_are_in_points_and_baselines_that_do_not_reach_us_have_none() -> None:
     rows = [
         point("dense", 10, 0.9),
         point("dense", 9.5, 0.9, head_only=True),
@@ -183,10 +187,10 @@ def test_leads_are_in_points_and_rivals_that_do_not_reach_us_have_none() -> None
 
 
 def test_show_prints_the_results_and_the_figure_is_the_same_each_time(
-    options: Options, result: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
+    options: EqualLatencyOptions, result: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     capsys.readouterr()
-    assert main(Options(show=(options.output,), figure=tmp_path / "tiny.svg")) == 0
+    assert main(EqualLatencyOptions(show=(options.output,), figure=tmp_path / "tiny.svg")) == 0
     shown = capsys.readouterr().out
     assert shown == markdown(result) + "\n" == markdown(json.loads(options.output.read_text())) + "\n"
     assert "| **ours: similarity, closed-form** |" in shown
@@ -196,21 +200,21 @@ def test_show_prints_the_results_and_the_figure_is_the_same_each_time(
     assert str(options.output.parent) not in options.output.read_text()
 
 
-def test_other_files_and_impossible_options_are_refused(options: Options, tmp_path: Path) -> None:
+def test_other_files_and_impossible_options_are_refused(options: EqualLatencyOptions, tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text('{"rows": []}')
     with pytest.raises(InputRejected, match="not a results file"):
-        main(Options(show=(tmp_path / "other.json",)))
+        main(EqualLatencyOptions(show=(tmp_path / "other.json",)))
     for wrong in ({"prepare": True}, {"budgets": (1.0,)}, {"rounds": 0}, {"fit": "sgd"}):
         with pytest.raises(UsageError):
-            Options(**wrong).check()  # type: ignore[arg-type]
-    assert len(cases(Options())) == 2 + 3 + 2 * 2 * 5
+            EqualLatencyOptions(**wrong).check()  # type: ignore[arg-type]
+    assert len(cases(EqualLatencyOptions())) == 2 + 3 + 2 * 2 * 5
 
 
 def test_an_export_that_answers_otherwise_is_not_timed(
-    options: Options, result: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: EqualLatencyOptions, result: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(latency, "TOLERANCE", 0.0)
-    workshop = Workshop(options, Bench(options.of_tables()), tmp_path)
+    monkeypatch.setattr(latency_exports, "TOLERANCE", 0.0)
+    exporter = RowExporter(Bench(options.of_tables()), tmp_path, batch=options.batch, known={})
     with pytest.raises(RuntimeError, match="differs from PyTorch"):
-        workshop.row(Case("dense"))
+        exporter.row(Case("dense"))
     assert not list(tmp_path.glob("*.json"))

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +16,30 @@ import torch
 from safetensors.torch import save_file
 from timm.data import create_transform
 
-from benchmarks.accuracy.bench import Bench, Ours, held_out
+from benchmarks.accuracy.bench import Bench, CalibrationDraw, held_out
 from benchmarks.accuracy.plot import correct_of, difference_error, draw, markdown, mcnemar
-from benchmarks.accuracy.rows import EVIT_FORMS, FITS, SCORES, Case, Options, public
-from benchmarks.accuracy.tables import main, measure
+from benchmarks.accuracy.rows import EVIT_FORMS, FITS, SCORES, Case, TableOptions, public
+from benchmarks.accuracy.tables import main, measure_tables
 from patchslim.errors import InputRejected, UsageError
+from patchslim.plan import load_plan
 from slimming.api import find_plan
 from slimming.data.source import calibration_set, evaluation_set, load_tensors
-from slimming.models.loading import load_model
+from slimming.fitting.fitted_weights import load_fitted
+from slimming.models.loading import load_model, state_digest
 from slimming.models.slim_vit import SlimViT
+from slimming.run import SlimmingOptions
 from slimming.search.budget import Budget
+from tests.helpers.commands import door_here
 from tests.helpers.timm_models import TINY, build
 
 ARGUMENTS = {**TINY, "num_classes": 10}
 
 
 @pytest.fixture(scope="module")
-def options(tmp_path_factory: pytest.TempPathFactory) -> Options:
+def options(tmp_path_factory: pytest.TempPathFactory) -> TableOptions:
     folder = tmp_path_factory.mktemp("tables")
     save_file(build(num_classes=10).state_dict(), folder / "tiny.safetensors")
-    return Options(
+    return TableOptions(
         name="tiny",
         model="vit_tiny_patch16_224",
         model_arg=tuple(f"{key}={value}" for key, value in ARGUMENTS.items()),
@@ -51,8 +56,8 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> Options:
 
 
 @pytest.fixture(scope="module")
-def result(options: Options) -> dict[str, Any]:
-    return measure(options)
+def result(options: TableOptions) -> dict[str, Any]:
+    return measure_tables(options)
 
 
 def pick(result: dict[str, Any], **wanted: Any) -> dict[str, Any]:
@@ -70,8 +75,8 @@ def without_time(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def test_every_method_has_its_rows_within_the_budget(result: dict[str, Any]) -> None:
     ours = itertools.product(SCORES, FITS, (0, 1), (0.4,))
-    rivals = itertools.product(["ToMe", *["EViT"] * len(EVIT_FORMS)], (False, True))
-    assert len(result["rows"]) == 1 + len(list(ours)) + len(list(rivals)) + 2
+    baselines = itertools.product(["ToMe", *["EViT"] * len(EVIT_FORMS)], (False, True))
+    assert len(result["rows"]) == 1 + len(list(ours)) + len(list(baselines)) + 2
     for row in result["rows"]:
         if "top1" in row:
             assert row["macs"] <= (1 - row["budget"]) * result["model"]["macs"]
@@ -83,7 +88,7 @@ def test_every_method_has_its_rows_within_the_budget(result: dict[str, Any]) -> 
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("fit", FITS)
 def test_rows_of_ours_are_what_find_and_the_slim_model_give(
-    options: Options, result: dict[str, Any], score: Any, fit: Any
+    options: TableOptions, result: dict[str, Any], score: Any, fit: Any
 ) -> None:
     loaded = load_model(options.model, weights=options.weights, arguments=ARGUMENTS)
     transform = create_transform(**loaded.data_config)
@@ -109,6 +114,45 @@ def test_rows_of_ours_are_what_find_and_the_slim_model_give(
     assert row["kl"] == pytest.approx(sum(divergences) / 24, rel=1e-3, abs=2e-6)
 
 
+@pytest.mark.parametrize("finetuned", [False, True], ids=["training-free", "fine-tuned"])
+def test_the_default_row_is_what_the_command_line_gives(
+    options: TableOptions, result: dict[str, Any], tmp_path: Path, finetuned: bool
+) -> None:
+    """With the same images, seed and budget, and with nothing said of score, fit or mode."""
+    case = dataclasses.replace(options.default_case(), seed=1, finetune=options.finetune_record() if finetuned else None)
+    bench = Bench(options)
+    found = CalibrationDraw(bench, case.mode or "compact", 1).found(
+        dataclasses.replace(case, method=bench.options.default_score)
+    )
+    command = [sys.executable, "-m", "slimming.run", "--model", options.model, "--weights", options.weights]
+    command += [word for argument in options.model_arg for word in ("--model-arg", argument)]
+    command += ["--calibration-images", "12", "--macs-reduction", "0.4", "--seed", "1", "--device", "cpu"]
+    if finetuned:
+        command += ["--finetune-epochs", "1", "--train-images", "8"]
+    done = door_here([*command, "--output", str(tmp_path / "plan.json")])
+    assert done.returncode == 0, done.stderr
+    plan = load_plan(tmp_path / "plan.json")
+    assert plan.weights is not None
+    assert found.plan == plan.model_copy(update={"weights": None})
+    assert state_digest(found.model.state_dict()) == plan.weights.sha256
+    assert found.fit == plan.weights.fit
+    if not finetuned:
+        row = pick(result, method=plan.origin.score, fit=plan.weights.fit, mode=plan.mode, seed=1, budget=0.4, finetune=None)
+        assert row["counts"] == plan.counts
+        default = {"score": plan.origin.score, "fit": plan.weights.fit, "mode": plan.mode}
+        assert result["default"] == default
+        slim = SlimViT(load_fitted(plan, tmp_path / "plan.json", bench.model), plan).eval()
+        assert bench.accuracy_of(slim, "slim")["correct"] == row["correct"]
+
+
+def test_the_defaults_of_the_tables_are_those_of_the_command_line() -> None:
+    options, command = TableOptions(), SlimmingOptions()
+    assert dataclasses.replace(options.slimming(options.default_case()), macs_reduction=command.macs_reduction) == (
+        dataclasses.replace(command, device=options.device)
+    )
+    assert command.macs_reduction in options.budgets
+
+
 def test_dense_differs_from_itself_in_nothing_and_gains_and_losses_add_up(result: dict[str, Any]) -> None:
     dense = pick(result, method="dense")
     assert (dense["gained"], dense["lost"], dense["agreement"], dense["kl"]) == (0, 0, 1.0, 0.0)
@@ -118,24 +162,24 @@ def test_dense_differs_from_itself_in_nothing_and_gains_and_losses_add_up(result
         assert row["kl"] >= 0
 
 
-def test_the_rivals_are_measured_at_the_counts_that_are_told(options: Options, result: dict[str, Any]) -> None:
+def test_the_baselines_are_measured_at_the_counts_that_are_told(options: TableOptions, result: dict[str, Any]) -> None:
     from benchmarks.accuracy.baselines import ToMeViT
 
     loaded = load_model(options.model, weights=options.weights, arguments=ARGUMENTS)
     row = pick(result, method="ToMe", head_only=False)
     read = [loaded.module.patch_embed.num_patches + 1, *row["counts"]]
-    rival = ToMeViT(loaded.module, [before - after for before, after in itertools.pairwise(read)])
-    assert rival.macs() == row["macs"]
+    baseline = ToMeViT(loaded.module, [before - after for before, after in itertools.pairwise(read)])
+    assert baseline.macs() == row["macs"]
     transform = create_transform(**loaded.data_config)
     with torch.inference_mode():
         hits = sum(
-            int((rival(images).argmax(1) == labels).sum())
+            int((baseline(images).argmax(1) == labels).sum())
             for images, labels in load_tensors(evaluation_set("digits", options.eval_images), transform)
         )
     assert row["top1"] == pytest.approx(hits / 24)
 
 
-def test_fine_tuning_starts_from_our_default_and_changes_it(result: dict[str, Any], options: Options) -> None:
+def test_fine_tuning_starts_from_our_default_and_changes_it(result: dict[str, Any], options: TableOptions) -> None:
     rows = [row for row in result["rows"] if row["finetune"]]
     assert [(row["method"], row["fit"], row["seed"], row["budget"]) for row in rows] == [
         ("similarity", "closed-form", 0, 0.4),
@@ -149,7 +193,7 @@ def test_fine_tuning_starts_from_our_default_and_changes_it(result: dict[str, An
 
 
 def test_a_second_call_measures_only_what_is_missing_and_gives_the_same(
-    options: Options, result: dict[str, Any], tmp_path: Path
+    options: TableOptions, result: dict[str, Any], tmp_path: Path
 ) -> None:
     stored = json.loads(options.output.read_text())
     dropped = [
@@ -159,7 +203,7 @@ def test_a_second_call_measures_only_what_is_missing_and_gives_the_same(
     stored["rows"] = [row | {"seconds": -1} for row in stored["rows"] if row["key"] not in dropped]
     again = dataclasses.replace(options, output=tmp_path / "again.json")
     again.output.write_text(json.dumps(stored))
-    resumed = measure(again)
+    resumed = measure_tables(again)
     assert {row["key"] for row in resumed["rows"] if row["seconds"] != -1} == set(dropped)
     assert without_time(resumed) == without_time(result)
     assert json.loads(again.output.read_text())["rows"] == resumed["rows"]
@@ -200,9 +244,9 @@ def test_noise_is_told_as_statistics_define_it() -> None:
 
 
 def test_show_prints_tables_and_draws(
-    options: Options, result: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
+    options: TableOptions, result: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert main(Options(show=(options.output,), figure=tmp_path / "tiny.svg")) == 0
+    assert main(TableOptions(show=(options.output,), figure=tmp_path / "tiny.svg")) == 0
     shown = capsys.readouterr().out
     assert shown == markdown(result) + "\n"
     row = next(line for line in shown.splitlines() if line.startswith("| **ours: similarity, closed-form** |"))
@@ -216,7 +260,7 @@ def test_show_prints_tables_and_draws(
     assert (tmp_path / "tiny.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_is_written_names_no_place_of_this_machine(options: Options, result: dict[str, Any]) -> None:
+def test_what_is_written_names_no_place_of_this_machine(options: TableOptions, result: dict[str, Any]) -> None:
     text = options.output.read_text()
     assert str(options.output.parent) not in text
     assert "--weights tiny.safetensors" in result["command"]
@@ -226,12 +270,12 @@ def test_what_is_written_names_no_place_of_this_machine(options: Options, result
     assert public("hfds/name") == "hfds/name"
 
 
-def test_results_of_another_model_are_not_mixed_in(options: Options, result: dict[str, Any]) -> None:
+def test_results_of_another_model_are_not_mixed_in(options: TableOptions, result: dict[str, Any]) -> None:
     before = options.output.read_bytes()
     with pytest.raises(InputRejected, match=r"another model .*weights_sha256"):
-        measure(dataclasses.replace(options, weights="random"))
+        measure_tables(dataclasses.replace(options, weights="random"))
     with pytest.raises(InputRejected, match=r"another evaluation .*images"):
-        measure(dataclasses.replace(options, eval_images=20))
+        measure_tables(dataclasses.replace(options, eval_images=20))
     assert options.output.read_bytes() == before
 
 
@@ -244,22 +288,22 @@ def folder_of(images: Any, folder: Path) -> Path:
     return folder
 
 
-def test_held_out_images_are_kept_out_of_calibration_and_training(options: Options, tmp_path: Path) -> None:
+def test_held_out_images_are_kept_out_of_calibration_and_training(options: TableOptions, tmp_path: Path) -> None:
     fresh = dataclasses.replace(options, output=tmp_path / "refused.json", seeds=(0,))
     copied = folder_of(evaluation_set("digits", 24), tmp_path / "copy")
     same_pixels = dataclasses.replace(fresh, calibration_data=str(copied), calibration_images=30)
     with pytest.raises(InputRejected, match="among the held-out images"):
-        measure(same_pixels)
+        measure_tables(same_pixels)
     trained = dataclasses.replace(fresh, train_data=str(copied), finetune_images=30)
     bench = Bench(trained)
     with pytest.raises(InputRejected, match="among the held-out images"):
-        Ours(bench, "compact", 0).slim(Case("paper", 0.4, "none", "compact", 0, finetune={"epochs": 1}))
+        CalibrationDraw(bench, "compact", 0).slim(Case("paper", 0.4, "none", "compact", 0, finetune={"epochs": 1}))
     nested = dataclasses.replace(fresh, data=str(copied), calibration_data=str(copied / "0"))
     with pytest.raises(InputRejected, match="one is within the other"):
-        measure(nested)
+        measure_tables(nested)
 
 
-def test_data_that_has_no_splits_is_divided_only_where_it_must_be(options: Options, tmp_path: Path) -> None:
+def test_data_that_has_no_splits_is_divided_only_where_it_must_be(options: TableOptions, tmp_path: Path) -> None:
     copied = str(folder_of(evaluation_set("digits", 40), tmp_path / "copy"))
     same = held_out(dataclasses.replace(options, data=copied, eval_images=None))
     assert len(same) == 32
@@ -277,4 +321,4 @@ def test_data_that_has_no_splits_is_divided_only_where_it_must_be(options: Optio
 )
 def test_options_that_mean_nothing_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
-        measure(Options(**wrong))
+        measure_tables(TableOptions(**wrong))

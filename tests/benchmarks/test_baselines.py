@@ -1,4 +1,4 @@
-"""The rivals of the accuracy tables against their papers' formulae, written out edge by edge and token by token."""
+"""The baselines of the accuracy tables against their papers' formulae, written out edge by edge and token by token."""
 
 from __future__ import annotations
 
@@ -94,10 +94,10 @@ def logits_of(model: Any, tokens: list[Tensor]) -> Tensor:
 def test_nothing_merged_is_the_dense_model(kind: str) -> None:
     model = unfused(kind)
     images = pictures(model, 3)
-    for rival in (ToMeViT(model, 0), EViT(model, 1.0), EViT(model, 0.5, blocks=[])):
-        assert torch.equal(rival(images), model(images))
-        assert rival.macs() == dense_plan(model, "tiny").dense_macs()
-        assert rival.counts == [rival.tokens] * 5
+    for baseline in (ToMeViT(model, 0), EViT(model, 1.0), EViT(model, 0.5, blocks=[])):
+        assert torch.equal(baseline(images), model(images))
+        assert baseline.macs() == dense_plan(model, "tiny").dense_macs()
+        assert baseline.counts == [baseline.tokens] * 5
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -106,8 +106,8 @@ def test_tome_is_the_papers_steps_on_copies_of_tokens(kind: str, schedule: Any) 
     """A token of size s must act as s copies of it, which is what log(s) on the logits is for."""
     model = unfused(kind)
     images = pictures(model, 2)
-    rival = ToMeViT(model, schedule)
-    found = rival(images)
+    baseline = ToMeViT(model, schedule)
+    found = baseline(images)
     for image, logits in zip(images, found, strict=True):
         tokens = embedded(model, image)
         sizes = [1] * len(tokens)
@@ -115,8 +115,8 @@ def test_tome_is_the_papers_steps_on_copies_of_tokens(kind: str, schedule: Any) 
             tokens, keys, _ = slow_attention(block, tokens, sizes)
             wanted = schedule if isinstance(schedule, int) else schedule[index]
             tokens, sizes = slow_tome(keys, tokens, sizes, min(wanted, (len(tokens) - 1) // 2))
-            assert len(tokens) == rival.counts[index]
-            assert sum(sizes) == rival.tokens
+            assert len(tokens) == baseline.counts[index]
+            assert sum(sizes) == baseline.tokens
             tokens = [feed(block, token[None, None])[0, 0] for token in tokens]
         torch.testing.assert_close(logits, logits_of(model, tokens))
     assert not torch.allclose(found, model(images), atol=1e-4)
@@ -167,8 +167,8 @@ def test_tome_token_counts() -> None:
 def test_evit_is_the_papers_formula(kind: str, options: dict[str, Any]) -> None:
     model = unfused(kind)
     images = pictures(model, 2)
-    rival = EViT(model, 0.6, **options)
-    found = rival(images)
+    baseline = EViT(model, 0.6, **options)
+    found = baseline(images)
     for image, logits in zip(images, found, strict=True):
         tokens = embedded(model, image)
         for index, block in enumerate(model.blocks):
@@ -181,7 +181,7 @@ def test_evit_is_the_papers_formula(kind: str, options: dict[str, Any]) -> None:
                 if options.get("normalised"):
                     fused = fused / sum(a[i] for i in others)
                 tokens = [tokens[i] for i in [0, *kept]] + ([fused] if options.get("fuse", True) else [])
-            assert len(tokens) == rival.counts[index]
+            assert len(tokens) == baseline.counts[index]
             tokens = [feed(block, token[None, None])[0, 0] for token in tokens]
         torch.testing.assert_close(logits, logits_of(model, tokens))
     assert not torch.allclose(found, model(images), atol=1e-4)
@@ -221,10 +221,10 @@ def test_head_only_is_exact_and_costs_what_a_plan_does() -> None:
     model = unfused()
     images = pictures(model, 3)
     plan = make_plan(model, "tiny", [list(range(37))] * 4 + [[0]])
-    for rival in (ToMeViT(model, 0, head_only=True), EViT(model, 1.0, head_only=True)):
-        assert rival.macs() == plan.macs()
-        torch.testing.assert_close(rival(images), SlimViT(model, plan)(images))
-        torch.testing.assert_close(rival(images), model(images))
+    for baseline in (ToMeViT(model, 0, head_only=True), EViT(model, 1.0, head_only=True)):
+        assert baseline.macs() == plan.macs()
+        torch.testing.assert_close(baseline(images), SlimViT(model, plan)(images))
+        torch.testing.assert_close(baseline(images), model(images))
     last = [3, 3, 3, 3, 0]
     torch.testing.assert_close(ToMeViT(model, 3, head_only=True)(images), ToMeViT(model, last)(images))
     cut, whole = EViT(model, 0.5, [2, 5], head_only=True), EViT(model, 0.5, [2])
@@ -262,12 +262,12 @@ def test_a_budget_below_the_least_is_refused_with_the_least() -> None:
 
 def test_parameters_are_shared() -> None:
     model = unfused()
-    for rival in (ToMeViT(model, 2), EViT(model, 0.5)):
-        assert {id(p) for p in rival.parameters()} == {id(p) for p in model.parameters()}
+    for baseline in (ToMeViT(model, 2), EViT(model, 0.5)):
+        assert {id(p) for p in baseline.parameters()} == {id(p) for p in model.parameters()}
 
 
 @pytest.mark.parametrize("kind", ["distilled", "registers"])
 def test_models_with_other_prefix_tokens_are_refused(kind: str) -> None:
-    for rival in (ToMeViT, EViT):
+    for baseline in (ToMeViT, EViT):
         with pytest.raises(InputRejected, match="one class token"):
-            rival(build(kind), 1)
+            baseline(build(kind), 1)
