@@ -236,11 +236,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def machine() -> dict[str, str | int]:
     """What the numbers depend on."""
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    from patchslim.timing import processor_name
+
     packages = {package: version(package) for package in ("onnx", "onnx-graphsurgeon", "numpy", "torch", "timm")}
-    return {"cpu": name, "threads": 1, "python": platform.python_version(), **packages}
+    return {"cpu": processor_name(), "threads": 1, "python": platform.python_version(), **packages}
 
 
 def main() -> None:

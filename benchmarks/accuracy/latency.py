@@ -17,9 +17,10 @@ import itertools
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -28,14 +29,11 @@ from benchmarks.accuracy.bench import Bench
 from benchmarks.accuracy.latency_exports import RowExporter
 from benchmarks.accuracy.latency_report import draw, markdown, read, summarised, write
 from benchmarks.accuracy.rows import DEFAULT, FITS, Case, SubjectOptions, TableOptions
+from patchslim.arrays import Array
 from patchslim.choices import Fit, ScoreName
 from patchslim.cli import run_command
 from patchslim.errors import UsageError
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-_WARMUP = 2
+from patchslim.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,30 +99,31 @@ def cases(options: EqualLatencyOptions) -> list[Case]:
     return rows
 
 
-def timed(paths: list[Path], pixels: Any, options: EqualLatencyOptions, report: Callable[[int, int], None]) -> NDArray[Any]:
-    """Seconds (2, rounds, models) of one batch: CPU time of the calling thread, and wall time.
+def clocked(run: Callable[[], object]) -> Callable[[], tuple[float, float]]:
+    """Return what runs a model twice and gives the second run's seconds: CPU time of the calling thread, and wall time.
 
-    Each visit runs a model twice and times the second run, so that its weights are as near as they are to one that serves.
-    With one thread ONNX Runtime's only thread is the calling one; its clock stands still while others have its core.
+    The first run brings its weights as near as they are to a model that serves.
     """
+
+    def seconds() -> tuple[float, float]:
+        run()
+        wall, cpu = time.perf_counter(), time.thread_time()
+        run()
+        return time.thread_time() - cpu, time.perf_counter() - wall
+
+    return seconds
+
+
+def seconds_of(paths: Sequence[Path], pixels: Array, options: EqualLatencyOptions, progress: Progress) -> Array:
+    """Seconds (2, rounds, models) of one batch: CPU time of the calling thread, and wall time."""
     import numpy as np
 
     from patchslim.ort_runner import OrtModel
+    from patchslim.timing import interleaved
 
     models = [OrtModel(path, threads=options.threads) for path in paths]
-    feeds = [{model.inputs[0].name: pixels} for model in models]
-    shuffle = np.random.default_rng(0)
-    times = np.empty((2, options.rounds, len(paths)))
-    for number in range(-_WARMUP, options.rounds):
-        for index in shuffle.permutation(len(paths)):
-            models[index].run(feeds[index])
-            wall, cpu = time.perf_counter(), time.thread_time()
-            models[index].run(feeds[index])
-            taken = time.thread_time() - cpu, time.perf_counter() - wall
-            if number >= 0:
-                times[:, number, index] = taken
-        report(number + _WARMUP + 1, options.rounds + _WARMUP)
-    return times
+    runs = [clocked(partial(model.run, {model.inputs[0].name: pixels})) for model in models]
+    return np.asarray(interleaved(runs, options.rounds, progress=progress)).transpose(2, 0, 1)
 
 
 def measure_at_equal_latency(options: EqualLatencyOptions) -> dict[str, Any] | None:
@@ -163,7 +162,7 @@ def add_times(rows: list[dict[str, Any]], folder: Path, bench: Bench, options: E
     pixels = bench.pixels[[index % len(bench.pixels) for index in range(options.batch)]].numpy()
     with bench.reporter.bar("timing", unit="rounds") as update:
         paths = [folder / row["exports"][name]["file"] for row, name in exports]
-        times = timed(paths, pixels, options, update)
+        times = seconds_of(paths, pixels, options, update)
     clock, wall = times[0 if options.threads == 1 else 1], times[1]
     low, middle, high = 1e3 * np.percentile(level_rounds(clock), [25, 50, 75], axis=0)
     ratios = np.median(clock / clock[:, :1], axis=0)  # the first is dense

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import platform
 import sys
 import time
 from pathlib import Path
@@ -127,11 +126,16 @@ def machine(options: TableOptions) -> dict[str, Any]:
     import timm
     import torch
 
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    from patchslim.timing import processor_name
+
     device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
-    return {"cpu": cpu, "threads": options.threads, "device": device, "torch": torch.__version__, "timm": timm.__version__}
+    return {
+        "cpu": processor_name(),
+        "threads": options.threads,
+        "device": device,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }
 
 
 def main(options: TableOptions) -> int:
