@@ -1,142 +1,96 @@
-"""Assembling the hand-off folder and putting it in its place, whole or not at all."""
+"""The contents of the hand-off folder."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
 import shutil
-import tempfile
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from export.cache import tool_versions
 from export.engines.base import EngineResult
+from export.logits import PYTORCH, PYTORCH_SLIM, Measured
 from export.onnx_export import INPUT, OUTPUT
 from export.parity import FP16_TOLERANCE, fp32_tolerance
-from export.stages import ONNX_FP16, ONNX_SLIM, PYTORCH, PYTORCH_SLIM, Stages
-from patchslim.arrays import Array
-from patchslim.errors import UsageError
+from export.source import ModelFacts
+from export.stages import ONNX_FP16, ONNX_SLIM, EngineRequest
 from patchslim.plan import SlimPlan
-from slimming.search.budget import LATENCY
 from validate import manifest as schema
 from validate.bundle import digest, record_files, write_parity
 from validate.golden import Golden, write_golden
-from validate.manifest import Manifest
 
-MANIFEST = "manifest.json"
-
-
-def check_place(folder: Path) -> None:
-    """Raise ``UsageError`` unless ``folder`` is free, empty, or an earlier bundle that may be replaced."""
-    if folder.name in ("", ".."):
-        raise UsageError(f"--output {folder}: needs a folder of its own, with a name")
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise UsageError(f"--output {folder}: is not a folder")
-    if folder.is_dir() and (foreign := _foreign(folder)):
-        raise UsageError(f"--output {folder}: holds {foreign}, which is not of a bundle; pass a new folder")
-    above = next(parent for parent in folder.absolute().parents if parent.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise UsageError(f"--output {folder}: {above} is not a folder that can be written")
+#: The files of the ONNX stages.
+ONNX_FILES = {ONNX_SLIM: "model.onnx", ONNX_FP16: "model.fp16.onnx"}
 
 
-def _foreign(folder: Path) -> str:
-    """The first file in ``folder`` that an earlier bundle's manifest does not list, since it would be lost; "" if none is."""
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        listed = {MANIFEST, *(file["path"] for file in manifest["files"])} if "plan_digest" in manifest else set()
-    except (OSError, ValueError, KeyError, TypeError):
-        listed = set()
-    return next((name for name in names if name not in listed), "")
+@dataclass(frozen=True)
+class BundleContents:
+    """Everything that a bundle says or holds; ``graphs`` are ONNX files by stage name.
 
-
-def publish(fill: Callable[[Path], Manifest], folder: Path) -> None:
-    """Have ``fill`` make the bundle in a temporary folder beside ``folder``, write its manifest last, and rename it into place.
-
-    An earlier bundle is replaced; when anything fails it stays, and nothing else is left behind.
+    ``share`` is the part of an undivided data set that calibrated, ``labels`` are the class names of the held-out images,
+    ``latency_table`` is there where the plan was solved on one.
     """
-    from validate.bundle import write_manifest
 
-    check_place(folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        box = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
-    except OSError as error:
-        raise UsageError(f"--output {folder}: cannot be written: {error}") from error
-    part, old = box / "new", box / "old"
-    try:
-        part.mkdir()
-        write_manifest(part, fill(part))
-        if folder.exists():
-            folder.rename(old)
-        part.rename(folder)
-    finally:
-        if old.exists() and not folder.exists():  # failed or interrupted between the two renames
-            old.rename(folder)
-        shutil.rmtree(box, ignore_errors=True)
+    name: str
+    model: ModelFacts
+    labels: list[str]
+    share: float | None
+    plan: SlimPlan
+    graphs: dict[str, Path]
+    request: EngineRequest
+    engine: EngineResult
+    measured: Measured
+    parity: schema.ParityReport
+    picture: Path
+    latency_table: Path | None
 
 
-GOLDEN_IMAGES = 8
+def write_contents(contents: BundleContents, folder: Path) -> schema.Manifest:
+    """Write every file of the bundle but the manifest into ``folder``, and return that."""
+    contents.plan.save(folder / "plan.json")
+    for stage, path in contents.graphs.items():
+        shutil.copyfile(path, folder / ONNX_FILES[stage])
+    _copy_engine(contents.engine, folder)
+    if contents.latency_table is not None:
+        shutil.copyfile(contents.latency_table, folder / "latency_table.json")
+    shutil.copyfile(contents.picture, folder / "kept_patches.png")
+    write_parity(folder, contents.parity)
+    write_golden(folder / "golden.npz", _golden(contents.measured))
+    return _manifest(contents, folder)
 
 
-def fill_bundle(
-    folder: Path,
-    stages: Stages,
-    images: Any,
-    plan: SlimPlan,
-    graphs: dict[str, Path],
-    engine: EngineResult,
-    logits: dict[str, Array],
-    targets: Array,
-    parity: schema.ParityReport,
-) -> schema.Manifest:
-    """Write every file of the bundle but the manifest, and return that."""
-    from export.kept_patches import draw_kept_patches
-    from slimming.data.source import load_tensors
+def _copy_engine(engine: EngineResult, folder: Path) -> None:
+    if engine.files:
+        (folder / "engine").mkdir()
+    for file in engine.files:
+        shutil.copyfile(file, folder / "engine" / file.name)
+    if engine.layers_file is not None:
+        shutil.copyfile(engine.layers_file, folder / engine.layers_file.name)
 
-    options, loaded = stages.options, stages.session.loaded
-    plan.save(folder / "plan.json")
-    names = {ONNX_SLIM: "model.onnx", ONNX_FP16: "model.fp16.onnx"}
-    for stage, path in graphs.items():
-        shutil.copyfile(path, folder / names[stage])
-    (folder / "engine").mkdir()
-    for file in (*engine.files, *([engine.layers_file] if engine.layers_file else [])):
-        shutil.copyfile(file, folder / "engine" / file.name if file in engine.files else folder / file.name)
-    if not any((folder / "engine").iterdir()):
-        (folder / "engine").rmdir()
-    if options.plan is None and not options.dense and options.budget.criterion in LATENCY:
-        shutil.copyfile(stages.latency_table(), folder / "latency_table.json")
-    write_parity(folder, parity)
-    first, _ = next(load_tensors(_first(images, GOLDEN_IMAGES), stages.session.transform, GOLDEN_IMAGES))
-    count = len(first)
-    write_golden(
-        folder / "golden.npz",
-        Golden(first.numpy(), targets[:count], logits[PYTORCH][:count], logits[PYTORCH_SLIM][:count]),
-    )
-    config = loaded.data_config
-    pixels = first[0].numpy().transpose(1, 2, 0) * np.array(config["std"]) + np.array(config["mean"])
-    draw_kept_patches(plan, options.layout, pixels, folder / "kept_patches.png")
-    classes = int(loaded.module.num_classes)
-    calibration = plan.origin.calibration
+
+def _golden(measured: Measured) -> Golden:
+    count = len(measured.inputs)
+    original, slim = (measured.logits[stage][:count] for stage in (PYTORCH, PYTORCH_SLIM))
+    return Golden(measured.inputs, measured.targets[:count], original, slim)
+
+
+def _manifest(contents: BundleContents, folder: Path) -> schema.Manifest:
+    model, plan, parity, engine = contents.model, contents.plan, contents.parity, contents.engine
+    config, calibration = model.data_config, plan.origin.calibration
     return schema.Manifest(
         macs=parity.macs,
         evaluation=parity.evaluation,
         rungs=parity.rungs,
         engine=parity.engine,
-        name=options.bundle.name,
+        name=contents.name,
         model=plan.model,
-        model_args=json.loads(json.dumps(loaded.arguments)),
-        weights=schema.Weights(source=loaded.weights, sha256=loaded.weights_sha256),
+        model_args=model.arguments,
+        weights=schema.Weights(source=model.weights, sha256=model.weights_sha256),
         plan_digest=digest(folder / "plan.json"),
         tools=tool_versions(),
-        target={"engine": options.engine, "targets": list(engine.targets), "batch": list(engine.batch)},
-        precision=options.engine_precision,
+        target={"engine": contents.request.engine, "targets": list(engine.targets), "batch": list(engine.batch)},
+        precision=contents.request.precision,
         inputs=[schema.TensorSpec(name=INPUT, dtype="float32", shape=["batch", *config["input_size"]])],
-        outputs=[schema.TensorSpec(name=OUTPUT, dtype="float32", shape=["batch", classes])],
+        outputs=[schema.TensorSpec(name=OUTPUT, dtype="float32", shape=["batch", model.classes])],
         preprocessing=schema.Preprocessing(
             input_size=tuple(config["input_size"]),
             interpolation=config["interpolation"],
@@ -145,27 +99,25 @@ def fill_bundle(
             mean=list(config["mean"]),
             std=list(config["std"]),
         ),
-        labels=images.labels if len(images.labels) == classes else [],
+        labels=contents.labels if len(contents.labels) == model.classes else [],
         calibration=None
         if calibration is None
         else schema.CalibrationRecord(
             data=calibration.data,
             images=calibration.images,
-            share=None if options.plan else stages.session.calibration.fraction,
+            share=contents.share,
             fingerprint=calibration.fingerprint,
         ),
         tokens_per_block=plan.counts,
-        onnx=[
-            schema.OnnxRecord(path="model.onnx", stage=ONNX_SLIM, max_error=fp32_tolerance(logits[PYTORCH_SLIM])),
-            *(
-                [schema.OnnxRecord(path="model.fp16.onnx", stage=ONNX_FP16, max_error=FP16_TOLERANCE, min_agreement=90.0)]
-                if ONNX_FP16 in graphs
-                else []
-            ),
-        ],
+        onnx=_onnx_records(contents),
         files=record_files(folder),
     )
 
 
-def _first(images: Any, count: int) -> Any:
-    return dataclasses.replace(images, indices=images.indices[:count])
+def _onnx_records(contents: BundleContents) -> list[schema.OnnxRecord]:
+    tolerance = fp32_tolerance(contents.measured.logits[PYTORCH_SLIM])
+    records = [schema.OnnxRecord(path=ONNX_FILES[ONNX_SLIM], stage=ONNX_SLIM, max_error=tolerance)]
+    if ONNX_FP16 in contents.graphs:
+        path = ONNX_FILES[ONNX_FP16]
+        records.append(schema.OnnxRecord(path=path, stage=ONNX_FP16, max_error=FP16_TOLERANCE, min_agreement=90.0))
+    return records

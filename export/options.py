@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from export.engines.base import ENGINES
 from patchslim.choices import EngineName, Layout, Precision
 from patchslim.errors import UsageError
 from slimming.options import ModelOptions
@@ -88,7 +89,7 @@ class ExportOptions(OutputGroup, GateGroup, EngineGroup, PlanGroup, ModelOptions
             raise UsageError(f"--batch-size {self.batch_size}: must be at least 1")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UsageError("export.run is one process: run slimming.run under torchrun, then export.run with its --plan")
-        if self.target and self.engine != "trt":
+        if self.target and not ENGINES[self.engine].has_targets:
             raise UsageError("--target needs --engine trt")
 
     @property
@@ -99,13 +100,13 @@ class ExportOptions(OutputGroup, GateGroup, EngineGroup, PlanGroup, ModelOptions
 
     @property
     def layout(self) -> Layout:
-        """How cuts are laid: TensorRT likes the packed qkv, which keeps its kernels few; on a CPU fewer MACs are faster."""
-        return "packed" if self.engine == "trt" else "split"
+        """How cuts are laid, as suits the engine."""
+        return ENGINES[self.engine].layout
 
     @property
     def engine_precision(self) -> Precision:
         """``--precision``, or the engine's default."""
-        return self.precision or ("fp16" if self.engine == "trt" else "fp32")
+        return self.precision or ENGINES[self.engine].precisions[0]
 
     @property
     def bundle(self) -> Path:

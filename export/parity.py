@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from export.engines.base import EngineResult
-from export.options import ExportOptions
-from export.stages import ENGINE, ONNX_FP16, ONNX_SLIM, PYTORCH, PYTORCH_SLIM, Stages
+from export.logits import ENGINE, PYTORCH, PYTORCH_SLIM, Measured
+from export.stages import ONNX_FP16, ONNX_SLIM
 from patchslim.arrays import Array
+from patchslim.choices import Layout
 from patchslim.plan import SlimPlan
 from validate import manifest as schema
 from validate.parity import gate, not_executed, rung
@@ -25,40 +24,19 @@ def fp32_tolerance(logits: Array) -> float:
 
 
 def parity_report(
-    options: ExportOptions,
+    measured: Measured,
+    evaluation: schema.Evaluation,
     plan: SlimPlan,
+    layout: Layout,
     engine: EngineResult,
-    images: Any,
-    stages: Stages,
-    logits: dict[str, Array],
-    targets: Array,
+    max_top1_drop: float,
 ) -> schema.ParityReport:
-    """One rung per stage, each compared with the stage that it was made from, and judged."""
-    from slimming.data.source import fingerprint_of
-
-    original = logits[PYTORCH]
-    rungs = [rung(PYTORCH, original, targets)]
-    chain = [(PYTORCH_SLIM, PYTORCH, None), (ONNX_SLIM, PYTORCH_SLIM, fp32_tolerance(logits[PYTORCH_SLIM]))]
-    if ONNX_FP16 in logits:
-        chain.append((ONNX_FP16, ONNX_SLIM, FP16_TOLERANCE))
-    for stage, before, tolerance in chain:
-        rungs.append(rung(stage, logits[stage], targets, original, logits[before], compared_to=before, tolerance=tolerance))
-    source = chain[-1][0]
-    if options.engine == "ort":
-        note = f"ONNX Runtime on {', '.join(engine.targets)} is the engine: the same run as {source}"
-        rungs.append(
-            rung(ENGINE, logits[source], targets, original, logits[source], compared_to=source, tolerance=0.0, note=note)
-        )
-    elif ENGINE in logits:
-        tolerance = FP16_TOLERANCE if engine.precision == "fp16" else fp32_tolerance(logits[source])
-        rungs.append(rung(ENGINE, logits[ENGINE], targets, original, logits[source], compared_to=source, tolerance=tolerance))
-    else:
-        rungs.append(not_executed(ENGINE, f"{engine.status}: {engine.reason}" if engine.reason else engine.status))
-    judged, passed = gate(rungs, options.max_top1_drop)
-    dense, slim = plan.dense_macs(), plan.macs(options.layout)
+    """Compare each stage with the one that it was made from, and judge it by the gate: ``max_top1_drop`` points of top-1."""
+    judged, passed = gate(ladder(measured, engine), max_top1_drop)
+    dense, slim = plan.dense_macs(), plan.macs(layout)
     return schema.ParityReport(
-        gate=schema.Gate(max_top1_drop=options.max_top1_drop),
-        macs=schema.Macs(dense=dense, slim=slim, reduction=1 - slim / dense, layout=options.layout),
+        gate=schema.Gate(max_top1_drop=max_top1_drop),
+        macs=schema.Macs(dense=dense, slim=slim, reduction=1 - slim / dense, layout=layout),
         rungs=judged,
         engine=schema.EngineRecord(
             backend=engine.backend,
@@ -70,11 +48,30 @@ def parity_report(
             files=[f"engine/{file.name}" for file in engine.files],
             status=judged[-1].status,
         ),
-        evaluation=schema.Evaluation(
-            data=images.address,
-            split=f"{images.split} ({images.share})",
-            images=len(images),
-            fingerprint=fingerprint_of(images),
-        ),
+        evaluation=evaluation,
         passed=passed,
     )
+
+
+def ladder(measured: Measured, engine: EngineResult) -> list[schema.Rung]:
+    """The rungs, from the PyTorch original down to the engine, not judged yet."""
+    logits, targets = measured.logits, measured.targets
+    original = logits[PYTORCH]
+    rungs = [rung(PYTORCH, original, targets)]
+    chain = [(PYTORCH_SLIM, PYTORCH, None), (ONNX_SLIM, PYTORCH_SLIM, fp32_tolerance(logits[PYTORCH_SLIM]))]
+    if ONNX_FP16 in logits:
+        chain.append((ONNX_FP16, ONNX_SLIM, FP16_TOLERANCE))
+    for stage, before, tolerance in chain:
+        rungs.append(rung(stage, logits[stage], targets, original, logits[before], compared_to=before, tolerance=tolerance))
+    source = chain[-1][0]
+    if engine.backend == "onnxruntime":
+        note = f"ONNX Runtime on {', '.join(engine.targets)} is the engine: the same run as {source}"
+        rungs.append(
+            rung(ENGINE, logits[source], targets, original, logits[source], compared_to=source, tolerance=0.0, note=note)
+        )
+    elif ENGINE in logits:
+        tolerance = FP16_TOLERANCE if engine.precision == "fp16" else fp32_tolerance(logits[source])
+        rungs.append(rung(ENGINE, logits[ENGINE], targets, original, logits[source], compared_to=source, tolerance=tolerance))
+    else:
+        rungs.append(not_executed(ENGINE, f"{engine.status}: {engine.reason}" if engine.reason else engine.status))
+    return rungs

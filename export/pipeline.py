@@ -1,34 +1,52 @@
-"""From options to a published bundle: the stages in order, the gate, and what goes into the folder."""
+"""The pipeline: from options to a published bundle, stage after stage."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from export.bundle import check_place, fill_bundle, publish
+from export.bundle import BundleContents, write_contents
 from export.cache import StageCache
 from export.engines.base import EngineResult
+from export.engines.build import choose_backend
+from export.logits import answering_stages, measured_logits
 from export.options import ExportOptions
 from export.parity import parity_report
-from export.stages import ONNX_FP16, ONNX_SLIM, Stages
+from export.publication import check_place, publish
+from export.source import ExportSource
+from export.stages import (
+    ONNX_FP16,
+    ONNX_SLIM,
+    EngineRequest,
+    Workspace,
+    built_engine,
+    dense_onnx,
+    find_plan,
+    fitted_model,
+    kept_patches,
+    known_latency_table,
+    latency_table,
+    needs_latency_table,
+    plan_folder,
+    slim_onnx,
+)
 from patchslim.errors import ParityFailed
 from patchslim.plan import SlimPlan
 from patchslim.progress import Reporter
-from slimming.session import open_session
-from validate import manifest as schema
+from validate.manifest import Macs, ParityReport
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished export."""
+    """A finished export; ``size`` is the bundle's, in bytes."""
 
     bundle: Path
     plan: SlimPlan
-    macs: schema.Macs
-    parity: schema.ParityReport
+    macs: Macs
+    parity: ParityReport
     engine: EngineResult
-    size: int  # bytes of the bundle
+    size: int
     dense_onnx: Path
 
 
@@ -43,33 +61,37 @@ class GateFailed(ParityFailed):
 def export_bundle(options: ExportOptions) -> Outcome:
     """Run the whole export and publish the bundle.
 
-    Raises ``PatchslimError``; in particular ``GateFailed`` when a stage fails its gate: then nothing is published, and the
+    Raises ``PatchslimError``; in particular ``GateFailed`` where a stage fails its gate: then nothing is published, and the
     bundle stays in the work folder under a name that ends in ``.failed``.
     """
-    options.check()
-    check_place(options.bundle)
-    reporter = Reporter()
-    if options.engine == "trt":  # before anything slow: is there something to build with?
-        from export.engines.tensorrt_build import choose_backend
-
-        backend = choose_backend(options.targets, options.engine_precision)
-        reporter.say(f"engine: {backend.name} for {', '.join(backend.targets)}")
-    images = evaluation_images(options)
-    session = open_session(options, images)
-    stages = Stages(options, session, StageCache(options.work_folder), reporter)
-    plan = stages.plan()
-    fitted = stages.fitted(plan)
-    dense = stages.dense_onnx(fitted)
-    graphs = stages.slim_onnx(dense, plan)
-    engine = stages.engine(graphs.get(ONNX_FP16, graphs[ONNX_SLIM]))
-    logits, targets = stages.logits(images, plan, fitted, graphs, engine)
-    parity = parity_report(options, plan, engine, images, stages, logits, targets)
-
-    def fill(folder: Path) -> schema.Manifest:
-        return fill_bundle(folder, stages, images, plan, graphs, engine, logits, targets, parity)
-
+    request, source, work = begin(options)
+    work.reporter.say(f"engine: {request.backend.name} for {', '.join(request.backend.targets)}")
+    table = latency_table(options, source, work)
+    planned = find_plan(options, source, table, work)
+    plan, fitted = planned.plan, fitted_model(planned, source, work.facts)
+    dense = dense_onnx(fitted, source.model, work)
+    graphs = slim_onnx(dense, plan, options.layout, request.precision, work)
+    engine = built_engine(graphs.get(ONNX_FP16, graphs[ONNX_SLIM]), request, work)
+    stages = answering_stages(source, plan, fitted, graphs, engine, work.facts)
+    measured = measured_logits(stages, source, options.batch_size, work)
+    parity = parity_report(measured, source.evaluation_record(), plan, options.layout, engine, options.max_top1_drop)
+    contents = BundleContents(
+        name=options.bundle.name,
+        model=source.model,
+        labels=source.evaluation.labels,
+        share=source.calibration.fraction if options.plan is None else None,
+        plan=plan,
+        graphs=graphs,
+        request=request,
+        engine=engine,
+        measured=measured,
+        parity=parity,
+        picture=kept_patches(plan, options.layout, measured.inputs[0], source.model, work),
+        latency_table=table,
+    )
     folder = options.bundle if parity.passed else options.work_folder / f"{options.bundle.name}.failed"
-    publish(fill, folder)
+    publish(functools.partial(write_contents, contents), folder)
+    work.facts.save()
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     outcome = Outcome(folder, plan, parity.macs, parity, engine, size, dense)
     if not parity.passed:
@@ -79,45 +101,40 @@ def export_bundle(options: ExportOptions) -> Outcome:
     return outcome
 
 
-def describe(options: ExportOptions) -> dict[str, Any]:
-    """What ``export_bundle`` would do with these options, and which of its slow stages are in the work folder already.
+def describe(options: ExportOptions) -> dict[str, object]:
+    """What ``export_bundle`` would do with these options, and whether its plan is in the work folder already.
 
-    Raises the ``PatchslimError`` that the run would meet before its first slow stage.
+    Nothing is made or kept. Raises the ``PatchslimError`` that the run would meet before its first slow stage.
     """
-    options.check()
-    check_place(options.bundle)
-    targets = ["cpu"]
-    backend = "onnxruntime"
-    if options.engine == "trt":
-        from export.engines.tensorrt_build import choose_backend
-
-        chosen = choose_backend(options.targets, options.engine_precision)
-        backend, targets = chosen.name, list(chosen.targets)
-    images = evaluation_images(options)
-    session = open_session(options, images)
-    stages = Stages(options, session, StageCache(options.work_folder), Reporter())
+    request, source, work = begin(options)
     if options.plan is not None or options.dense:
-        stages.plan()  # read and compared with the model
+        find_plan(options, source, None, work)  # read and compared with the model
         plan = str(options.plan or "dense")
     else:
-        plan = "found already" if stages.plan_folder().is_dir() else "to be searched"
+        table = known_latency_table(options, source, work)
+        measured = table is not None or not needs_latency_table(options)
+        found = measured and plan_folder(options, source, table, work).is_dir()
+        plan = "found already" if found else "to be searched"
     return {
-        "model": session.loaded.architecture,
-        "weights": session.loaded.weights,
-        "preprocessing": session.loaded.data_config,
-        "calibration": session.calibration.describe(),
-        "evaluation": images.describe(),
+        "model": source.model.architecture,
+        "weights": source.model.weights,
+        "preprocessing": source.model.data_config,
+        "calibration": source.calibration.describe(),
+        "evaluation": source.evaluation.describe(),
         "plan": plan,
-        "backend": backend,
-        "targets": targets,
-        "precision": options.engine_precision,
+        "backend": request.backend.name,
+        "targets": list(request.backend.targets),
+        "precision": request.precision,
         "work": str(options.work_folder),
         "bundle": str(options.bundle),
     }
 
 
-def evaluation_images(options: ExportOptions) -> Any:
-    """The held-out images that the options ask for."""
-    from slimming.data.source import evaluation_set
-
-    return evaluation_set(options.data, None if options.eval_images == "all" else options.eval_images)
+def begin(options: ExportOptions) -> tuple[EngineRequest, ExportSource, Workspace]:
+    """Check what the options ask for before anything slow: the bundle's place, the engine, the model and the images."""
+    options.check()
+    check_place(options.bundle)
+    work = Workspace(StageCache(options.work_folder), Reporter())
+    backend = choose_backend(options.engine, options.targets, options.engine_precision)
+    request = EngineRequest(options.engine, backend, options.engine_precision)
+    return request, ExportSource(options, work.facts), work

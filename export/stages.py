@@ -1,294 +1,325 @@
-"""The stages of an export, each cached under everything that went into it: plan, dense ONNX, slim ONNX, engine, logits."""
+"""The stages that make files, in the order of the data: plan, dense ONNX, slim ONNX, engine, picture.
+
+Each is a function of what it needs, and its result is kept in the work folder under a key of everything that decides it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
+import hashlib
+import importlib.util
 import os
 import platform
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from export.cache import StageCache
-from export.engines.base import BuildProgress, EngineResult
-from export.engines.build import build_engine
-from export.inference import Runner, measure, torch_runner
-from export.onnx_export import export_dense
-from export.options import ExportOptions
+from export.cache import FactStore, StageCache
+from export.engines import cuda
+from export.engines.base import Backend, BuildProgress, EngineResult
+from export.source import ExportSource, LazyModule, ModelFacts
 from patchslim.arrays import Array
+from patchslim.choices import EngineName, Layout, Precision
 from patchslim.errors import InputRejected
+from patchslim.latency_table import load_table
 from patchslim.plan import SlimPlan, load_plan
 from patchslim.progress import Reporter
 from slimming.search.budget import LATENCY
-from slimming.session import SlimmingSession, search
-from validate.bundle import digest
+from slimming.session import search
 
-PYTORCH, PYTORCH_SLIM, ONNX_SLIM, ONNX_FP16, ENGINE = "pytorch", "pytorch-slim", "onnx-slim", "onnx-slim-fp16", "engine"
+if TYPE_CHECKING:
+    from export.options import ExportOptions
+
+ONNX_SLIM, ONNX_FP16 = "onnx-slim", "onnx-slim-fp16"
 
 
 @dataclass(frozen=True)
-class Stages:
-    """What the stages of one run share."""
+class Workspace:
+    """Where stages are kept, and where it is said what is being done."""
 
-    options: ExportOptions
-    session: SlimmingSession
     cache: StageCache
     reporter: Reporter
 
     @property
-    def model_key(self) -> dict[str, object]:
-        """Everything that decides the original's answers."""
-        loaded = self.session.loaded
-        return {
-            "architecture": loaded.architecture,
-            "arguments": loaded.arguments,
-            "weights": loaded.weights_sha256,
-            "preprocessing": loaded.data_config,
-        }
+    def facts(self) -> FactStore:
+        """What is known of files."""
+        return self.cache.facts
 
-    def plan_folder(self) -> Path:
-        """Where the found plan is, or will be."""
-        from slimming.data.source import fingerprint_of
 
-        options = self.options
-        return self.cache.path(
-            "plan",
-            model=self.model_key,
-            images=fingerprint_of(self.session.calibration),
-            described=self.session.calibration.describe(),
-            budget=dataclasses.asdict(options.budget),
-            form=(options.mode, options.layout, options.seed, self.device, options.score, options.fit, options.summary),
-            latency=digest(self.latency_table()) if options.budget.criterion in LATENCY else None,
-            finetune=self._finetune_key(),
-        )
+@dataclass(frozen=True)
+class EngineRequest:
+    """The engine to build: by which backend, for which targets, of which precision."""
 
-    def _finetune_key(self) -> object:
-        """What fine-tuning depends on beyond the plan; None without it."""
-        from slimming.session import training_images
+    engine: EngineName
+    backend: Backend
+    precision: Precision
 
-        if not self.options.finetune_epochs:
-            return None
-        return dataclasses.asdict(self.options.recipe), training_images(self.options).describe()
 
-    def latency_table(self) -> Path:
-        """The latency table that a latency budget is solved on: the given one, or measured once on the dense graph."""
-        from patchslim.latency_table import load_table
-        from slimming.api import dense_plan
+def latency_table(options: ExportOptions, source: ExportSource, work: Workspace) -> Path | None:
+    """The table that a latency budget is solved on: the given one, or measured once on the dense graph; None without one.
 
-        options, loaded = self.options, self.session.loaded
-        plan = dense_plan(loaded.module, loaded.architecture).model_copy(update={"mode": options.mode})
-        merged = options.merges(fixed_head=bool(plan.head_tokens))
-        if options.latency_table is not None:
-            load_table(options.latency_table).ensure_fits(plan, options.layout, merged)
-            return options.latency_table
-        dense = self.dense_onnx(loaded.module)
-        folder = self.cache.path(
-            "latency",
-            dense=digest(dense),
-            form=(options.mode, options.layout, merged, options.engine, options.engine_precision, options.batch_size),
-            machine=(platform.node(), platform.processor(), os.cpu_count(), onnxruntime_providers()),
-        )
+    Raises ``InputRejected`` where a given table was measured for something else.
+    """
+    if not needs_latency_table(options):
+        return None
+    plan = source.dense_plan.model_copy(update={"mode": options.mode})
+    merged = _merges(options, source)
+    if options.latency_table is not None:
+        load_table(options.latency_table).ensure_fits(plan, options.layout, merged)
+        return options.latency_table
+    dense = dense_onnx(source.original, source.model, work)
+    folder = latency_folder(options, source, dense, work)
 
-        def build(part: Path) -> None:
-            from export.latency.measure import measure_table
+    def build(part: Path) -> None:
+        from export.latency.measure import measure_table
 
-            with self.reporter.stages("points") as progress:
-                measure_table(
-                    dense,
-                    plan,
-                    layout=options.layout,
-                    mode=options.mode,
-                    merged=merged,
-                    engine=options.engine,
-                    precision=options.engine_precision,
-                    batch=options.batch_size,
-                    progress=progress,
-                ).save(part / "latency_table.json")
+        with work.reporter.stages("points") as progress:
+            measure_table(
+                dense,
+                plan,
+                layout=options.layout,
+                mode=options.mode,
+                merged=merged,
+                engine=options.engine,
+                precision=options.engine_precision,
+                batch=options.batch_size,
+                progress=progress,
+            ).save(part / "latency_table.json")
 
-        self.cache.make(folder, build)
-        return folder / "latency_table.json"
+    work.cache.make(folder, build)
+    return folder / "latency_table.json"
 
-    @property
-    def device(self) -> str:
-        """PyTorch's device type."""
-        return str(next(self.session.loaded.module.parameters()).device.type)
 
-    def plan(self) -> SlimPlan:
-        """The given plan, the dense one, or the one that the search finds."""
-        from slimming.api import dense_plan
+def latency_folder(options: ExportOptions, source: ExportSource, dense: Path, work: Workspace) -> Path:
+    """Where the latency table of the ``dense`` graph on this machine is, or will be."""
+    return work.cache.path(
+        "latency",
+        dense=work.facts.digest(dense),
+        form=(
+            options.mode,
+            options.layout,
+            _merges(options, source),
+            options.engine,
+            options.engine_precision,
+            options.batch_size,
+        ),
+        machine=(platform.node(), platform.processor(), os.cpu_count(), onnxruntime_providers(work.facts)),
+    )
+
+
+def needs_latency_table(options: ExportOptions) -> bool:
+    """Whether a plan is searched within a budget of latency."""
+    return options.plan is None and not options.dense and options.budget.criterion in LATENCY
+
+
+def known_latency_table(options: ExportOptions, source: ExportSource, work: Workspace) -> Path | None:
+    """The table that ``latency_table`` would give without measuring; None where it has to."""
+    if options.latency_table is not None or not needs_latency_table(options):
+        return latency_table(options, source, work)
+    dense = dense_folder(source.original, source.model, work.cache) / "dense.onnx"
+    if not dense.is_file():
+        return None
+    table = latency_folder(options, source, dense, work) / "latency_table.json"
+    return table if table.is_file() else None
+
+
+def _merges(options: ExportOptions, source: ExportSource) -> bool:
+    return options.merges(fixed_head=bool(source.dense_plan.head_tokens))
+
+
+@dataclass(frozen=True)
+class PlanFile:
+    """A plan, and the ``plan.json`` that it was read from, which fitted weights lie beside; None for the dense plan."""
+
+    plan: SlimPlan
+    path: Path | None
+
+
+def find_plan(options: ExportOptions, source: ExportSource, table: Path | None, work: Workspace) -> PlanFile:
+    """The given plan, the dense one, or the one that the search finds, with its fitted weights beside it.
+
+    ``table`` is what a latency budget is solved on. Raises ``BudgetUnreachable``; ``InputRejected`` for a given plan that does
+    not fit the model.
+    """
+    if options.dense:
+        return PlanFile(source.dense_plan, None)
+    if options.plan is not None:
+        return PlanFile(_given_plan(options.plan, source, work.facts), options.plan)
+    folder = plan_folder(options, source, table, work)
+
+    def build(part: Path) -> None:
+        from slimming.fitting.fitted_weights import save_fitted
+
+        cost = None if table is None else load_table(table)
+        checkpoint = folder.with_name(f"{folder.name}.checkpoint")
+        with work.reporter.stages() as progress:
+            found = search(options, source.session, options.layout, progress, cost=cost, checkpoint=checkpoint)
+        if found.fit != options.fit:
+            work.reporter.say("the blocks end in norms, so they cannot be refitted in closed form: --fit none")
+        save_fitted(found.plan, found.model, part / "plan.json", found.fit, found.finetune)
+        shutil.rmtree(checkpoint, ignore_errors=True)
+
+    work.cache.make(folder, build)
+    return PlanFile(load_plan(folder / "plan.json"), folder / "plan.json")
+
+
+def plan_folder(options: ExportOptions, source: ExportSource, table: Path | None, work: Workspace) -> Path:
+    """Where the plan that is searched for these options is, or will be."""
+    fit = (options.score, options.fit, options.summary)
+    finetune = (dataclasses.asdict(options.recipe), source.training_key()) if options.finetune_epochs else None
+    return work.cache.path(
+        "plan",
+        model=source.model.key,
+        images=source.calibration_fingerprint,
+        described=source.calibration.describe(),
+        budget=dataclasses.asdict(options.budget),
+        form=(options.mode, options.layout, options.seed, source.model.device, *fit),
+        latency=None if table is None else work.facts.digest(table),
+        finetune=finetune,
+    )
+
+
+def _given_plan(path: Path, source: ExportSource, facts: FactStore) -> SlimPlan:
+    plan = load_plan(path)
+
+    def check() -> bool:
         from slimming.models.slim_vit import check_fits
 
-        options, loaded = self.options, self.session.loaded
-        if options.dense:
-            return dense_plan(loaded.module, loaded.architecture)
-        if options.plan is not None:
-            plan = load_plan(options.plan)
-            check_fits(loaded.module, plan)
-            if plan.model != loaded.architecture:  # the manifest names one model
-                raise InputRejected(f"{options.plan}: was made for {plan.model}, and --model is {loaded.architecture}")
-            return plan
-        folder = self.plan_folder()
+        check_fits(source.session.loaded.module, plan)
+        return True
 
-        def build(part: Path) -> None:
-            from patchslim.latency_table import load_table
-            from slimming.fitting.fitted_weights import save_fitted
+    facts.recall("plan-fits", check, plan=plan.model_dump(mode="json"), model=source.model.key)
+    if plan.model != source.model.architecture:  # the manifest names one model
+        raise InputRejected(f"{path}: was made for {plan.model}, and --model is {source.model.architecture}")
+    return plan
 
-            cost = load_table(self.latency_table()) if options.budget.criterion in LATENCY else None
-            checkpoint = folder.with_name(f"{folder.name}.checkpoint")
-            with self.reporter.stages() as progress:
-                found = search(options, self.session, options.layout, progress, cost=cost, checkpoint=checkpoint)
-            if found.fit != options.fit:
-                self.reporter.say("the blocks end in norms, so they cannot be refitted in closed form: --fit none")
-            save_fitted(found.plan, found.model, part / "plan.json", found.fit, found.finetune)
-            shutil.rmtree(checkpoint, ignore_errors=True)
 
-        self.cache.make(folder, build)
-        return load_plan(folder / "plan.json")
+def fitted_model(planned: PlanFile, source: ExportSource, facts: FactStore) -> LazyModule:
+    """The module that runs under the plan: the original, or a copy with the weights that were fitted to the cut.
 
-    def fitted(self, plan: SlimPlan) -> Any:
-        """The PyTorch module that runs under ``plan``: the original, or a copy with the weights that were fitted to the cut."""
+    Raises ``InputRejected`` where those beside a given plan are not there, or not the ones that it names.
+    """
+    plan, path = planned.plan, planned.path
+    if plan.weights is None or path is None:
+        return source.original
+
+    @functools.cache
+    def load() -> Any:
         from slimming.fitting.fitted_weights import load_fitted
 
-        if plan.weights is None:
-            return self.session.loaded.module
-        path = self.options.plan or self.plan_folder() / "plan.json"
-        return load_fitted(plan, path, self.session.loaded.module)
+        return load_fitted(plan, path, source.session.loaded.module)
 
-    def dense_onnx(self, module: Any) -> Path:
-        """``module``, the original or its fitted copy, exported dense."""
-        from slimming.models.loading import state_digest
+    if not path.is_relative_to(facts.folder.parent):  # what the search kept is whole; it is checked again when it is loaded
+        weights = path.with_name(plan.weights.file)
+        facts.recall("fitted", lambda: load() is not None, files=[weights], named=plan.weights.sha256, model=source.model.key)
+    return LazyModule(plan.weights.sha256, load)
 
-        key = self.model_key | {"weights": state_digest(module.state_dict())}
-        folder = self.cache.path("dense", model=key)
 
-        def build(part: Path) -> None:
-            self.reporter.say("exporting the dense model to ONNX")
-            export_dense(module, tuple(self.session.loaded.data_config["input_size"]), part / "dense.onnx")
+def dense_onnx(module: LazyModule, model: ModelFacts, work: Workspace) -> Path:
+    """``module``, the original or its fitted copy, exported dense."""
+    folder = dense_folder(module, model, work.cache)
 
-        self.cache.make(folder, build)
-        return folder / "dense.onnx"
+    def build(part: Path) -> None:
+        from export.onnx_export import export_dense
 
-    def slim_onnx(self, dense: Path, plan: SlimPlan) -> dict[str, Path]:
-        """The slim model by stage name: float32, and typed FP16 where the engine asks for it."""
-        layout, precision = self.options.layout, self.options.engine_precision
-        folder = self.cache.path(
-            "slim", dense=digest(dense), plan=plan.model_dump(mode="json"), layout=layout, precision=precision
-        )
+        work.reporter.say("exporting the dense model to ONNX")
+        channels, height, width = model.data_config["input_size"]
+        export_dense(module.load(), (channels, height, width), part / "dense.onnx")
 
-        def build(part: Path) -> None:
-            from graph_passes import load_model, save_model, slim, to_fp16
+    work.cache.make(folder, build)
+    return folder / "dense.onnx"
 
-            self.reporter.say(f"cutting tokens out of the graph ({layout} qkv)")
-            result = slim(load_model(dense), plan, layout=layout)
-            save_model(result.model, part / "model.onnx")
-            if precision == "fp16":
-                save_model(to_fp16(result.model), part / "model.fp16.onnx")
 
-        self.cache.make(folder, build)
-        files = {ONNX_SLIM: folder / "model.onnx"}
+def dense_folder(module: LazyModule, model: ModelFacts, cache: StageCache) -> Path:
+    """Where the dense ONNX of ``module`` is, or will be."""
+    return cache.path("dense", model=model.key | {"weights": module.weights_sha256})
+
+
+def slim_onnx(dense: Path, plan: SlimPlan, layout: Layout, precision: Precision, work: Workspace) -> dict[str, Path]:
+    """The slim model by stage name: in float32, and typed FP16 where the engine takes that."""
+    folder = work.cache.path(
+        "slim", dense=work.facts.digest(dense), plan=plan.model_dump(mode="json"), layout=layout, precision=precision
+    )
+
+    def build(part: Path) -> None:
+        from graph_passes import load_model, save_model, slim, to_fp16
+
+        work.reporter.say(f"cutting tokens out of the graph ({layout} qkv)")
+        result = slim(load_model(dense), plan, layout=layout)
+        save_model(result.model, part / "model.onnx")
         if precision == "fp16":
-            files[ONNX_FP16] = folder / "model.fp16.onnx"
-        return files
+            save_model(to_fp16(result.model), part / "model.fp16.onnx")
 
-    def engine(self, onnx: Path) -> EngineResult:
-        """The engine for the target, built from ``onnx``."""
-        options = self.options
-        backend: dict[str, object] = {"engine": options.engine, "providers": onnxruntime_providers()}
-        if options.engine == "trt":
-            from export.engines.tensorrt_build import choose_backend
-
-            backend |= dataclasses.asdict(choose_backend(options.targets))
-        folder = self.cache.path("engine", onnx=digest(onnx), precision=options.engine_precision, **backend)
-
-        def build(part: Path) -> None:
-            with self.reporter.bar("building engines", unit="") as update:
-
-                def progress(report: BuildProgress) -> bool:
-                    if report.parent is None:
-                        update(report.step, report.total)
-                    return True
-
-                result = build_engine(
-                    options.engine, onnx, part, targets=options.targets, precision=options.engine_precision, progress=progress
-                )
-            fields = dataclasses.asdict(result)
-            fields["files"] = [file.name for file in result.files if options.engine == "trt"]
-            fields["layers_file"] = result.layers_file.name if result.layers_file else None
-            (part / "result.json").write_text(json.dumps(fields), encoding="utf-8")
-
-        self.cache.make(folder, build)
-        fields = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        fields["files"] = [folder / name for name in fields["files"]]
-        fields["layers_file"] = folder / fields["layers_file"] if fields["layers_file"] else None
-        fields["batch"] = tuple(fields["batch"])
-        return EngineResult(**fields)
-
-    def logits(
-        self, images: Any, plan: SlimPlan, fitted: Any, graphs: dict[str, Path], engine: EngineResult
-    ) -> tuple[dict[str, Array], Array]:
-        """Logits of every stage on the held-out images, and their classes; only what is not there yet is run.
-
-        A TensorRT engine is a stage of its own where it can run here.
-        """
-        from slimming.data.source import fingerprint_of
-
-        fingerprint = fingerprint_of(images)
-        if self.options.engine == "trt" and engine.executed:
-            graphs = {**graphs, ENGINE: engine.files[0]}
-        keys: dict[str, object] = {
-            PYTORCH: "original",
-            PYTORCH_SLIM: plan.model_dump(mode="json", include={"kept", "mode", "merged_into", "weights"}),
-        }
-        keys |= {stage: digest(path) for stage, path in graphs.items()}
-        where = (self.device, onnxruntime_providers())
-        shared = {"images": fingerprint, "model": self.model_key, "device": where}
-        folders = {stage: self.cache.path("logits", stage=stage, key=key, **shared) for stage, key in keys.items()}
-        missing = [stage for stage, folder in folders.items() if not folder.is_dir()]
-        if missing:
-            runners = {stage: self._runner(stage, plan, fitted, graphs, engine) for stage in missing}
-            classes = int(self.session.loaded.module.num_classes)
-            self.reporter.say(f"measuring {', '.join(missing)} on {len(images)} held-out images")
-            with self.reporter.bar("parity") as progress:
-                found, targets = measure(
-                    runners,
-                    images,
-                    self.session.transform,
-                    batch_size=self.options.batch_size,
-                    classes=classes,
-                    progress=progress,
-                )
-            for stage, logits in found.items():
-
-                def build(part: Path, logits: Array = logits, targets: Array = targets) -> None:
-                    np.save(part / "logits.npy", logits)
-                    np.save(part / "targets.npy", targets)
-
-                self.cache.make(folders[stage], build)
-        read = {stage: np.load(folder / "logits.npy", allow_pickle=False) for stage, folder in folders.items()}
-        return read, np.load(folders[PYTORCH] / "targets.npy", allow_pickle=False)
-
-    def _runner(self, stage: str, plan: SlimPlan, fitted: Any, graphs: dict[str, Path], engine: EngineResult) -> Runner:
-        from export.engines.onnx_runtime import open_runner
-        from slimming.models.slim_vit import SlimViT
-
-        module = self.session.loaded.module
-        if stage == PYTORCH:
-            return torch_runner(module)
-        if stage == PYTORCH_SLIM:
-            return torch_runner(SlimViT(fitted, plan).to(self.device).eval())
-        if stage == ENGINE:
-            from export.engines.tensorrt_runner import TrtSession
-
-            return TrtSession(graphs[stage], engine.backend).run
-        return open_runner(graphs[stage]).infer
+    work.cache.make(folder, build)
+    files = {ONNX_SLIM: folder / "model.onnx"}
+    if precision == "fp16":
+        files[ONNX_FP16] = folder / "model.fp16.onnx"
+    return files
 
 
-def onnxruntime_providers() -> list[str]:
+def built_engine(onnx: Path, request: EngineRequest, work: Workspace) -> EngineResult:
+    """The engine that is asked for, built from ``onnx``. Raises as ``build_engine`` does."""
+    folder = work.cache.path(
+        "engine",
+        onnx=work.facts.digest(onnx),
+        engine=request.engine,
+        backend=dataclasses.asdict(request.backend),
+        precision=request.precision,
+        here=(cuda.local_target(), onnxruntime_providers(work.facts)),
+    )
+
+    def build(part: Path) -> None:
+        from export.engines.build import build_engine
+
+        with work.reporter.bar("building engines", unit="") as update:
+
+            def progress(report: BuildProgress) -> bool:
+                if report.parent is None:
+                    update(report.step, report.total)
+                return True
+
+            result = build_engine(
+                request.engine, onnx, part, targets=request.backend.targets, precision=request.precision, progress=progress
+            )
+        result.save(part)
+
+    work.cache.make(folder, build)
+    return EngineResult.load(folder)
+
+
+def kept_patches(plan: SlimPlan, layout: Layout, image: Array, model: ModelFacts, work: Workspace) -> Path:
+    """The picture of which patches each block keeps of ``image`` (3, h, w), as the model takes it."""
+    config = model.data_config
+    folder = work.cache.path(
+        "picture",
+        plan=plan.model_dump(mode="json"),
+        layout=layout,
+        image=hashlib.sha256(image.tobytes()).hexdigest(),
+        config=(config["mean"], config["std"]),
+    )
+
+    def build(part: Path) -> None:
+        from export.kept_patches import draw_kept_patches
+
+        pixels = image.transpose(1, 2, 0) * np.array(config["std"]) + np.array(config["mean"])
+        draw_kept_patches(plan, layout, pixels, part / "kept_patches.png")
+
+    work.cache.make(folder, build)
+    return folder / "kept_patches.png"
+
+
+def onnxruntime_providers(facts: FactStore) -> list[str]:
     """The execution providers that ONNX Runtime has here: what ran on one of them is not what another would answer."""
-    import onnxruntime
 
-    return list(onnxruntime.get_available_providers())
+    def ask() -> list[str]:
+        import onnxruntime
+
+        return list(onnxruntime.get_available_providers())
+
+    found = importlib.util.find_spec("onnxruntime")
+    files = [] if found is None or found.origin is None else [Path(found.origin)]
+    return list(facts.recall("providers", ask, files=files))

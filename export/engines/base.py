@@ -1,19 +1,45 @@
-"""What every engine build takes and returns, and the checks on the ONNX file that come before any of them."""
+"""What every engine build takes and returns, and which engine takes which precision and target."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from patchslim.choices import Precision
+from patchslim.choices import EngineName, Layout, Precision
 
-TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
-"""GPU architectures that TensorRT-RTX builds for on any machine."""
+RTX_PRECISIONS: dict[str, tuple[Precision, ...]] = {
+    "sm75": ("fp16",),  # Turing has no fp32 and no bfloat16 matrix product in TensorRT-RTX
+    "sm80": ("fp16", "fp32"),
+    "sm86": ("fp16", "fp32"),
+    "sm89": ("fp16", "fp32"),
+    "sm120": ("fp16", "fp32"),
+    "sm121": ("fp16", "fp32"),
+}
+"""The GPU architectures that TensorRT-RTX builds for on any machine, and in which precisions."""
 
-DEFAULT_TARGETS = TARGETS[1:]
-"""All from sm80: Turing (sm75) has no fp32 and no bfloat16 matrix product in TensorRT-RTX."""
+TARGETS = tuple(RTX_PRECISIONS)
+
+DEFAULT_TARGETS = tuple(target for target, precisions in RTX_PRECISIONS.items() if len(precisions) > 1)
+"""What is built for unless targets are given: all that take every precision."""
+
+
+@dataclass(frozen=True)
+class EngineTraits:
+    """An engine's precisions, the default one first, how a plan's cuts are laid for it, and whether targets can be chosen."""
+
+    precisions: tuple[Precision, ...]
+    layout: Layout
+    has_targets: bool
+
+
+ENGINES: dict[EngineName, EngineTraits] = {
+    "ort": EngineTraits(("fp32", "fp16"), "split", has_targets=False),  # on a CPU fewer MACs are faster
+    "trt": EngineTraits(("fp16", "fp32"), "packed", has_targets=True),  # a packed qkv keeps TensorRT's kernels few
+}
+"""The engines that can be asked for."""
 
 Batch = tuple[int, int, int]
 """Smallest, most usual and largest batch of the optimisation profile."""
@@ -34,6 +60,28 @@ BuildProgressCallback = Callable[[BuildProgress], bool | None]
 """Called for each report; returning False cancels the build, which then raises KeyboardInterrupt."""
 
 
+BackendName = Literal["onnxruntime", "tensorrt", "tensorrt_rtx"]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What builds and runs an engine, and what for; ``ahead_of_time`` where the targets need not be in this machine."""
+
+    name: BackendName
+    targets: tuple[str, ...]
+    ahead_of_time: bool = False
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How an engine is built: ``targets`` None leaves them to the backend."""
+
+    targets: Sequence[str] | None
+    precision: Precision
+    batch: Batch
+    progress: BuildProgressCallback = lambda report: None
+
+
 @dataclass(frozen=True)
 class EngineResult:
     """What was built, by what and for what, and whether it ran here.
@@ -42,7 +90,7 @@ class EngineResult:
     does not tell (ONNX Runtime). ``kernels``, ``fused`` and ``seconds`` map each target to its own numbers.
     """
 
-    backend: Literal["onnxruntime", "tensorrt", "tensorrt_rtx"]
+    backend: BackendName
     version: str
     targets: list[str]
     precision: Precision
@@ -73,3 +121,22 @@ class EngineResult:
             parts.append("fused attentions not known")
         parts.append(self.status + (f" ({self.reason})" if self.reason else ""))
         return ", ".join(parts)
+
+    def save(self, folder: Path) -> None:
+        """Write the record to ``result.json`` in ``folder``, beside the files that lie there; raises ``OSError``."""
+        fields = asdict(self)
+        fields["files"] = [file.name for file in self.files if file.parent == folder]
+        fields["layers_file"] = self.layers_file.name if self.layers_file else None
+        (folder / "result.json").write_text(json.dumps(fields), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> EngineResult:
+        """Read what ``save`` wrote; files that lay elsewhere are not listed. Raises ``OSError``."""
+        found = cls(**json.loads((folder / "result.json").read_text(encoding="utf-8")))
+        files, layers = [folder / name for name in found.files], found.layers_file
+        return replace(found, files=files, layers_file=folder / layers if layers else None, batch=_batch(found.batch))
+
+
+def _batch(sizes: Sequence[int]) -> Batch:
+    smallest, usual, largest = sizes
+    return smallest, usual, largest

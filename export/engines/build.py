@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
-from export.engines.base import Batch, BuildProgressCallback, EngineResult
-from export.engines.onnx_info import read_onnx
-from patchslim.choices import Precision
+from export.engines import onnx_runtime, tensorrt_build
+from export.engines.base import Backend, Batch, BuildOptions, BuildProgressCallback, EngineResult
+from export.engines.onnx_info import OnnxFacts, read_onnx
+from patchslim.choices import EngineName, Precision
 from patchslim.errors import InputRejected, UsageError
 
 
+@dataclass(frozen=True)
+class Builder:
+    """How an engine is made: ``choose`` says by which backend and what for, ``build`` makes it of an ONNX file in a folder."""
+
+    choose: Callable[[Sequence[str] | None, Precision | None], Backend]
+    build: Callable[[Path, Path, OnnxFacts, BuildOptions], EngineResult]
+
+
+BUILDERS: dict[EngineName, Builder] = {
+    "ort": Builder(onnx_runtime.choose_backend, onnx_runtime.build),
+    "trt": Builder(tensorrt_build.choose_backend, tensorrt_build.build),
+}
+
+
+def choose_backend(engine: EngineName, targets: Sequence[str] | None = None, precision: Precision | None = None) -> Backend:
+    """What would build ``engine`` here, and for which targets; nothing is built.
+
+    Raises:
+        UsageError: a target that nothing builds for, or not in ``precision``.
+        Unavailable: no backend here can build for these targets.
+    """
+    return BUILDERS[engine].choose(targets, precision)
+
+
 def build_engine(
-    kind: Literal["ort", "trt"],
+    kind: EngineName,
     onnx_path: Path,
     output_dir: Path,
     *,
@@ -45,18 +70,7 @@ def build_engine(
         )
     if facts.fixed_batch:
         batch = (facts.fixed_batch,) * 3
-    if kind == "ort":
-        from export.engines import onnx_runtime as ort
-
-        return ort.build(onnx_path, facts, precision=precision, batch=batch)
-    from export.engines import tensorrt_build as tensorrt
-
-    return tensorrt.build(
-        onnx_path,
-        output_dir,
-        facts,
-        targets=targets,
-        precision=precision,
-        batch=batch,
-        progress=progress or (lambda report: None),
-    )
+    options = BuildOptions(targets, precision, batch)
+    if progress is not None:
+        options = replace(options, progress=progress)
+    return BUILDERS[kind].build(onnx_path, output_dir, facts, options)

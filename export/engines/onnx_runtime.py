@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from export.engines.base import Batch, EngineResult
+from export.engines import cuda
+from export.engines.base import Backend, BuildOptions, EngineResult
 from export.engines.onnx_info import OnnxFacts
 from patchslim.choices import Precision
 from patchslim.errors import Unavailable
@@ -28,10 +30,15 @@ def open_runner(path: Path, *, threads: int = 0) -> OrtRunner:
     return OrtRunner(path, provider=CPU, threads=threads)
 
 
-def build(onnx_path: Path, facts: OnnxFacts, *, precision: Precision, batch: Batch) -> EngineResult:
-    """Open ``onnx_path``, run it once on blank images, and describe it as an engine."""
+def choose_backend(targets: Sequence[str] | None = None, precision: Precision | None = None) -> Backend:
+    """ONNX Runtime, on the GPU where it can use that; it has no other targets, and runs every precision."""
+    return Backend("onnxruntime", ("cuda" if _has_cuda() else "cpu",))
+
+
+def build(onnx_path: Path, output_dir: Path, facts: OnnxFacts, options: BuildOptions) -> EngineResult:
+    """Open ``onnx_path``, run it once on blank images, and describe it as an engine; nothing is written."""
     with open_runner(onnx_path) as runner:
-        runner.infer(np.zeros((batch[0], *facts.image_shape), dtype=runner.dtype))
+        runner.infer(np.zeros((options.batch[0], *facts.image_shape), dtype=runner.dtype))
         target = "cpu" if runner.provider == CPU else "cuda"
     import onnxruntime
 
@@ -39,8 +46,8 @@ def build(onnx_path: Path, facts: OnnxFacts, *, precision: Precision, batch: Bat
         backend="onnxruntime",
         version=onnxruntime.__version__,
         targets=[target],
-        precision=precision,
-        batch=batch,
+        precision=options.precision,
+        batch=options.batch,
         files=[onnx_path],
         layers_file=None,
         attentions=len(facts.attentions),
@@ -49,11 +56,11 @@ def build(onnx_path: Path, facts: OnnxFacts, *, precision: Precision, batch: Bat
 
 
 def _has_cuda() -> bool:
+    # onnxruntime-gpu lists its CUDA provider on a machine without a GPU too, and then complains at every session.
+    if cuda.local_target() is None:
+        return False
     try:
         import onnxruntime
     except ModuleNotFoundError as error:
         raise Unavailable('the ort engine needs onnxruntime: pip install "patchslim[export]"') from error
-    from export.engines import cuda
-
-    # onnxruntime-gpu lists its CUDA provider on a machine without a GPU too, and then complains at every session.
-    return _CUDA in onnxruntime.get_available_providers() and cuda.local_target() is not None
+    return _CUDA in onnxruntime.get_available_providers()

@@ -13,10 +13,20 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from export.engines import cuda
-from export.engines.base import DEFAULT_TARGETS, TARGETS, Batch, BuildProgress, BuildProgressCallback, EngineResult
+from export.engines.base import (
+    DEFAULT_TARGETS,
+    RTX_PRECISIONS,
+    TARGETS,
+    Backend,
+    Batch,
+    BuildOptions,
+    BuildProgress,
+    BuildProgressCallback,
+    EngineResult,
+)
 from export.engines.onnx_info import OnnxFacts
 from export.engines.tensorrt_worker import BuildRequest
 from patchslim.choices import Precision
@@ -28,15 +38,6 @@ _INSTALL = (
     'install one of them: pip install "patchslim[rtx]" (TensorRT-RTX: builds for RTX GPUs, also on a machine without one) or '
     'pip install "patchslim[trt]" (TensorRT: builds for the GPU of this machine)'
 )
-
-
-@dataclass(frozen=True)
-class Backend:
-    """The TensorRT to build with and what to build for; ``ahead_of_time`` where the targets need not be in this machine."""
-
-    name: Literal["tensorrt", "tensorrt_rtx"]
-    targets: tuple[str, ...]
-    ahead_of_time: bool
 
 
 def choose_backend(targets: Sequence[str] | None = None, precision: Precision | None = None) -> Backend:
@@ -60,9 +61,12 @@ def choose_backend(targets: Sequence[str] | None = None, precision: Precision | 
         foreign = [target for target in wanted if target not in TARGETS]
         if foreign:
             raise Unavailable(f"TensorRT-RTX does not build for {', '.join(foreign)}; {_INSTALL}")
-        if precision == "fp32" and "sm75" in wanted:
+        unable = [target for target in wanted if precision is not None and precision not in RTX_PRECISIONS[target]]
+        if unable:
+            able, named = RTX_PRECISIONS[unable[0]][0], ", ".join(unable)
             raise UsageError(
-                "TensorRT-RTX has no fp32 matrix product for sm75: use --precision fp16, or leave sm75 out of --target"
+                f"TensorRT-RTX has no {precision} matrix product for {named}: "
+                f"use --precision {able}, or leave {named} out of --target"
             )
         return Backend("tensorrt_rtx", wanted or DEFAULT_TARGETS, ahead_of_time=True)
     if not full:
@@ -71,27 +75,18 @@ def choose_backend(targets: Sequence[str] | None = None, precision: Precision | 
     raise Unavailable(f'tensorrt is installed, but builds {here}; for RTX GPUs elsewhere: pip install "patchslim[rtx]"')
 
 
-def build(
-    onnx_path: Path,
-    output_dir: Path,
-    facts: OnnxFacts,
-    *,
-    targets: Sequence[str] | None,
-    precision: Precision,
-    batch: Batch,
-    progress: BuildProgressCallback,
-) -> EngineResult:
-    """Build one engine per target, each in its own process; see ``export.engines.build_engine``."""
-    backend = choose_backend(targets, precision)
-    built = build_files(onnx_path, output_dir, facts, backend, precision=precision, batch=batch, progress=progress)
+def build(onnx_path: Path, output_dir: Path, facts: OnnxFacts, options: BuildOptions) -> EngineResult:
+    """Build one engine per target, each in its own process; see ``export.engines.build.build_engine``."""
+    backend = choose_backend(options.targets, options.precision)
+    built = build_files(onnx_path, output_dir, facts, backend, options)
     done, files = built.done, built.files
-    executed, reason = _try(dict(zip(backend.targets, files, strict=True)), backend, facts, batch)
+    executed, reason = _try(dict(zip(backend.targets, files, strict=True)), backend, facts, options.batch)
     return EngineResult(
         backend=backend.name,
         version=built.version,
         targets=list(backend.targets),
-        precision=precision,
-        batch=batch,
+        precision=options.precision,
+        batch=options.batch,
         files=files,
         layers_file=built.layers_file,
         attentions=len(facts.attentions),
@@ -117,16 +112,7 @@ class Built:
         return str(next(iter(self.done.values()))["version"])
 
 
-def build_files(
-    onnx_path: Path,
-    output_dir: Path,
-    facts: OnnxFacts,
-    backend: Backend,
-    *,
-    precision: Precision,
-    batch: Batch,
-    progress: BuildProgressCallback,
-) -> Built:
+def build_files(onnx_path: Path, output_dir: Path, facts: OnnxFacts, backend: Backend, options: BuildOptions) -> Built:
     """Build one engine per target of ``backend``, each in its own process, without running any: all of them, or none."""
     output_dir.mkdir(parents=True, exist_ok=True)
     done: dict[str, dict[str, Any]] = {}
@@ -141,13 +127,13 @@ def build_files(
                 engine=str(work / "engine"),
                 layers=str(work / "layers.json"),
                 target=target if backend.ahead_of_time else None,
-                precision=precision,
+                precision=options.precision,
                 input_name=facts.input_name,
                 image_shape=facts.image_shape,
-                batch=None if facts.fixed_batch else batch,
+                batch=None if facts.fixed_batch else options.batch,
                 attentions=facts.attentions,
             )
-            done[target] = _run_worker(request, work, target, progress)
+            done[target] = _run_worker(request, work, target, options.progress)
             if (work / "layers.json").is_file():
                 layers[target] = json.loads((work / "layers.json").read_text())
         # Nothing reaches its final name before every target is built.
@@ -225,7 +211,7 @@ def _end(worker: subprocess.Popen[str]) -> None:
 
 def _try(engines: dict[str, Path], backend: Backend, facts: OnnxFacts, batch: Batch) -> tuple[bool, str]:
     """Run this machine's engine once on blank images; return whether it ran, and else the reason."""
-    from export.engines.tensorrt_runner import TrtSession, can_execute
+    from export.engines.tensorrt_runner import TrtRunner, can_execute
 
     local = cuda.local_target()
     able, reason = can_execute(backend.name, list(engines))
@@ -234,11 +220,11 @@ def _try(engines: dict[str, Path], backend: Backend, facts: OnnxFacts, batch: Ba
     import numpy as np
 
     try:
-        session = TrtSession(engines[local], backend.name)
+        runner = TrtRunner(engines[local], backend.name)
         try:
-            session.run(np.zeros((batch[0], *facts.image_shape), dtype=np.float32))
+            runner.infer(np.zeros((batch[0], *facts.image_shape), dtype=np.float32))
         finally:
-            session.close()
+            runner.close()
     except (InputRejected, Unavailable) as error:
         return False, str(error)
     others = [target for target in engines if target != local]

@@ -16,6 +16,7 @@ import numpy as np
 
 from export.engines import cuda
 from patchslim.errors import InputRejected, Unavailable
+from patchslim.runner import BatchLimits
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,8 +34,8 @@ def can_execute(backend: str, targets: Sequence[str]) -> tuple[bool, str]:
     return True, ""
 
 
-class TrtSession:
-    """An engine file on the first visible GPU, with one input (images) and its first output (logits).
+class TrtRunner:
+    """An engine file on the first visible GPU, a ``Runner``: one input, images, and its first output, logits.
 
     Raises:
         InputRejected: the file is missing, or is not an engine of this release of ``backend`` for this GPU.
@@ -62,13 +63,21 @@ class TrtSession:
         self._outputs = [name for name in names if self._engine.get_tensor_mode(name) == mode.OUTPUT]
         if len(inputs) != 1 or not self._outputs:
             raise InputRejected(f"{path}: expected one input and an output, found {names}")
-        self.path, self.input_name = Path(path), inputs[0]
+        self.name, self.input_name = str(path), inputs[0]
         self.input_shape = tuple(self._engine.get_tensor_shape(self.input_name))  # -1 where it is dynamic
-        self._held: list[int] = []  # what lies on the GPU until the session is closed
+        self._held: list[int] = []  # what lies on the GPU until the runner is closed
         self.dtype = np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(self.input_name)))
 
-    def run(self, images: NDArray[Any]) -> NDArray[np.float32]:
-        """Return logits (batch, classes) as float32 for images (batch, channels, height, width), cast to the engine's type.
+    @property
+    def batch_limits(self) -> BatchLimits:
+        """Fewest and most images that one run takes: the fixed batch, or those of the optimisation profile."""
+        if self.input_shape[0] > 0:
+            return self.input_shape[0], self.input_shape[0]
+        fewest, _, most = self._engine.get_tensor_profile_shape(self.input_name, 0)
+        return int(fewest[0]), int(most[0])
+
+    def infer(self, images: NDArray[Any]) -> NDArray[np.float32]:
+        """Return logits (b, classes) float32 for ``images`` (b, channels, height, width), cast to the engine's type.
 
         Raises:
             InputRejected: the shape lies outside the engine's optimisation profile.
@@ -108,7 +117,7 @@ class TrtSession:
         """Arrays for the outputs of a run on ``values``, and where its input and these are on the GPU, in this order."""
         source = np.ascontiguousarray(values, dtype=self.dtype)
         if not self._context.set_input_shape(self.input_name, source.shape):
-            raise InputRejected(f"{self.path}: an input of shape {source.shape} lies outside the engine's optimisation profile")
+            raise InputRejected(f"{self.name}: an input of shape {source.shape} lies outside the engine's optimisation profile")
         results = [
             np.empty(tuple(self._context.get_tensor_shape(name)), dtype=self._trt.nptype(self._engine.get_tensor_dtype(name)))
             for name in self._outputs
@@ -128,10 +137,10 @@ class TrtSession:
 
     def _execute(self) -> None:
         if not self._context.execute_async_v3(self._stream.handle):
-            raise Unavailable(f"{self.path}: the engine failed on the GPU")
+            raise Unavailable(f"{self.name}: the engine failed on the GPU")
 
     def close(self) -> None:
-        """Give back the GPU's memory; the session cannot be used afterwards."""
+        """Free the GPU's memory; the runner cannot be used afterwards."""
         for address in self._held:
             self._stream.free(address)
         del self._context, self._engine, self._runtime

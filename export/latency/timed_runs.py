@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from export.engines.base import BuildOptions
+from export.engines.onnx_info import OnnxFacts
+from export.engines.tensorrt_build import build_files, choose_backend
 from patchslim.timing import fair_clock, processor_name, timed
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from export.engines.tensorrt_runner import TrtRunner
     from patchslim.choices import Precision
 
 
@@ -59,48 +63,36 @@ class TensorRt:
     """
 
     def __init__(self, target: str, precision: Precision, batch: int) -> None:
-        from export.engines.tensorrt_build import choose_backend
-
         self.backend = choose_backend((target,), precision)
-        self.precision, self.batch = precision, batch
+        self.target, self.precision, self.batch = target, precision, batch
         self.version = ""  # known once something is built
         self.device = f"{target} ({self.backend.name})"
         self.threads = None
-        self._sessions: list[Any] = []
+        self._runners: list[TrtRunner] = []
 
     def build(self, path: Path) -> Path:
         """The engine of an ONNX file whose one input has a static shape, beside it; raises as ``build_engine`` does."""
         import onnx
 
-        from export.engines.onnx_info import OnnxFacts
-        from export.engines.tensorrt_build import build_files
-
         name = onnx.load(str(path), load_external_data=False).graph.input[0].name
         facts = OnnxFacts(name, (0, 0, 0), self.batch, [], self.precision)  # a static shape: no size of images is needed
-        built = build_files(
-            path,
-            path.parent,
-            facts,
-            self.backend,
-            precision=self.precision,
-            batch=(self.batch,) * 3,
-            progress=lambda report: None,
-        )
+        options = BuildOptions((self.target,), self.precision, (self.batch,) * 3)
+        built = build_files(path, path.parent, facts, self.backend, options)
         self.version = built.version
         return built.files[0]
 
     def open(self, path: Path) -> Run:
-        """Build an ONNX file and load its engine; raises as ``build_engine`` and ``TrtSession`` do."""
-        from export.engines.tensorrt_runner import TrtSession
+        """Build an ONNX file and load its engine; raises as ``build_engine`` and ``TrtRunner`` do."""
+        from export.engines.tensorrt_runner import TrtRunner
 
-        session = TrtSession(self.build(path), self.backend.name)
-        self._sessions.append(session)
-        return session.timed(random_values(self.batch, list(session.input_shape)))
+        runner = TrtRunner(self.build(path), self.backend.name)
+        self._runners.append(runner)
+        return runner.timed(random_values(self.batch, runner.input_shape))
 
     def close(self) -> None:
         """Give back the GPU's memory; no run that was opened here can be used afterwards."""
-        while self._sessions:
-            self._sessions.pop().close()
+        while self._runners:
+            self._runners.pop().close()
 
 
 def _processor(provider: str) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from export import export_bundle
-from export.bundle import publish
+from export.publication import publish
 from patchslim.errors import InputRejected, ParityFailed, UsageError
 from tests.helpers.commands import door_here
 from tests.helpers.exports import DEPTH, change_plan, command, digests, read, tiny

@@ -18,7 +18,7 @@ from export.engines import cuda
 from export.engines.base import DEFAULT_TARGETS, BuildProgress
 from export.engines.build import build_engine
 from export.engines.tensorrt_build import choose_backend
-from export.engines.tensorrt_runner import TrtSession, can_execute
+from export.engines.tensorrt_runner import TrtRunner, can_execute
 from patchslim.errors import InputRejected, Unavailable, UsageError
 
 DEPTH = 2
@@ -109,7 +109,7 @@ def test_an_engine_that_could_not_run_is_not_called_executed(fp16: Path, tmp_pat
     assert "built, not executed (no CUDA driver or no visible GPU on this machine)" in result.summary()
     assert can_execute("tensorrt_rtx", ["sm75"])[0] is False
     with pytest.raises(Unavailable, match="no CUDA driver"):
-        TrtSession(result.files[0], "tensorrt_rtx")
+        TrtRunner(result.files[0], "tensorrt_rtx")
 
 
 @needs_rtx

@@ -59,8 +59,8 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def stages_in(work: Path) -> dict[str, int]:
-    """Every stage in a work folder, and when it was put there."""
-    return {path.name: path.stat().st_mtime_ns for path in work.iterdir()}
+    """Every stage in a work folder, and when it was put there; what is known of files (``facts``) is not one."""
+    return {path.name: path.stat().st_mtime_ns for path in work.iterdir() if path.name != "facts"}
 
 
 def read(path: Path) -> Any:

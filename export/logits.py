@@ -1,0 +1,120 @@
+"""What every stage answers on the held-out images, kept in the work folder stage by stage."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from export.cache import FactStore
+from export.engines import cuda
+from export.engines.base import EngineResult
+from export.engines.onnx_runtime import open_runner
+from export.source import ExportSource, LazyModule
+from export.stages import Workspace, onnxruntime_providers
+from patchslim.arrays import Array
+from patchslim.plan import SlimPlan
+
+if TYPE_CHECKING:
+    from patchslim.runner import Runner
+
+PYTORCH, PYTORCH_SLIM, ENGINE = "pytorch", "pytorch-slim", "engine"
+#: Images whose pixels are kept: they are the inputs of ``golden.npz``, and the first is drawn.
+GOLDEN_IMAGES = 8
+
+
+@dataclass(frozen=True)
+class AnsweringStage:
+    """A stage that answers images with logits; ``key`` decides its answers beside the original model and the images."""
+
+    key: object
+    open: Callable[[], Runner]
+
+
+def answering_stages(
+    source: ExportSource, plan: SlimPlan, fitted: LazyModule, graphs: Mapping[str, Path], engine: EngineResult, facts: FactStore
+) -> dict[str, AnsweringStage]:
+    """What is measured, by stage name and in order; an engine with files of its own is a stage where it can run here."""
+
+    def original() -> Runner:
+        from export.inference import TorchRunner
+
+        return TorchRunner(source.original.load(), PYTORCH)
+
+    def slimmed() -> Runner:
+        from export.inference import TorchRunner
+        from slimming.models.slim_vit import SlimViT
+
+        return TorchRunner(SlimViT(fitted.load(), plan).to(source.model.device).eval(), PYTORCH_SLIM)
+
+    stages = {
+        PYTORCH: AnsweringStage("original", original),
+        PYTORCH_SLIM: AnsweringStage(plan.model_dump(mode="json", include={"kept", "mode", "merged_into", "weights"}), slimmed),
+    }
+    for stage, path in graphs.items():
+        stages[stage] = AnsweringStage(facts.digest(path), functools.partial(open_runner, path))
+    if engine.executed and engine.files:
+
+        def built() -> Runner:
+            from export.engines.tensorrt_runner import TrtRunner
+
+            return TrtRunner(engine.files[0], engine.backend)
+
+        stages[ENGINE] = AnsweringStage(facts.digest(engine.files[0]), built)
+    return stages
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What every stage answered on the held-out images: logits (n, classes) float32 by stage, and the images' classes (n,).
+
+    ``inputs`` are the pixels (k, 3, h, w) float32 of the first ``GOLDEN_IMAGES`` of them.
+    """
+
+    logits: dict[str, Array]
+    targets: Array
+    inputs: Array
+
+
+def measured_logits(stages: Mapping[str, AnsweringStage], source: ExportSource, batch_size: int, work: Workspace) -> Measured:
+    """The logits of every stage on the held-out images; only stages that are not there yet are run.
+
+    Raises ``InputRejected`` for an image that cannot be read or a class that the model does not have.
+    """
+    shared = {
+        "images": source.evaluation_fingerprint,
+        "model": source.model.key,
+        "device": (source.model.device, cuda.local_target(), onnxruntime_providers(work.facts)),
+    }
+    folders = {name: work.cache.path("logits", stage=name, key=stage.key, **shared) for name, stage in stages.items()}
+    missing = [name for name, folder in folders.items() if not folder.is_dir()]
+    if missing:
+        from export.inference import infer_all
+
+        runners = {name: stages[name].open() for name in missing}
+        images = source.evaluation_images
+        work.reporter.say(f"measuring {', '.join(missing)} on {len(images)} held-out images")
+        with work.reporter.bar("parity") as progress:
+            answers = infer_all(
+                runners, images, source.session.transform, batch_size=batch_size, keep=GOLDEN_IMAGES, progress=progress
+            )
+        answers.check_classes(images.address, source.model.classes)
+        for name, logits in answers.logits.items():
+
+            def build(part: Path, logits: Array = logits) -> None:
+                np.save(part / "logits.npy", logits)
+                np.save(part / "targets.npy", answers.targets)
+                np.save(part / "inputs.npy", answers.inputs)
+
+            work.cache.make(folders[name], build)
+    read = {name: _read(folder, "logits") for name, folder in folders.items()}
+    return Measured(read, _read(folders[PYTORCH], "targets"), _read(folders[PYTORCH], "inputs"))
+
+
+def _read(folder: Path, name: str) -> Array:
+    array: Array = np.load(folder / f"{name}.npy", allow_pickle=False)
+    return array
