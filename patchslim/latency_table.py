@@ -5,20 +5,19 @@ Free of torch: a search reads it, a bundle keeps it. ``export.latency.measure`` 
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from patchslim.choices import Layout, Mode
+from patchslim.choices import EngineName, Layout, Mode, Precision
 from patchslim.errors import InputRejected
 from patchslim.macs import Geometry, check_counts
 from patchslim.plan import SlimPlan
-from patchslim.records import Count, StrictRecord, atomic_path
+from patchslim.records import Count, StrictRecord, load_record, save_record
 
 _Ms = Annotated[float, Field(gt=0)]
 
@@ -45,9 +44,9 @@ class LatencyTable(StrictRecord):
     mode: Mode = Field(description="of the blocks measured; stale blocks read every token")
     layout: Layout = Field(description="of the projections in the blocks measured")
     merged: bool = Field(default=False, description="whether the blocks merge the tokens that they drop")
-    engine: Literal["ort", "trt"]
+    engine: EngineName
     engine_version: str
-    precision: Literal["fp32", "fp16"]
+    precision: Precision
     device: str = Field(description="name of the processor, and the execution provider where it is not the CPU's")
     threads: Annotated[int, Field(ge=1)] | None = Field(description="threads of the engine; null: its own choice")
     batch: Count = Field(description="images per batch")
@@ -138,9 +137,7 @@ class LatencyTable(StrictRecord):
 
     def save(self, path: Path) -> None:
         """Write the table as JSON, whole or not at all; raises ``OSError``."""
-        text = json.dumps(self.model_dump(mode="json"), indent=1)
-        with atomic_path(path) as part:
-            part.write_text(text + "\n", encoding="utf-8")
+        save_record(path, self)
 
 
 class _Grid:
@@ -189,16 +186,7 @@ def _cell(grid: list[int], at: int) -> tuple[int, int, float]:
 
 def load_table(path: Path) -> LatencyTable:
     """Read and check a saved table; raises ``InputRejected`` naming the file and the fault."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputRejected(f"{path}: cannot be read as a latency table: {error}") from error
-    try:
-        return LatencyTable.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "table"
-        raise InputRejected(f"{path}: not a valid latency table: {where}: {first['msg']}") from error
+    return load_record(path, LatencyTable, "latency table")
 
 
 def latency_table_schema() -> dict[str, object]:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from patchslim.choices import Criterion, Fit, Layout, Mode
-from patchslim.errors import InputRejected
 from patchslim.macs import Geometry, macs_of
-from patchslim.records import Count, StrictRecord, TokenIndex, atomic_path
+from patchslim.records import Count, StrictRecord, TokenIndex, load_record, save_record
 from patchslim.token_groups import sizes_of, stands_for
 
 
@@ -182,23 +180,12 @@ class SlimPlan(StrictRecord):
 
     def save(self, path: Path) -> None:
         """Write ``plan.json`` whole or not at all; raises ``OSError``."""
-        text = json.dumps(self.model_dump(mode="json"), indent=1)
-        with atomic_path(path) as part:
-            part.write_text(text + "\n", encoding="utf-8")
+        save_record(path, self)
 
 
 def load_plan(path: Path) -> SlimPlan:
     """Read and check a ``plan.json``; raises ``InputRejected`` naming the file and the fault."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputRejected(f"{path}: cannot be read as a plan: {error}") from error
-    try:
-        return SlimPlan.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "plan"
-        raise InputRejected(f"{path}: not a valid plan: {where}: {first['msg']}") from error
+    return load_record(path, SlimPlan, "plan")
 
 
 def plan_schema() -> dict[str, object]:

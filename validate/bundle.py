@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import stat
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import ValidationError
-
 from patchslim.errors import InputRejected
-from patchslim.records import StrictRecord, atomic_path
+from patchslim.records import StrictRecord, load_record, save_record
 from validate.manifest import FileRecord, Manifest, ParityReport, plain_path
 
 MANIFEST = "manifest.json"
 PARITY = "parity.json"
 PLAN = "plan.json"
 GOLDEN = "golden.npz"
-_MAX_JSON_BYTES = 64 << 20
 _MAX_FILES = 10_000
 _Record = TypeVar("_Record", bound=StrictRecord)
 
@@ -66,52 +62,30 @@ def record_files(folder: Path) -> list[FileRecord]:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``manifest.json`` whole or not at all, last of the bundle's files; raises ``OSError``."""
-    _write(folder / MANIFEST, manifest)
+    save_record(folder / MANIFEST, manifest)
 
 
 def write_parity(folder: Path, report: ParityReport) -> None:
     """Write ``parity.json`` whole or not at all; raises ``OSError``."""
-    _write(folder / PARITY, report)
+    save_record(folder / PARITY, report)
 
 
 def load_manifest(folder: Path) -> Manifest:
     """Read and check ``manifest.json``; raises ``InputRejected`` naming the file and the fault."""
-    return _load(folder / MANIFEST, Manifest)
+    return _load(folder / MANIFEST, Manifest, "manifest")
 
 
 def load_parity(folder: Path) -> ParityReport:
     """Read and check ``parity.json``; raises ``InputRejected`` naming the file and the fault."""
-    return _load(folder / PARITY, ParityReport)
+    return _load(folder / PARITY, ParityReport, "parity report")
 
 
-def read_json_text(path: Path) -> str:
-    """Text of a JSON file of bounded size; raises ``InputRejected`` naming the file and the fault."""
+def _load(path: Path, kind: type[_Record], what: str) -> _Record:
+    """Read a record of the bundle itself: no link out of it, and nothing that blocks the reader."""
     try:
-        info = path.lstat()
-        if not stat.S_ISREG(info.st_mode):
-            raise InputRejected(f"{path}: is not a regular file")
-        if info.st_size == 0:
-            raise InputRejected(f"{path}: is empty")
-        if info.st_size > _MAX_JSON_BYTES:
-            raise InputRejected(f"{path}: {info.st_size} bytes are more than the {_MAX_JSON_BYTES} allowed")
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise InputRejected(f"{path}: is missing") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputRejected(f"{path}: cannot be read: {error}") from error
-
-
-def _write(path: Path, record: StrictRecord) -> None:
-    text = json.dumps(record.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False)
-    with atomic_path(path) as part:
-        part.write_text(text + "\n", encoding="utf-8")
-
-
-def _load(path: Path, kind: type[_Record]) -> _Record:
-    text = read_json_text(path)
-    try:
-        return kind.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or path.stem
-        raise InputRejected(f"{path}: not valid: {where}: {first['msg']}") from error
+        is_file = stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        is_file = True  # missing, which ``load_record`` says
+    if not is_file:
+        raise InputRejected(f"{path}: is not a regular file")
+    return load_record(path, kind, what)

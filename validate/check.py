@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from patchslim.errors import (
     EXIT_DONE,
@@ -16,9 +15,10 @@ from patchslim.errors import (
     ParityFailed,
     PatchslimError,
 )
+from patchslim.plan import load_plan
 from patchslim.records import StrictRecord
 from validate import bundle as files
-from validate.bundle import list_files, load_manifest, load_parity, read_json_text
+from validate.bundle import list_files, load_manifest, load_parity
 from validate.manifest import Manifest, OnnxRecord, Status, TensorSpec
 
 if TYPE_CHECKING:
@@ -149,16 +149,25 @@ def _check_records(folder: Path, manifest: Manifest, say: Progress) -> Iterator[
 
 
 def _check_plan(path: Path, manifest: Manifest) -> None:
+    """Raise ``InputRejected`` unless the plan is valid and all that the manifest says of it follows from it."""
     if files.digest(path) != manifest.plan_digest:
         raise InputRejected(f"{path}: its SHA-256 is not manifest.json's plan_digest")
-    try:
-        plan: Any = json.loads(read_json_text(path))
-        counts = [len(kept) for kept in plan["kept"]]
-        model = plan["model"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputRejected(f"{path}: is not a slimming plan: {error!r}") from error
-    if counts != manifest.tokens_per_block or model != manifest.model:
-        raise InputRejected(f"{path}: is a plan of {model} with {counts} tokens per block, and manifest.json says otherwise")
+    plan = load_plan(path)
+    calibration = plan.origin.calibration
+    derived: dict[str, tuple[object, object]] = {
+        "model": (plan.model, manifest.model),
+        "tokens per block": (plan.counts, manifest.tokens_per_block),
+        "macs.dense": (plan.dense_macs(), manifest.macs.dense),
+        "macs.slim": (plan.macs(manifest.macs.layout), manifest.macs.slim),
+    }
+    if (stated := manifest.calibration) is not None:
+        derived["calibration"] = (
+            None if calibration is None else (calibration.data, calibration.images, calibration.fingerprint),
+            (stated.data, stated.images, stated.fingerprint),
+        )
+    for field, (of_plan, of_manifest) in derived.items():
+        if of_plan != of_manifest:
+            raise InputRejected(f"{path}: {field} of the plan: {of_plan}, and manifest.json says {of_manifest}")
 
 
 def _check_graphs(folder: Path, manifest: Manifest, provider: str, threads: int, say: Progress) -> Iterator[Check]:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, FiniteFloat, JsonValue, model_validator
 
+from patchslim.choices import Layout
 from patchslim.records import StrictRecord
 
 Status = Literal["passed", "failed", "not executed"]
@@ -44,7 +45,7 @@ class Macs(StrictRecord):
     dense: _Count
     slim: _Count
     reduction: Annotated[float, Field(ge=0, le=1)] = Field(description="fraction saved: 1 - slim / dense")
-    layout: _Name = Field(description="how the cut blocks are laid: 'split' or 'packed' projections")
+    layout: Layout = Field(description="how the cut blocks' projections are laid")
 
     @model_validator(mode="after")
     def _check(self) -> Macs:

@@ -195,7 +195,7 @@ def test_a_file_that_is_no_table_is_refused_by_name(data: bytes, tmp_path: Path)
     path.write_bytes(data)
     with pytest.raises(InputRejected, match=r"table\.json: (not a valid|cannot be read as a) latency table"):
         load_table(path)
-    with pytest.raises(InputRejected, match=r"missing\.json: cannot be read"):
+    with pytest.raises(InputRejected, match=r"missing\.json: is missing: it cannot be read as a latency table"):
         load_table(tmp_path / "missing.json")
 
 

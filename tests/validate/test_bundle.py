@@ -16,7 +16,7 @@ from patchslim.errors import InputRejected, Unavailable
 from tests.helpers.bundles import make_bundle, refused, reseal
 from validate import check_bundle, load_manifest, load_parity
 from validate.bundle import record_files
-from validate.manifest import manifest_schema, parity_schema
+from validate.manifest import CalibrationRecord, manifest_schema, parity_schema
 
 
 @pytest.fixture(scope="module")
@@ -167,9 +167,68 @@ def test_a_plan_of_something_else(bundle: Path) -> None:
     refused(bundle, 3, "plan.json", "tokens per block")
     (bundle / "plan.json").write_text("[" * 100_000)
     reseal(bundle)
-    refused(bundle, 3, "plan.json", "not a slimming plan")
+    refused(bundle, 3, "plan.json", "not a valid plan", "Invalid JSON")
     reseal(bundle, plan_digest="0" * 64)
     refused(bundle, 3, "plan.json", "plan_digest")
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda p: p.pop("mode"), "mode: Field required"),
+        (lambda p: p.update(colour="red"), "colour: Extra inputs"),
+        (lambda p: p["kept"].__setitem__(1, [0, 3, 2]), "kept[1]: indices must be sorted and unique"),
+        (lambda p: p["kept"].__setitem__(2, [1]), "kept[2]: lacks a token that the head reads"),
+        (lambda p: p["kept"].__setitem__(0, [0, 1, 2, 3]), "kept[1]: not nested in kept[0]"),
+        (lambda p: p.update(grid=[2, 3]), "is not 1 prefix tokens + a 2 x 3 grid"),
+        (lambda p: p["geometry"].update(embed_dim="8"), "geometry.embed_dim"),
+        (lambda p: p["origin"].update(value=float("nan")), "origin.value"),
+    ],
+)
+def test_a_sealed_plan_that_breaks_a_rule(bundle: Path, change: Callable[[dict[str, Any]], Any], fault: str) -> None:
+    """The manifest's digest, model and token counts are right: the plan's own rules are what refuses it."""
+    plan = json.loads((bundle / "plan.json").read_text())
+    if "nested" in fault:
+        plan["kept"][1] = [0, 3, 4]
+    (bundle / "plan.json").write_text(json.dumps(plan))
+    edit(bundle / "plan.json", change)
+    counts = [len(kept) for kept in json.loads((bundle / "plan.json").read_text())["kept"]]
+    reseal(bundle, tokens_per_block=counts)
+    refused(bundle, 3, "plan.json", "not a valid plan", fault)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda p: p.update(model="another"), "model of the plan: another"),
+        (lambda p: p["geometry"].update(head_macs=49), "macs.dense of the plan"),
+        (lambda p: p["geometry"].update(packed_qkv=False, embed_dim=9), "macs.dense of the plan"),
+        (lambda p: p.update(merged_into=[-1, 2, -1, -1, 3]), "macs.slim of the plan"),  # merging costs MACs in the slim model
+    ],
+)
+def test_a_valid_plan_that_the_manifest_does_not_follow_from(
+    bundle: Path, change: Callable[[dict[str, Any]], Any], fault: str
+) -> None:
+    edit(bundle / "plan.json", change)
+    reseal(bundle)
+    refused(bundle, 3, "plan.json", fault)
+
+
+def test_calibration_is_the_plans(bundle: Path) -> None:
+    calibration = {"data": "digits (train)", "images": 100, "fingerprint": "0" * 64}
+    stated = CalibrationRecord(**calibration, share=0.2)  # type: ignore[arg-type]
+    reseal(bundle, calibration=stated)
+    refused(bundle, 3, "plan.json", "calibration of the plan: None")
+    edit(bundle / "plan.json", lambda p: p["origin"].update(calibration=calibration))
+    reseal(bundle, calibration=stated)
+    assert check_bundle(bundle).exit_code == 0
+    reseal(bundle, calibration=stated.model_copy(update={"images": 99}))
+    refused(bundle, 3, "plan.json", "calibration of the plan: ('digits (train)', 100")
+
+
+def test_a_layout_that_no_plan_has(bundle: Path) -> None:
+    edit(bundle / "manifest.json", lambda m: m["macs"].update(layout="loose"))
+    refused(bundle, 3, "manifest.json", "macs.layout", "'split' or 'packed'")
 
 
 def test_a_build_that_failed_its_gate(bundle: Path) -> None:

@@ -61,6 +61,13 @@ def test_exit_codes(good: Path, tmp_path: Path) -> None:
     answer = run(broken)
     assert answer.code == 3
     assert "model.onnx" in answer.err
+    bad_plan = Path(shutil.copytree(good, tmp_path / "bad_plan"))
+    plan = json.loads((bad_plan / "plan.json").read_text())
+    (bad_plan / "plan.json").write_text(json.dumps(plan | {"mode": "loose"}))
+    reseal(bad_plan)
+    answer = run(bad_plan)
+    assert answer.code == 3
+    assert f"{bad_plan / 'plan.json'}: not a valid plan: mode: Input should be 'compact' or 'stale'" in answer.err
     wrong = Path(shutil.copytree(good, tmp_path / "wrong"))
     write_onnx(wrong / "model.onnx", weight(seed=3))
     reseal(wrong)

@@ -1,0 +1,113 @@
+"""Records as JSON files: every refusal names file, field and fault; a write is whole or leaves what was there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import Field, model_validator
+
+from patchslim.errors import InputRejected
+from patchslim.records import MAX_JSON_BYTES, Count, StrictRecord, atomic_path, load_record, save_record
+
+
+class Point(StrictRecord):
+    x: float
+    labels: list[str] = []
+
+
+class Line(StrictRecord):
+    name: str
+    points: list[Point] = Field(min_length=2)
+    width: Count = 1
+
+    @model_validator(mode="after")
+    def _check(self) -> Line:
+        if self.points[0] == self.points[-1]:
+            raise ValueError("points: the line ends where it starts")
+        return self
+
+
+LINE = Line(name="Küste 海岸", points=[Point(x=0.1), Point(x=1e-300, labels=["a\nb", '"'])])
+
+
+def test_what_is_saved_is_read_back_and_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("one.json", "sub/two.json"):
+        save_record(tmp_path / name, LINE)
+        assert load_record(tmp_path / name, Line, "line") == LINE
+    data = (tmp_path / "one.json").read_bytes()
+    assert data == (tmp_path / "sub" / "two.json").read_bytes()
+    assert data.endswith(b"}\n")
+    assert "Küste 海岸" in data.decode("utf-8")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["one.json", "sub", "two.json"]
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        (b"", "the file is empty"),
+        (b"{", "line: Invalid JSON: EOF"),
+        (b"\xff\xfe\x00", "line: Invalid JSON"),
+        (b"[" * 100_000, "line: Invalid JSON: recursion limit"),
+        (b"[]", "line: Input should be an object"),
+        (b'{"name": "a"}', "points: Field required"),
+        (b'{"name": 1, "points": [{"x": 0}, {"x": 1}]}', "name: Input should be a valid string"),
+        (b'{"name": "a", "points": [{"x": 0}, {"x": true}]}', r"points\.1\.x: Input should be a valid number"),
+        (b'{"name": "a", "points": [{"x": 0}, {"x": "1"}]}', r"points\.1\.x: Input should be a valid number"),
+        (b'{"name": "a", "points": [{"x": 0}, {"x": NaN}]}', r"points\.1\.x: .*finite"),
+        (b'{"name": "a", "points": [{"x": 0}, {"x": 1, "y": 2}]}', r"points\.1\.y: Extra inputs are not permitted"),
+        (b'{"name": "a", "points": [{"x": 0}, {"x": 1}], "width": 0}', "width: .*greater than or equal to 1"),
+        (
+            b'{"name": "a", "points": [{"x": 0}, {"x": 1}, {"x": 0}]}',
+            "line: Value error, points: the line ends where it starts",
+        ),
+    ],
+)
+def test_a_file_that_is_no_such_record_is_refused_by_field(text: bytes, fault: str, tmp_path: Path) -> None:
+    path = tmp_path / "a line.json"
+    path.write_bytes(text)
+    with pytest.raises(InputRejected, match=rf"a line\.json: not a valid line: {fault}") as refused:
+        load_record(path, Line, "line")
+    assert str(refused.value).startswith(f"{path}: ")
+    assert len(str(refused.value)) < 1000  # a hostile file is not printed
+    assert refused.value.exit_code == 3
+
+
+def test_what_cannot_be_read_at_all(tmp_path: Path) -> None:
+    with pytest.raises(InputRejected, match=r"absent\.json: is missing: it cannot be read as a line"):
+        load_record(tmp_path / "absent.json", Line, "line")
+    with pytest.raises(InputRejected, match=rf"{tmp_path.name}: cannot be read as a line: Is a directory"):
+        load_record(tmp_path, Line, "line")
+
+
+def test_no_more_is_read_than_is_allowed(tmp_path: Path) -> None:
+    path = tmp_path / "large.json"
+    text = LINE.model_dump_json().encode()
+    with path.open("wb") as file:
+        file.write(text + b" " * (MAX_JSON_BYTES - len(text)))
+    assert load_record(path, Line, "line") == LINE
+    os.truncate(path, 1 << 40)  # a sparse terabyte, which no reader could hold
+    with pytest.raises(InputRejected, match=rf"large\.json: not a valid line: .* {MAX_JSON_BYTES} bytes"):
+        load_record(path, Line, "line")
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "line.json"
+    save_record(path, LINE)
+    before = path.read_bytes()
+    broken: Any = LINE.model_copy(update={"points": [float("nan")]})
+    with pytest.raises(ValueError, match="JSON compliant"):
+        save_record(path, broken)
+
+    def fail_halfway() -> None:
+        with atomic_path(path) as part:
+            part.write_text("half")
+            assert part.parent == path.parent  # a rename across file systems would not be atomic
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail_halfway()
+    assert path.read_bytes() == before
+    assert [each.name for each in tmp_path.iterdir()] == ["line.json"]
