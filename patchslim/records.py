@@ -57,7 +57,7 @@ def load_record(path: Path, kind: type[_Record], what: str) -> _Record:
 
 def save_record(path: Path, record: StrictRecord) -> None:
     """Write a record as JSON, whole or not at all; the same record gives the same bytes. Raises ``OSError``."""
-    text = json.dumps(record.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(record.model_dump(mode="json"), indent=1, ensure_ascii=False)
     with atomic_path(path) as part:
         part.write_text(text + "\n", encoding="utf-8", newline="\n")
 

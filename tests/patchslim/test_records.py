@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 from pydantic import Field, model_validator
@@ -15,7 +14,7 @@ from patchslim.records import MAX_JSON_BYTES, Count, StrictRecord, atomic_path, 
 
 class Point(StrictRecord):
     x: float
-    labels: list[str] = []
+    labels: list[str] = Field(default=[])
 
 
 class Line(StrictRecord):
@@ -61,7 +60,7 @@ def test_what_is_saved_is_read_back_and_the_same_bytes(tmp_path: Path) -> None:
         (b'{"name": "a", "points": [{"x": 0}, {"x": 1}], "width": 0}', "width: .*greater than or equal to 1"),
         (
             b'{"name": "a", "points": [{"x": 0}, {"x": 1}, {"x": 0}]}',
-            "line: Value error, points: the line ends where it starts",
+            "line: .*points: the line ends where it starts",
         ),
     ],
 )
@@ -88,7 +87,7 @@ def test_no_more_is_read_than_is_allowed(tmp_path: Path) -> None:
     with path.open("wb") as file:
         file.write(text + b" " * (MAX_JSON_BYTES - len(text)))
     assert load_record(path, Line, "line") == LINE
-    os.truncate(path, 1 << 40)  # a sparse terabyte, which no reader could hold
+    os.truncate(path, 1 << 33)  # sparse
     with pytest.raises(InputRejected, match=rf"large\.json: not a valid line: .* {MAX_JSON_BYTES} bytes"):
         load_record(path, Line, "line")
 
@@ -97,9 +96,8 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "line.json"
     save_record(path, LINE)
     before = path.read_bytes()
-    broken: Any = LINE.model_copy(update={"points": [float("nan")]})
-    with pytest.raises(ValueError, match="JSON compliant"):
-        save_record(path, broken)
+    with pytest.raises(UnicodeEncodeError):
+        save_record(path, LINE.model_copy(update={"name": "a lone surrogate: \ud800"}))
 
     def fail_halfway() -> None:
         with atomic_path(path) as part:
