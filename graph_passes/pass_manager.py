@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
+import onnx_graphsurgeon as gs
 from onnx import checker, shape_inference
 
 import graph_passes.passes  # noqa: F401 - registers the passes
@@ -21,13 +22,14 @@ from patchslim.errors import InputRejected, UsageError, did_you_mean
 from patchslim.plan import SlimPlan
 
 #: How often a pass that repeats is run at most.
-_ROUNDS = 5
-_COLLECTED = 2**26  # models below this many bytes are not worth the time
+_MAX_ROUNDS = 5
+#: From this size on, in bytes, memory is worth the time of a garbage collection after each pass.
+_GC_BYTES = 2**26
 
 
 @dataclass(frozen=True)
 class SlimResult:
-    """The model after the passes, and what each of them did."""
+    """The model after the passes, and what each of them did, in order."""
 
     model: OnnxModel
     results: list[PassResult]
@@ -39,7 +41,7 @@ class SlimResult:
 
 
 class PassesRefused(InputRejected):
-    """Passes that did not understand the graph: half a plan would be a wrong model. ``result`` says what each of them did."""
+    """Passes refused the graph: half a plan would be a wrong model. ``result`` says what each pass did."""
 
     def __init__(self, result: SlimResult) -> None:
         first = next(entry for entry in result.results if entry.refused)
@@ -48,7 +50,10 @@ class PassesRefused(InputRejected):
 
 
 def default_passes(layout: Layout, precision: Precision, image: ImageForm = "float", also: Sequence[str] = ()) -> list[str]:
-    """The passes that ``slim`` runs, in order, and ``also`` those named; raises ``UsageError`` for an unknown one."""
+    """Names of the passes that ``slim`` runs, in order: the default ones, and those named by ``also``.
+
+    Raises ``UsageError`` for a name that no pass has.
+    """
     ensure_known(also)
     left_out = {"split_qkv"} if layout == "packed" else set()
     if precision == "fp32":
@@ -63,12 +68,12 @@ def run_passes(
     settings: Settings,
     save_intermediates: Path | None = None,
 ) -> SlimResult:
-    """Run the named passes; ``model`` itself is not changed, and weights that no pass asks for are not read.
+    """Run the named passes in the order given; ``model`` itself is not changed, and weights that no pass reads are not loaded.
 
-    A pass that does not understand the graph leaves it as it was and says so in its result's ``refused``. After each change
-    the model is checked and, where ``save_intermediates`` is a folder, saved there as ``NN_name.onnx``.
-    Raises ``UsageError`` for an unknown pass or one that lacks its plan, ``InputRejected`` for an invalid model, or a plan that
-    is for another one.
+    A pass that does not understand the graph leaves it as it was; its result's ``refused`` says why. After each change the
+    model is checked and, where ``save_intermediates`` is a folder, saved there as ``NN_name.onnx``.
+    Raises ``UsageError`` for a name that no pass has, or a pass that needs a plan where there is none; ``InputRejected`` for an
+    invalid model, or a plan that is for another model.
     """
     ensure_known(names)
     ensure_plan(names, settings.plan)
@@ -76,25 +81,32 @@ def run_passes(
     results: list[PassResult] = []
     graph = import_graph(with_shapes(current))
     for number, name in enumerate(names):
-        total, refused = 0, []
-        for _ in range(_ROUNDS if PASSES[name].repeat else 1):
+        total, refused, interface = 0, [], _interface(graph)
+        for _ in range(_MAX_ROUNDS if PASSES[name].repeat else 1):
             try:
                 sites = PASSES[name].run(graph, settings)
             except MatchFailure as failure:
                 refused.append(Refusal(failure.site, failure.expected))
                 graph = import_graph(with_shapes(current))
                 break
+            if _interface(graph) != interface:
+                raise RuntimeError(f"a bug in pass {name}: inputs and outputs were {interface}, are {_interface(graph)}")
             if not sites:
                 break
             total += sites
             current = export_model(graph, like=current)
             graph = import_graph(with_shapes(current))
-            if current.nbytes > _COLLECTED:
+            if current.nbytes > _GC_BYTES:
                 gc.collect()  # nodes and tensors refer to each other: the graph before would keep the arrays of earlier passes
         results.append(PassResult(name, total > 0, total, refused))
         if total and save_intermediates is not None:
             save_model(current, save_intermediates / f"{number:02d}_{name}.onnx")
     return SlimResult(current, results)
+
+
+def _interface(graph: gs.Graph) -> list[list[str]]:
+    """Names of the graph's inputs and outputs, which no pass may change: callers feed and read by them."""
+    return [[tensor.name for tensor in tensors] for tensors in (graph.inputs, graph.outputs)]
 
 
 def ensure_known(names: Sequence[str]) -> None:
@@ -127,14 +139,14 @@ def slim(
     also: Sequence[str] = (),
     save_intermediates: Path | None = None,
 ) -> SlimResult:
-    """Cut the plan's tokens out of a dense Vision Transformer (``images [B, 3, H, W]`` to ``logits [B, classes]``).
+    """Cut the tokens that ``plan`` drops out of a dense Vision Transformer, ``images [B, 3, H, W]`` to ``logits [B, classes]``.
 
     ``layout``: in cut blocks ``split`` query and key/value projections, or one ``packed`` projection. ``precision``: ``fp16``
-    types the result. ``cut``: the operators that take rows. ``image``, ``mean``, ``std``: let the graph take bytes, and
-    normalise them. ``passes``: names to run instead of the default ones, which may need no plan; ``also``: names to run
-    beside the default ones. Deterministic; a second call on the result changes nothing.
-    Raises ``PassesRefused`` or another ``InputRejected`` (with node and expectation) where the graph is not understood or the
-    plan does not fit it, ``UsageError`` where the chosen ``passes`` do not make a valid graph.
+    makes weights and activations float16. ``cut``: the operators that take rows. ``image``, ``mean``, ``std``: let the graph
+    take bytes and normalise them. ``passes``: names to run instead of the default ones; ``also``: names to run beside them.
+    The same arguments give the same bytes; a second call on the result changes nothing.
+    Raises ``PassesRefused`` or another ``InputRejected``, which name the node and what was expected there, where the graph is
+    not understood or the plan is for another model; ``UsageError`` where the chosen ``passes`` leave an invalid graph.
     """
     if passes is not None and also:
         raise UsageError("passes chosen by name (--passes) are all that run; name these there too (--also): " + ", ".join(also))
@@ -155,26 +167,27 @@ def slim(
 
 
 def to_fp16(model: OnnxModel | onnx.ModelProto) -> OnnxModel:
-    """The model typed as FP16, its inputs and outputs float32 (see the pass ``to_fp16``); raises ``InputRejected``."""
+    """The model with float16 weights and activations, its inputs and outputs float32 (see the pass ``to_fp16``).
+
+    Raises ``InputRejected`` where the graph is not understood or a weight does not fit float16.
+    """
     result = run_passes(model, ["to_fp16"], Settings())
     ensure_none_refused(result)
     return result.model
 
 
 def ensure_none_refused(result: SlimResult) -> None:
-    """Raise ``PassesRefused`` where there is a refusal."""
+    """Raise ``PassesRefused`` where a pass refused the graph."""
     if any(entry.refused for entry in result.results):
         raise PassesRefused(result)
 
 
 def load_model(path: Path) -> OnnxModel:
-    """Read a Vision Transformer from an ONNX file, with its external data; weights are read when somebody asks for them.
+    """Read a Vision Transformer from an ONNX file and its external data; a large weight is read when its values are asked for.
 
     Raises ``InputRejected`` naming the file and the fault: missing, empty, truncated or corrupt, without nodes, external data
     missing or outside the model's folder, not a valid graph, or not a Vision Transformer of a form that the passes understand.
     """
-    from graph_passes.pass_registry import Settings
-
     model = read_model(path)
     try:
         results = run_passes(model, ["fold_constants", "find_blocks"], Settings()).results

@@ -1,16 +1,19 @@
-"""The list of graph passes, and what each reports."""
+"""The graph passes by name, what they are told, and what each reports."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from patchslim.choices import Layout
 from patchslim.plan import SlimPlan
 
-#: How rows are taken: see ``graph_passes.cutting.token_cutter.take_rows``.
+if TYPE_CHECKING:
+    import onnx_graphsurgeon as gs
+
+#: The operators that take rows: see ``graph_passes.cutting.row_ops.take_rows``.
 CutForm = Literal["auto", "slice", "gather", "matmul"]
 #: What images come as: float32 and normalised outside, or bytes in one of two orders.
 ImageForm = Literal["float", "uint8-nchw", "uint8-nhwc"]
@@ -18,7 +21,7 @@ ImageForm = Literal["float", "uint8-nchw", "uint8-nhwc"]
 
 @dataclass(frozen=True)
 class Refusal:
-    """A place that a pass did not change, and why; ``site`` names the node or block."""
+    """A place that a pass did not change: ``site`` names the node, block or part of the graph, ``reason`` says why."""
 
     site: str
     reason: str
@@ -26,7 +29,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class PassResult:
-    """What one pass did: whether it changed the graph, at how many sites, and which sites it refused."""
+    """What one pass did: whether it changed the graph, at how many sites, and what it refused."""
 
     name: str
     modified: bool
@@ -40,9 +43,11 @@ class PassResult:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the passes are told: the plan (None for passes that need none), the layout of cut blocks, the form of a cut.
+    """What the passes are told.
 
-    ``image``, ``mean`` and ``std`` are for ``image_input``: what the graph is to take, and how pixels in [0, 1] are normalised.
+    ``plan``: the tokens that each block keeps; None for passes that need no plan. ``layout``: whether cut blocks get a query
+    projection of their own. ``cut``: the operators that take rows. ``image``, ``mean`` and ``std`` are for ``image_input``: the
+    images that the graph is to take, and mean and standard deviation of each channel for pixels in [0, 1].
     """
 
     plan: SlimPlan | None = None
@@ -53,45 +58,56 @@ class Settings:
     std: tuple[float, ...] = ()
 
     def require_plan(self) -> SlimPlan:
-        """The plan; raises ``ValueError`` when there is none."""
+        """The plan. Raises ``ValueError`` where there is none."""
         if self.plan is None:
             raise ValueError("this pass needs a SlimPlan")
         return self.plan
 
 
-# A pass takes the graph (an onnx_graphsurgeon.Graph) and changes it in place; it returns the number of sites it changed. It
-# raises match.MatchFailure when it does not understand the graph, and the manager then restores the graph as it was.
-Run = Callable[[Any, Settings], int]
+#: A pass changes the graph in place and returns the number of sites that it changed. Where it does not understand the graph it
+#: raises ``MatchFailure``, and the manager puts the graph back as it was.
+PassFunction = Callable[["gs.Graph", Settings], int]
 
 
 @dataclass(frozen=True)
 class GraphPass:
-    """A registered pass: its name, its explanation (the module's docstring) and the function that does it.
+    """A registered pass: its name, its explanation (the module's docstring) and its function.
 
-    ``default``: whether ``slim`` runs it unless passes are chosen by name. ``needs_plan``: whether it asks the settings for a
+    ``default``: whether ``slim`` runs it unless passes are chosen by name. ``needs_plan``: whether it asks the settings for the
     plan. ``repeat``: whether it is run again on what it changed, with shapes inferred anew, until it changes nothing.
     """
 
     name: str
     explanation: str
-    run: Run
+    run: PassFunction
     default: bool = True
     needs_plan: bool = False
     repeat: bool = False
 
     @property
     def summary(self) -> str:
-        """First line of the explanation."""
+        """The first line of the explanation."""
         return self.explanation.splitlines()[0]
 
 
+#: Every pass, in the order in which they run.
 PASSES: dict[str, GraphPass] = {}
 
 
-def graph_pass(name: str, *, default: bool = True, needs_plan: bool = False, repeat: bool = False) -> Callable[[Run], Run]:
-    """Register the decorated function as the pass ``name``; its module's docstring explains it."""
+def graph_pass(
+    name: str, *, default: bool = True, needs_plan: bool = False, repeat: bool = False, after: Sequence[str] = ()
+) -> Callable[[PassFunction], PassFunction]:
+    """Register the decorated function as the pass ``name``, which its module's docstring explains.
 
-    def register(run: Run) -> Run:
+    ``after``: passes that must come before this one in ``PASSES``. Raises ``ValueError`` where one of them is not there yet, or
+    the name is taken.
+    """
+    if name in PASSES:
+        raise ValueError(f"pass {name}: there is one of this name already")
+    if missing := [other for other in after if other not in PASSES]:
+        raise ValueError(f"pass {name} comes after {', '.join(missing)}: import it there in graph_passes/passes/__init__.py")
+
+    def register(run: PassFunction) -> PassFunction:
         explanation = inspect.getdoc(inspect.getmodule(run)) or name
         PASSES[name] = GraphPass(name, explanation, run, default, needs_plan, repeat)
         return run

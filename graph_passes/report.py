@@ -9,7 +9,7 @@ from math import prod
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import onnx
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from graph_passes.analysis.macs import macs_of_graph
 from graph_passes.analysis.patterns import MatchFailure
@@ -20,6 +20,7 @@ from graph_passes.pass_manager import run_passes
 from graph_passes.pass_registry import CutForm, ImageForm, PassResult, Settings
 from patchslim.choices import Layout, Precision
 from patchslim.errors import InputRejected
+from patchslim.records import StrictRecord
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,11 +32,7 @@ _FLOATS = frozenset(
 )
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class BlockSummary(_Strict):
+class BlockSummary(StrictRecord):
     """One block."""
 
     reads: _Count = Field(description="tokens that its keys and values come from")
@@ -43,7 +40,7 @@ class BlockSummary(_Strict):
     macs: _Count = Field(description="multiply-accumulates of one image")
 
 
-class VitSummary(_Strict):
+class VitSummary(StrictRecord):
     """A Vision Transformer as the passes understand it; MACs are counted from the graph, for one image."""
 
     tokens: _Count = Field(description="N, prefix tokens included")
@@ -59,7 +56,7 @@ class VitSummary(_Strict):
     macs: _Count = Field(description="of the whole graph")
 
 
-class GraphSummary(_Strict):
+class GraphSummary(StrictRecord):
     """One graph, before or after."""
 
     nodes: _Count
@@ -69,14 +66,14 @@ class GraphSummary(_Strict):
     vit: VitSummary | None = Field(description="null: the graph was not understood")
 
 
-class RefusedSite(_Strict):
+class RefusedSite(StrictRecord):
     """A place that was not changed, and why."""
 
     site: str = Field(description="node, block or part of the graph; 'plan' where the plan is for another model")
     reason: str
 
 
-class PassRecord(_Strict):
+class PassRecord(StrictRecord):
     """What one pass did."""
 
     name: str
@@ -85,7 +82,7 @@ class PassRecord(_Strict):
     refused: list[RefusedSite]
 
 
-class Report(_Strict):
+class Report(StrictRecord):
     """``--report``: one run of ``graph_passes.run``."""
 
     schema_version: Literal[1] = 1
@@ -145,18 +142,18 @@ def _summary(model: OnnxModel, structure: Structure | None) -> GraphSummary:
     )
 
 
-def distinct(results: Iterable[PassResult]) -> list[RefusedSite]:
+def distinct_refusals(results: Iterable[PassResult]) -> list[RefusedSite]:
     """Every refusal once: passes that stop at the same node say the same."""
     found = {(refusal.site, refusal.reason) for result in results for refusal in result.refused}
     return [RefusedSite(site=site, reason=reason) for site, reason in sorted(found)]
 
 
-def records(results: Iterable[PassResult]) -> list[PassRecord]:
+def pass_records(results: Iterable[PassResult]) -> list[PassRecord]:
     """Each pass's result as the report has it."""
     return [PassRecord.model_validate(result.as_dict()) for result in results]
 
 
-def reduction(before: GraphSummary, after: GraphSummary | None) -> float | None:
+def macs_reduction(before: GraphSummary, after: GraphSummary | None) -> float | None:
     """The share of MACs saved; None where one of the graphs was not understood."""
     if before.vit is None or after is None or after.vit is None or not before.vit.macs:
         return None

@@ -143,7 +143,7 @@ class _Outcome:
 def _cut(options: PassOptions, model: OnnxModel, plan: SlimPlan | None) -> _Outcome:
     """Run the passes. A refusal is returned, so that it can be reported before it ends the run."""
     from graph_passes.pass_manager import PassesRefused, slim
-    from graph_passes.report import RefusedSite, distinct, summarize
+    from graph_passes.report import RefusedSite, distinct_refusals, summarize
 
     try:
         before, fault = summarize(model)
@@ -169,7 +169,7 @@ def _cut(options: PassOptions, model: OnnxModel, plan: SlimPlan | None) -> _Outc
     except InputRejected as cause:
         subject = str(options.model) if options.plan is None else f"{options.model} with plan {options.plan}"
         if isinstance(cause, PassesRefused):
-            passes, refused = cause.result.results, distinct(cause.result.results)
+            passes, refused = cause.result.results, distinct_refusals(cause.result.results)
         else:
             passes, refused = [], [RefusedSite(site="plan", reason=str(cause))]
         return _Outcome(before, error=InputRejected(f"{subject}: {cause}"), passes=passes, refused=refused)
@@ -228,7 +228,7 @@ def _ensure_chosen(options: PassOptions, plan: SlimPlan | None) -> None:
 
 def _publish(options: PassOptions, plan: SlimPlan | None, outcome: _Outcome) -> None:
     """Print the report and, where asked for, write it; raises ``OSError``."""
-    from graph_passes.report import Report, print_report, records, reduction
+    from graph_passes.report import Report, macs_reduction, pass_records, print_report
 
     report = Report(
         model=str(options.model),
@@ -242,8 +242,8 @@ def _publish(options: PassOptions, plan: SlimPlan | None, outcome: _Outcome) -> 
         nodes=None if outcome.after is None else outcome.after.nodes,
         plan_macs=None if plan is None else plan.macs(options.layout),
         dense_macs=None if plan is None else plan.dense_macs(),
-        macs_reduction=reduction(outcome.before, outcome.after),
-        passes=records(outcome.passes),
+        macs_reduction=macs_reduction(outcome.before, outcome.after),
+        passes=pass_records(outcome.passes),
         refused=[*outcome.refused],
         error=None if outcome.error is None else str(outcome.error),
         before=outcome.before,

@@ -1,8 +1,8 @@
 """What each axis of a tensor holds: images, features, pixels, or tokens, and then which tokens in which order.
 
-An axis is a tuple of factors, outermost first: ``(Batch, 3)`` is an axis where a batch and three heads were merged. Factors
-are what makes the finder independent of the exporter: however a Reshape or Transpose shuffles axes, the tokens keep their
-names. A token's name is the number of its patch, row by row, or a negative number for a prefix token.
+An axis is a tuple of factors, outermost first: ``(Batch, 3)`` is an axis where a batch and three heads were merged. However an
+exporter's Reshapes and Transposes shuffle the axes, factors can be followed through them, and the tokens keep their names. A
+token's name is the number of its patch, row by row, or a negative number for a prefix token.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from math import prod
 
 from graph_passes.analysis.patterns import MatchFailure
 
-#: Stands for a batch size that is not known: a prime, so that it never divides anything else.
+#: Stands for a batch size that is not known: a prime, so that it never divides a number of features or tokens.
 UNKNOWN_BATCH = 1_000_003
-#: No plan has more.
+#: The most tokens that a plan may have.
 MAX_TOKENS = 1_000_000
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images."""
+    """Images, one behind the other."""
 
     size: int = UNKNOWN_BATCH
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """Rows (``axis`` 0) or columns (1) of an image."""
+    """Pixels of an image: its rows (``axis`` 0) or columns (1)."""
 
     axis: int
     size: int
@@ -36,7 +36,7 @@ class Pixels:
 
 @dataclass(frozen=True)
 class Grid:
-    """Rows (``axis`` 0) or columns (1) of what a convolution makes of an image; merged in this order they are tokens."""
+    """Patches of an image: the rows (``axis`` 0) or columns (1) of their grid; rows merged with columns are tokens."""
 
     axis: int
     size: int
@@ -44,7 +44,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens by name, in order. ``keys``: as an attention reads them, on the last axis of its scores."""
+    """Tokens by name, in order. ``keys``: the keys of an attention, on the last axis of its scores."""
 
     names: tuple[int, ...]
     keys: bool = False
@@ -57,7 +57,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Mixed:
-    """Sums of tokens by a constant matrix, to be added to as many kept ones; see ``merging``."""
+    """Sums of tokens by a constant matrix, to be added to as many kept tokens; see ``cutting.token_merging``."""
 
     size: int
 
@@ -68,7 +68,7 @@ Axes = tuple[Axis, ...]
 
 
 def axis_size(axis: Axis) -> int:
-    """The axis's length, ``UNKNOWN_BATCH`` for each unknown batch in it."""
+    """The length of an axis, where an unknown batch counts ``UNKNOWN_BATCH``."""
     return prod(factor if isinstance(factor, int) else factor.size for factor in axis)
 
 
@@ -78,17 +78,17 @@ def has(axis: Axis, *kinds: type) -> bool:
 
 
 def is_spatial(axis: Axis) -> bool:
-    """Whether any place of the image is told apart on this axis."""
+    """Whether the axis tells places of the image apart: pixels, patches or tokens."""
     return has(axis, Pixels, Grid, Tokens, Mixed)
 
 
 def tokens_of(axis: Axis) -> Tokens | None:
-    """The tokens of an axis that holds nothing else, else None."""
+    """The tokens of an axis that holds tokens alone; None for any other axis."""
     return axis[0] if len(axis) == 1 and isinstance(axis[0], Tokens) else None
 
 
 def token_axis(axes: Axes, *, keys: bool = False) -> int | None:
-    """The axis of tokens (with ``keys``, of those an attention reads); None where none is of tokens alone."""
+    """The index of the axis that holds tokens alone (with ``keys``, the keys of an attention); None where there is none."""
     for index, axis in enumerate(axes):
         tokens = tokens_of(axis)
         if tokens is not None and tokens.keys == keys:
@@ -97,15 +97,16 @@ def token_axis(axes: Axes, *, keys: bool = False) -> int | None:
 
 
 def tokens_in(axes: Axes) -> Tokens | None:
-    """The tokens that a tensor computes, on whatever axis and merged or not; None where it has none."""
+    """The tokens of a tensor, keys aside, on whatever axis and merged with others or not; None where it has none."""
     found = [factor for axis in axes for factor in axis if isinstance(factor, Tokens) and not factor.keys]
     return found[0] if found else None
 
 
 def regrouped(axes: Axes, shape: Sequence[int], site: str) -> Axes:
-    """The axes after a Reshape to ``shape`` (-1 where a length is to be inferred); raises ``MatchFailure``.
+    """The axes after a Reshape to ``shape``, in which -1 is a length to be inferred.
 
-    Features may be divided anywhere; images and tokens stay whole, and pixels are divided into a grid of patches.
+    Features may be divided anywhere, pixels into a grid of patches. Raises ``MatchFailure`` where the number of elements
+    changes, or images or tokens would be divided.
     """
     flat = [factor for axis in axes for factor in axis]
     known = prod(length for length in shape if length >= 0)
@@ -145,9 +146,10 @@ def _belongs_here(taken: list[Factor], length: int, later: Sequence[int]) -> boo
 
 
 def canonical(factors: Sequence[Factor]) -> Axis:
-    """The factors with neighbouring features merged, and a whole grid of patches made tokens; raises ``MatchFailure``.
+    """An axis of ``factors`` in the one form that equal axes have.
 
-    One image beside anything else on an axis tells nothing apart, and is left out.
+    Neighbouring features are merged, rows and columns of patches become tokens, and a batch of one image beside anything else
+    is left out. Raises ``MatchFailure`` for more than ``MAX_TOKENS`` patches.
     """
     factors = [factor for factor in factors if factor != 1]
     result: list[Factor] = []
@@ -167,7 +169,10 @@ def canonical(factors: Sequence[Factor]) -> Axis:
 
 
 def broadcast(operands: Sequence[Axes], site: str) -> Axes:
-    """The axes of an elementwise result; raises ``MatchFailure`` where operands hold different things on one axis."""
+    """The axes of what an elementwise node makes of its operands; they are aligned at the last axis, as in NumPy.
+
+    Raises ``MatchFailure`` where two operands hold different things on one axis.
+    """
     rank = max(len(axes) for axes in operands)
     result: list[Axis] = []
     for place in range(rank):
@@ -186,7 +191,7 @@ def broadcast(operands: Sequence[Axes], site: str) -> Axes:
 
 
 def described(axis: Axis) -> str:
-    """An axis in words."""
+    """An axis in words, for messages: "images x 3 features"."""
     return " x ".join(_named(factor) for factor in axis) or "1"
 
 

@@ -1,4 +1,4 @@
-"""What becomes of one tensor's axes where an operator moves, takes, reduces or convolves them: no other tensor is needed."""
+"""The axes of a node's outputs where its first input alone decides: moves, parts, reductions, convolutions."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from graph_passes.analysis.patterns import MatchFailure, constant_value, integer
 
 
 def rearranged(node: gs.Node, axes: Axes) -> list[Axes] | None:
-    """The axes of a node's outputs, its first input having ``axes``; None where no rule here is of its operator.
+    """The axes of a node's outputs where its first input has ``axes``; None for an operator that has no rule here.
 
-    Raises ``MatchFailure`` where the rule cannot tell.
+    Raises ``MatchFailure`` where the rule needs a constant that is computed, or would divide images or tokens.
     """
     if node.op == "Transpose":
         order = node.attrs.get("perm") or list(reversed(range(len(axes))))

@@ -1,4 +1,4 @@
-"""Linear layers, and which of their columns end up where: what packs and unpacks queries, keys and values moves them only."""
+"""Linear layers, and where the columns of their outputs go: what packs and unpacks queries, keys and values only moves them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Linear:
 
 
 def linear_at(tensor: gs.Tensor) -> Linear | None:
-    """The linear layer whose output ``tensor`` is, if it is one."""
+    """The linear layer whose output is ``tensor``; None where it is not the output of one."""
     node = tensor.inputs[0] if tensor.inputs else None
     add, bias = None, None
     if (
@@ -60,14 +60,20 @@ def linear_at(tensor: gs.Tensor) -> Linear | None:
 
 @dataclass
 class Columns:
-    """Where the columns of a linear layer went: ``values``, shaped like the tensor for one image, holds column numbers."""
+    """Columns of a linear layer's output in ``tensor``, which moves alone made of it.
+
+    ``values`` is shaped like the tensor for one image, and holds at each place the number of the column that is there.
+    """
 
     linear: Linear
     tensor: gs.Tensor
     values: NDArray[np.int64]
 
     def of_one_token(self, axis_map: AxisMap) -> NDArray[np.int64] | None:
-        """The column numbers of one token, its axes and the batch's gone; None where tokens differ or an axis is merged."""
+        """The column numbers of one token, without the axes of tokens and batch.
+
+        None where they differ between tokens, or tokens or batch share an axis with anything else.
+        """
         axes = axis_map.of(self.tensor)
         place = None if axes is None else token_axis(axes)
         if axes is None or place is None or any(len(axis) > 1 and has(axis, Tokens, Batch) for axis in axes):
@@ -80,7 +86,7 @@ class Columns:
 
 
 def columns_of(tensor: gs.Tensor, axis_map: AxisMap) -> Columns | None:
-    """Follow ``tensor`` back over moves alone to a linear layer; None where there is anything else on the way."""
+    """The columns of a linear layer that ``tensor`` holds; None where anything but moves lies between the two."""
     path: list[tuple[gs.Node, gs.Tensor]] = []
     current = tensor
     while (linear := linear_at(current)) is None:
@@ -102,12 +108,12 @@ def columns_of(tensor: gs.Tensor, axis_map: AxisMap) -> Columns | None:
 
 
 def column_numbers(columns: Sequence[Columns]) -> NDArray[np.int64]:
-    """All column numbers, sorted."""
+    """The numbers of all these columns, each once, in ascending order."""
     return np.unique(np.concatenate([found.values.reshape(-1) for found in columns])) if columns else np.arange(0)
 
 
 def back_to_roots(columns: Sequence[Columns], axis_map: AxisMap) -> tuple[list[Columns], list[gs.Node]]:
-    """Where all these columns, and no others, are together: the tensors, and the moves passed on the way back to them."""
+    """The tensors, nearest to the layer, that hold these columns and no others; and the moves between them and ``columns``."""
     whole = set(column_numbers(columns).tolist())
     roots: dict[int, Columns] = {}
     passed: list[gs.Node] = []
@@ -124,7 +130,7 @@ def back_to_roots(columns: Sequence[Columns], axis_map: AxisMap) -> tuple[list[C
 
 
 def projection_outputs(axis_map: AxisMap, operand: tuple[gs.Node, int]) -> list[Columns]:
-    """The tensors, furthest from the attention, that hold nothing but columns of a linear layer that feed its operand."""
+    """The tensors, nearest to their layer, that hold nothing but the columns which feed an attention's ``(node, input)``."""
     node, index = operand
     found: dict[int, Columns] = {}
     pending, seen = [node.inputs[index]], set()

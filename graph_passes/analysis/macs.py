@@ -1,4 +1,4 @@
-"""Counts the multiply-accumulates of a graph, one image at a time: of each block, and of what is before and behind them."""
+"""Counts the multiply-accumulates (MACs) of a graph for one image: before its blocks, in each block, and behind them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from patchslim.macs import Geometry
 
 @dataclass(frozen=True)
 class GraphMacs:
-    """MACs of one image; biases, norms and the taking of rows count zero."""
+    """MACs of one image; biases, norms and taking rows count as none. ``stem``: before the blocks; ``head``: behind them."""
 
     stem: int
     blocks: list[int]
@@ -25,11 +25,11 @@ class GraphMacs:
 
     @property
     def total(self) -> int:
-        """The whole graph's."""
+        """MACs of the whole graph."""
         return self.stem + sum(self.blocks) + self.head
 
     def as_dict(self) -> dict[str, object]:
-        """Plain values, for a report."""
+        """The counts as plain values, for a report."""
         return asdict(self) | {"total": self.total}
 
 
@@ -48,7 +48,7 @@ def regions(structure: Structure) -> list[list[gs.Node]]:
 
 
 def node_macs(axis_map: AxisMap, node: gs.Node) -> int:
-    """MACs of one node for one image; 0 for a node that multiplies no matrices, or only chooses rows."""
+    """MACs of one node for one image; 0 for a node that multiplies no matrices, or only takes rows."""
     if node.op not in ("MatMul", "Gemm", "Conv", "Attention") or not any(axis_map.depends(tensor) for tensor in node.inputs):
         return 0
     result, first = axis_map.of(node.outputs[0]), axis_map.of(node.inputs[0])
@@ -75,7 +75,10 @@ def _elements(axes: Axes) -> int:
 
 
 def geometry_of(structure: Structure) -> Geometry:
-    """The sizes that a plan counts its MACs with, of a dense graph; raises ``MatchFailure`` where its blocks are not alike."""
+    """The sizes by which a plan counts its MACs, of a dense graph.
+
+    Raises ``MatchFailure`` where a block is cut already, or blocks differ in their MACs.
+    """
     axis_map, tokens, width = structure.axis_map, structure.tokens, structure.width
     stem, *blocks, head = regions(structure)
     totals = {sum(node_macs(axis_map, node) for node in nodes) for nodes in blocks}

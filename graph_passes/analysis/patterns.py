@@ -1,4 +1,4 @@
-"""Small words for reading a graph by pattern. A failed match carries the node it stopped at and what was expected there."""
+"""Reads nodes and constants of a graph. A failed match names the node at which it stopped and what was expected there."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def label(node: gs.Node) -> str:
 
 
 def produced_by(tensor: gs.Tensor, *ops: str) -> gs.Node | None:
-    """The node that computes ``tensor`` where its operator is one of ``ops``, else None."""
+    """The node that computes ``tensor`` if its operator is one of ``ops``; else None."""
     if isinstance(tensor, gs.Constant) or not tensor.inputs or tensor.inputs[0].op not in ops:
         return None
     return tensor.inputs[0]
 
 
 def constant_value(tensor: gs.Tensor) -> NDArray[np.generic] | None:
-    """The value of a constant tensor (initializer or Constant node), else None."""
+    """The value of a constant tensor (an initializer or a Constant node's output); None for any other tensor."""
     if isinstance(tensor, gs.Constant):
         return np.asarray(tensor.values)
     node = produced_by(tensor, "Constant")
@@ -54,7 +54,7 @@ def constant_shape(tensor: gs.Tensor) -> tuple[int, ...]:
 
 
 def computed_and_constant(node: gs.Node) -> tuple[gs.Tensor, NDArray[np.generic]] | None:
-    """The computed and the constant operand of a two-input node, in either order; None when it has not one of each."""
+    """A node's computed operand and the value of its constant one, in either order; None where it has not one of each."""
     for one, other in ((0, 1), (1, 0)):
         value = constant_value(node.inputs[other])
         if value is not None and constant_value(node.inputs[one]) is None:
@@ -63,13 +63,13 @@ def computed_and_constant(node: gs.Node) -> tuple[gs.Tensor, NDArray[np.generic]
 
 
 def integers(tensor: gs.Tensor) -> list[int] | None:
-    """A constant integer tensor as a flat list, else None."""
+    """The values of a constant integer tensor as a flat list; None for any other tensor."""
     value = constant_value(tensor)
     return None if value is None or value.dtype.kind not in "iu" else [int(v) for v in value.reshape(-1)]
 
 
 def rows_of_slice(node: gs.Node, lengths: Sequence[int]) -> dict[int, range] | None:
-    """What a Slice with constant bounds takes along each of its axes, of which ``lengths`` are known; None for other bounds."""
+    """The rows that a Slice takes, by axis, of a tensor of shape ``lengths``; None where its bounds are computed."""
     values = [integers(tensor) for tensor in node.inputs[1:]]
     if len(values) < 2 or any(value is None for value in values):
         return None
@@ -89,7 +89,7 @@ def _stop(end: int, step: int) -> int | None:
 
 
 def one_hot_rows(matrix: NDArray[np.generic]) -> list[int] | None:
-    """For each row of a matrix ``[k, n]`` the column that is one where all others are zero; None if a row is anything else."""
+    """For each row of a one-hot matrix ``[k, n]`` the column that is 1; None for a matrix that is not one-hot."""
     flat = matrix.reshape(-1, matrix.shape[-1])
     if matrix.size != flat.size or not ((flat == 1).sum(axis=1) == 1).all() or not ((flat != 0).sum(axis=1) == 1).all():
         return None
@@ -97,5 +97,5 @@ def one_hot_rows(matrix: NDArray[np.generic]) -> list[int] | None:
 
 
 def is_unpadded(conv: gs.Node) -> bool:
-    """Whether a convolution reads its input's own elements only."""
+    """Whether a convolution has no padding."""
     return not any(conv.attrs.get("pads", [])) and conv.attrs.get("auto_pad", "NOTSET") in ("NOTSET", "VALID")

@@ -1,7 +1,7 @@
 """Finds the parts of a Vision Transformer in an ONNX graph: what its blocks read and compute, and what its head reads.
 
-Anchors are the attentions that ``axis_map`` comes through when it follows the image's tokens; blocks are what is between two
-places where everything passes through one tensor, the residual stream. Names are never looked at.
+``propagate_axes`` follows the tokens of the images and finds the attentions. A block lies between two places where everything
+passes through one tensor, the residual stream. The names of nodes and tensors are never looked at.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from graph_passes.onnx_io.graph_convert import sorted_nodes
 
 @dataclass
 class Block:
-    """One block: from ``input`` to ``output`` of the residual stream; tokens by their index in a plan, in the graph's order."""
+    """One block, from ``input`` to ``output`` of the residual stream.
+
+    ``reads`` and ``computes``: its tokens by their index in a plan, in the order that they have in the graph.
+    """
 
     index: int
     attentions: list[Attention]
@@ -31,7 +34,7 @@ class Block:
 
     @property
     def site(self) -> str:
-        """The block as messages show it."""
+        """The block's name in messages."""
         return f"block {self.index}"
 
 
@@ -39,9 +42,10 @@ class Block:
 class Structure:
     """A Vision Transformer that was understood from images to head.
 
-    ``stream[l]`` is the residual stream behind l blocks. ``head_tokens`` (plan indices) are those that the head reads one by
-    one; ``pools`` says that it also takes a mean or an attention over all that are left. ``names`` gives each plan index its
-    name in ``axis_map``.
+    ``tokens``: how many there are, the ``prefix_tokens`` and one for each patch of the ``grid`` (rows, columns). ``width``:
+    features of a token. ``stream[l]``: the residual stream behind l blocks. ``head_tokens``: plan indices of those that the
+    head reads one by one. ``pools``: whether it also takes a mean or an attention over all that are left. ``names``: for each
+    plan index the token's name in ``axis_map``.
     """
 
     axis_map: AxisMap
@@ -67,7 +71,10 @@ class Structure:
 
 
 def find_structure(graph: gs.Graph) -> Structure:
-    """Read the Vision Transformer in ``graph`` (shapes inferred); raises ``MatchFailure`` with the node it fails at."""
+    """Find the Vision Transformer in ``graph``, whose shapes must be inferred and constants folded.
+
+    Raises ``MatchFailure`` naming the node at which it is not one, or not of a form that the passes understand.
+    """
     if not any(_weighs_values(node) for node in graph.nodes):
         raise MatchFailure("graph", "expected a Vision Transformer; found no Softmax that weighs values, so no attention")
     nodes = sorted_nodes(graph)

@@ -1,4 +1,4 @@
-"""Which tokens every block of a graph computes: what the plan wants, and what the graph already does."""
+"""Which tokens each block of a graph is to compute by a plan, and which it computes already."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from patchslim.plan import SlimPlan
 
 
 class PlanMismatch(InputRejected):
-    """The plan is for another model than this graph (exit 3)."""
+    """The plan is for another model than this graph (exit code 3)."""
 
 
 def ensure_plan_fits(structure: Structure, plan: SlimPlan) -> None:
-    """Raise ``PlanMismatch`` unless the plan's sizes are those of the graph."""
+    """Raise ``PlanMismatch`` unless depth, tokens, grid, width and head of the plan are those of the graph."""
     model = {
         "blocks": len(structure.blocks),
         "tokens": structure.tokens,
@@ -41,13 +41,13 @@ def ensure_plan_fits(structure: Structure, plan: SlimPlan) -> None:
 
 
 def embedded_tokens(plan: SlimPlan) -> list[int]:
-    """The tokens that are left where the patches that the first block loses are never embedded (see ``drop_patches``)."""
+    """The tokens that are left where patches that the first block drops are never embedded (see ``drop_patches``)."""
     merged = {token for token, into in enumerate(plan.merged_into or []) if into >= 0}  # later blocks drop what this one keeps
     return sorted({*range(plan.prefix_tokens), *plan.kept[0], *merged})
 
 
 def layout_of_plan(structure: Structure, plan: SlimPlan) -> TokenLayout:
-    """What each block reads and computes under the plan, given the order that the graph's tokens are in."""
+    """What each block reads and computes under the plan; tokens stay in the order that they have in the graph."""
     read, computed = [structure.order], []
     for kept in plan.kept:
         wanted = set(kept)
@@ -58,20 +58,21 @@ def layout_of_plan(structure: Structure, plan: SlimPlan) -> TokenLayout:
 
 
 def uniform_layout(structure: Structure, tokens: list[int]) -> TokenLayout:
-    """Every block reads and computes ``tokens``, in this order."""
+    """The layout in which every block reads and computes ``tokens``, in this order."""
     depth = len(structure.blocks)
     return TokenLayout(structure, [tokens] * (depth + 1), [tokens] * depth)
 
 
 def needs_cut(structure: Structure, plan: SlimPlan) -> bool:
-    """Whether the plan's cuts still have to be made.
+    """Whether the plan's cuts still have to be made: False where each block already computes exactly the plan's tokens.
 
-    False where the graph already computes exactly the plan's tokens; patches that ``drop_patches`` left out are not among them.
-    Raises ``MatchFailure`` where it was cut by another plan.
+    Patches that ``drop_patches`` left out do not count. Raises ``MatchFailure`` where the graph was cut by another plan.
     """
     embedded = structure.order
     if len(embedded) < plan.tokens and set(embedded) != set(embedded_tokens(plan)):
-        raise MatchFailure(label(structure.stream[0].inputs[0]), "the patches of another plan were dropped already")
+        raise MatchFailure(
+            label(structure.stream[0].inputs[0]), "the patches of another plan were dropped already; use the dense graph"
+        )
     if all(len(block.reads) == len(block.computes) == len(embedded) for block in structure.blocks):
         return any(count < len(embedded) for count in plan.counts)
     before: list[int] | None = None

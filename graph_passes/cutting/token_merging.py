@@ -1,12 +1,12 @@
-"""Tokens that a plan merges into kept ones where a block drops them: by which numbers, and where a graph allows it.
+"""Merges the tokens that a block drops into kept ones, as a plan says: with which weights, and where a graph allows it.
 
-A kept token becomes the mean of all the original tokens that it then stands for, ``own`` times itself plus ``taken`` times the
-dropped ones, wherever the block's cut takes rows: of the residual stream for the shortcut, and of what the block's norm makes
-of it for the queries and all else that only kept tokens need. A key that stands for c tokens gets log(c) on its logits, so that
-it weighs as much as c of them (proportional attention, ToMe).
+A kept token becomes the mean of all the original tokens that it then stands for: ``own`` times itself plus ``taken`` times the
+dropped ones. This is done wherever the block's cut takes rows: of the residual stream for the shortcut, and of the block's
+normed input for the queries and all else that only kept tokens need. A key that stands for c tokens gets log(c) added to its
+logits, so that it weighs as much as c keys (proportional attention; Bolya et al., Token Merging, ICLR 2023).
 
-A mean may be taken anywhere behind the norm, as long as only affine maps that are the same for all tokens lie between: its
-weights add up to one. So every place where rows are taken is followed back to the stream, and anything else is refused.
+The mean may be taken anywhere behind the norm as long as only affine maps that are the same for all tokens lie between,
+because its weights add up to one. So each place where rows are taken is followed back to the stream; anything else is refused.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NORM_ROOT_OPS = NORM_OPS | {"Sqrt"}  # of these every norm has one
 
 
 class Merges:
-    """A plan's merges, for tokens by their names in ``axis_map``."""
+    """The merges of a plan; methods take tokens by their names in the graph."""
 
     def __init__(self, structure: Structure, plan: SlimPlan) -> None:
         self.plan = plan
@@ -44,12 +44,15 @@ class Merges:
         self.sizes = [dict(zip(tokens, sizes, strict=True)) for tokens, sizes in pairs]  # by how many blocks were passed
 
     def at(self, block: int) -> bool:
-        """Whether a block merges any of the tokens that it drops."""
+        """Whether a block merges any token that it drops."""
         after = self.sizes[block + 1] if block < self.plan.depth else {}
         return any(size > self.sizes[block][token] for token, size in after.items())
 
     def weights(self, block: int, read: Sequence[int], kept: Sequence[int]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """``own [k]`` and ``taken [k, r]`` of a block that merges; r are the tokens that it drops, in the order read."""
+        """The weights by which a block merges: ``own [k]`` of the tokens kept, ``taken [k, r]`` of those dropped.
+
+        The dropped ones are in the order in which the block reads them. Only for a block that merges (``at``).
+        """
         before, after = ([self.index[name] for name in names] for names in (read, kept))
         sizes = ([self.sizes[block][token] for token in before], [self.sizes[block + 1][token] for token in after])
         found = mixing_of(before, after, sizes, self.plan.merged_into or [])
@@ -57,13 +60,13 @@ class Merges:
         return np.asarray(found[0]), np.asarray(found[1])
 
     def bias(self, block: int, read: Sequence[int]) -> NDArray[np.float64] | None:
-        """The logarithm of how many original tokens each of those read stands for; None where each is its own."""
+        """For each token read, the logarithm of how many original tokens it stands for; None where each stands for itself."""
         sizes = [self.sizes[block][self.index[name]] for name in read]
         return np.asarray([math.log(size) for size in sizes]) if max(sizes) > 1 else None
 
 
 def add_key_bias(graph: gs.Graph, softmax: gs.Node, bias: NDArray[np.float64], name: str) -> None:
-    """Add ``bias [n]`` to the logits that a Softmax weighs."""
+    """Add ``bias [n]``, one number per key, to the logits that a Softmax reads."""
     logits = softmax.inputs[0]
     build = NodeBuilder(graph, name, logits.dtype)
     log_sizes = build.constant("log_sizes", bias.astype(logits.dtype or np.float32))
@@ -92,7 +95,7 @@ def merge_after_norm(axis_map: AxisMap, stream: set[int], merges: Merges, token_
 
 
 def ensure_mergeable(axis_map: AxisMap, taken: gs.Variable, stream: gs.Variable) -> None:
-    """Raise ``MatchFailure`` unless ``taken`` is affine, alike for all tokens, in the stream or in a norm of it."""
+    """Raise ``MatchFailure`` unless ``taken`` is an affine map of ``stream`` or of its norm that is the same for all tokens."""
     tables = {id(table.node) for table in axis_map.tables}
 
     def is_affine(node: gs.Node) -> bool:
@@ -166,19 +169,19 @@ def _ensure_norm(axis_map: AxisMap, normed: gs.Tensor, stream: gs.Variable, tabl
 
 
 def ensure_merged(structure: Structure, plan: SlimPlan) -> None:
-    """Raise ``MatchFailure`` unless a graph that is cut to the plan's tokens merges the others as the plan says."""
+    """Raise ``MatchFailure`` unless a graph that was cut to the plan's tokens merges the others as the plan says."""
     merges = Merges(structure, plan)
     for block in structure.blocks:
         read, kept = ([structure.names[token] for token in tokens] for tokens in (block.reads, block.computes))
         found = [mix for mix in structure.axis_map.mixing_matrices if mix.level == block.index]
         if not merges.at(block.index):
             if found:
-                raise MatchFailure(label(found[0].node), "tokens are merged already, and by the plan they are lost")
+                raise MatchFailure(label(found[0].node), "tokens are merged already, and the plan drops them without merging")
             continue
         if not found:
-            raise MatchFailure(block.site, "already cut, and what it drops is lost; the plan merges it into kept tokens")
+            raise MatchFailure(block.site, "already cut without merging; the plan merges the dropped tokens into kept ones")
         dropped, (_, taken) = tuple(name for name in read if name not in set(kept)), merges.weights(block.index, read, kept)
         for mix in found:
             same = mix.tokens.names == dropped and mix.matrix.shape == taken.shape
             if not same or not np.allclose(mix.matrix, taken, atol=1e-3):
-                raise MatchFailure(label(mix.node), "tokens are merged already, otherwise than by the plan")
+                raise MatchFailure(label(mix.node), "tokens are merged already, but not as the plan says")

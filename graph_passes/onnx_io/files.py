@@ -1,6 +1,6 @@
-"""Reads and writes ONNX files of any size; what cannot be used is refused with the file's name and the fault.
+"""Reads and writes ONNX files of any size; a file that cannot be used is refused by its name and the fault.
 
-A file is mapped into memory, and its weights are left there: see ``graph_passes.onnx_io.model``.
+A file is mapped into memory, and its weights stay there until they are read: see ``graph_passes.onnx_io.model``.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ import mmap
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped,unused-ignore]
+from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped,unused-ignore]
 
 from graph_passes.onnx_io import protobuf_wire as wire
 from graph_passes.onnx_io.model import Bytes, OnnxModel, Weight, as_model, assemble, copy_fields, expected_nbytes
@@ -32,7 +31,11 @@ _LONGEST_MESSAGE = 1000
 
 
 def read_model(path: Path) -> OnnxModel:
-    """Read an ONNX file and its external data, whatever it computes; raises ``InputRejected``."""
+    """Read an ONNX file and its external data, whatever it computes.
+
+    Raises ``InputRejected`` naming the file and the fault: missing, empty, truncated or corrupt, without nodes, or with
+    external data that is missing or outside the model's folder.
+    """
     try:
         data = _map(path)
     except OSError as error:
@@ -65,7 +68,7 @@ def read_model(path: Path) -> OnnxModel:
 
 
 def save_model(model: OnnxModel | onnx.ModelProto, path: Path, *, external: bool | None = None) -> None:
-    """Write ``model`` whole or not at all; equal models give equal bytes. Raises ``OSError``.
+    """Write ``model`` whole or not at all; equal models give equal bytes. Raises ``OSError`` where it cannot be written.
 
     A model too large for one protobuf becomes two files: weights go to ``NAME-<start of their SHA-256>.data`` beside
     ``NAME.onnx``, so that the pair which ``path`` held stays whole until the new one is; then its data file is removed.
@@ -85,7 +88,7 @@ def save_model(model: OnnxModel | onnx.ModelProto, path: Path, *, external: bool
 
 
 def clipped(error: Exception) -> str:
-    """A message that a hostile file cannot make endless."""
+    """The error's message, cut off where a hostile file made it very long."""
     text = str(error)
     return text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]} ..."
 
@@ -246,7 +249,7 @@ def _data_file_of(path: Path) -> Path | None:
     return None
 
 
-def _messages(message: Any) -> Iterator[Any]:
+def _messages(message: Message) -> Iterator[Message]:
     """A protobuf message and every message in it."""
     yield message
     for field, value in message.ListFields():
@@ -255,7 +258,7 @@ def _messages(message: Any) -> Iterator[Any]:
                 yield from _messages(entry)
 
 
-def _is_utf8(message: Any) -> bool:
+def _is_utf8(message: Message) -> bool:
     """Whether every string of a protobuf message is text; protobuf hands out bytes where it is not."""
     return all(
         isinstance(entry, str)

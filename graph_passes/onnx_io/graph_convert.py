@@ -1,6 +1,6 @@
-"""Between an ONNX model and the graph that passes work on: import with shapes, export in a stable order, check.
+"""Converts between an ONNX model and the graph that passes work on: import with shapes, export in a stable order, check.
 
-None of it reads a large weight: ONNX's checker and shape inference are shown weights as inputs of their type and shape.
+No large weight is read: to ONNX's checker and shape inference, weights are inputs of their type and shape.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import heapq
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import onnx
@@ -26,14 +25,14 @@ _FREE_INITIALIZERS = 4
 
 
 class LazyWeight(LazyValues):  # type: ignore[misc]
-    """The values of a ``gs.Constant`` that are a ``Weight``: read when somebody asks, else exported as they came."""
+    """The values of a ``gs.Constant`` that are a ``Weight``: loaded when they are asked for, else exported as they are."""
 
     def __init__(self, weight: Weight) -> None:
         super().__init__(weight.head())
         self.weight = weight
         self.shape = weight.shape
 
-    def load(self) -> NDArray[Any]:
+    def load(self) -> NDArray[np.generic]:
         """A view of the weight, not to be written to."""
         return self.weight.load()
 
@@ -41,8 +40,8 @@ class LazyWeight(LazyValues):  # type: ignore[misc]
 def with_shapes(model: OnnxModel | onnx.ModelProto) -> OnnxModel:
     """``model`` with its shapes inferred anew; recorded shapes of inner tensors are not trusted. Weights are shared.
 
-    Raises ``InputRejected`` where the shapes contradict each other, more than 2 GiB are not weights, nothing goes in or comes
-    out, or the opset is newer than the installed onnx.
+    Raises ``InputRejected`` where shapes contradict each other, more than 2 GiB are not in weights, the graph has no inputs or
+    no outputs, or its opset is newer than the installed onnx knows.
     """
     model = as_model(model)
     _ensure_usable(model)

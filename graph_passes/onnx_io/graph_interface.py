@@ -1,4 +1,4 @@
-"""What a graph takes and gives: the size of its images, and which of its outputs. No weight is read for either."""
+"""Changes what a graph takes and gives: the size of its images, and its outputs. No weight is read."""
 
 from __future__ import annotations
 

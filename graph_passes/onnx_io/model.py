@@ -1,14 +1,14 @@
-"""An ONNX model whose large weights stay where they are, in a mapped file or an array, until somebody asks for their values."""
+"""An ONNX model whose large weights stay in a mapped file or an array until their values are read."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx
+from google.protobuf.message import Message  # type: ignore[import-untyped,unused-ignore]
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
@@ -42,7 +42,7 @@ _VALUE_FIELDS = ("float_data", "int32_data", "string_data", "int64_data", "doubl
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """A large initializer: ``data_type`` of ONNX, shape, and its bytes (C order), which nothing reads before ``load``."""
+    """A large initializer: name, ONNX ``data_type``, shape, and its bytes in C order, which are not read before ``load``."""
 
     name: str
     data_type: int
@@ -50,8 +50,11 @@ class Weight:
     data: Bytes
 
     @classmethod
-    def from_array(cls, name: str, array: NDArray[Any]) -> Weight:
-        """A weight that shares its memory with ``array``, where that is contiguous; raises ``KeyError`` for other types."""
+    def from_array(cls, name: str, array: NDArray[np.generic]) -> Weight:
+        """A weight that shares its memory with ``array`` if that is contiguous.
+
+        Raises ``KeyError`` for a type of which a weight cannot be.
+        """
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         return cls(name, _DATA_TYPES[array.dtype.name], tuple(array.shape), data)
 
@@ -60,7 +63,7 @@ class Weight:
         """Size of the values in bytes."""
         return int(self.data.nbytes)
 
-    def load(self) -> NDArray[Any]:
+    def load(self) -> NDArray[np.generic]:
         """The values, as a view of the file or array that holds them; bfloat16 and float8 in the types of ml_dtypes."""
         return self.data.view(numpy_type(self.data_type)).reshape(self.shape)
 
@@ -77,9 +80,9 @@ class Weight:
 
 @dataclass(frozen=True, eq=False)
 class OnnxModel:
-    """``skeleton``, the model without its large initializers, and ``weights``, these by name.
+    """A model in two parts: ``skeleton``, without its large initializers, and ``weights``, the large initializers by name.
 
-    Where weights come from a file, that file may be replaced or deleted meanwhile, but not changed in place.
+    A file that weights come from may be replaced or deleted while the model is used, but not changed in place.
     """
 
     skeleton: onnx.ModelProto
@@ -97,14 +100,17 @@ class OnnxModel:
 
     @classmethod
     def from_proto(cls, model: onnx.ModelProto) -> OnnxModel:
-        """The model with its weights copied into arrays; raises ``InputRejected`` where a tensor's fields contradict."""
+        """The model with its weights copied into arrays.
+
+        Raises ``InputRejected`` where an initializer's fields contradict each other, or its data is in another file.
+        """
         skeleton = onnx.ModelProto()
         copy_fields(model, skeleton, "graph")
         copy_fields(model.graph, skeleton.graph, "initializer")
         return assemble(skeleton, (_without_data(tensor) for tensor in model.graph.initializer))
 
     def to_proto(self) -> onnx.ModelProto:
-        """Everything in one protobuf, copied: for models well below 2 GiB."""
+        """The whole model in one protobuf, weights copied; for models well below protobuf's limit of 2 GiB."""
         model = onnx.ModelProto()
         model.CopyFrom(self.skeleton)
         model.graph.initializer.extend(weight.to_tensor() for weight in self.weights.values())
@@ -139,13 +145,13 @@ def assemble(skeleton: onnx.ModelProto, initializers: Iterable[tuple[onnx.Tensor
     return OnnxModel(skeleton, weights)
 
 
-def numpy_type(data_type: int) -> np.dtype[Any]:
+def numpy_type(data_type: int) -> np.dtype[np.generic]:
     """The NumPy type of an ONNX data type; raises ``KeyError`` for strings and types of less than a byte."""
     if data_type in _NUMPY_NAMES:
         return np.dtype(_NUMPY_NAMES[data_type])
     import ml_dtypes
 
-    found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, _EXTENSION_NAMES[data_type]))
+    found: np.dtype[np.generic] = np.dtype(getattr(ml_dtypes, _EXTENSION_NAMES[data_type]))
     return found
 
 
@@ -165,13 +171,13 @@ def is_large(data_type: int, nbytes: int) -> bool:
     return _is_known(data_type) and nbytes > (LARGE_INTEGERS if data_type in _INDICES else LARGE)
 
 
-def is_storable(array: NDArray[Any]) -> bool:
+def is_storable(array: NDArray[np.generic]) -> bool:
     """Whether an array can be a ``Weight`` and is large enough to be one."""
     data_type = _DATA_TYPES.get(array.dtype.name)
     return data_type is not None and is_large(data_type, array.nbytes)
 
 
-def copy_fields(source: Any, target: Any, left_out: str) -> None:
+def copy_fields(source: Message, target: Message, left_out: str) -> None:
     """Copy every field of a protobuf message into an empty one, but for the one named ``left_out``."""
     for field, value in source.ListFields():
         if field.name == left_out:

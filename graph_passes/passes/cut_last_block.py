@@ -1,10 +1,10 @@
-"""Cut the last block to the tokens that the head reads: exact, and free of any plan.
+"""Cut the last block to the tokens that the head reads: exact, and needs no plan.
 
-Where the head reads the class token alone, nobody reads what the last block makes of the others: 6.9 % of DeiT-Ti's
-multiply-accumulates. A head that pools reads them all, and is left alone. A plan does the same; this pass is for a model that
-has none.
+Where the head reads the class token alone, nothing reads what the last block computes for the other tokens: 6.9 % of DeiT-Ti's
+multiply-accumulates. A head that pools reads them all, and its block is not cut. A plan cuts the last block as well; this pass
+is for a model without a plan.
 
-Before: the last block computes all tokens. After: those that the head takes one by one. Site: the block.
+Before: the last block computes all tokens. After: those that the head reads one by one. Site: the block.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from graph_passes.pass_registry import Settings, graph_pass
 
 @graph_pass("cut_last_block", default=False)
 def run(graph: gs.Graph, settings: Settings) -> int:
-    """Returns 1 if the last block was cut, else 0; raises ``MatchFailure``."""
+    """Returns 1 if the last block was cut, else 0. Raises ``MatchFailure``."""
     structure = find_structure(graph)
     last = structure.blocks[-1]
     kept = [token for token in last.computes if structure.pools or token in structure.head_tokens]

@@ -4,9 +4,10 @@ Queries and shortcut take the kept rows of the block's input, keys and values al
 rows. In mode ``stale`` the dropped rows are put back behind the updated ones, so that later blocks can read their last
 values. The last block is cut to what the plan says the head reads. A block that keeps all its rows gets no cut.
 
-A plan may merge dropped tokens into kept ones. Kept rows then take in the dropped ones times a constant matrix, and keys that
-stand for several tokens get the logarithm of their number before the Softmax. Where anything but linear layers lies between the
-block's norm and the rows taken, as a norm of queries and keys together, the graph is refused (``merging.py``).
+A plan may merge dropped tokens into kept ones. To the kept rows the dropped ones are then added, times a constant matrix, and
+a key that stands for several tokens gets the logarithm of their number added before the Softmax. Where anything but linear
+layers lies between the block's norm and the rows taken, such as a norm of queries and keys together, the graph is refused
+(``token_merging.py``).
 
 Before: every block computes all the rows it reads. After: block l computes ``plan.kept[l]``, by a Slice where the kept rows
 lead (after ``order_tokens``) and by a Gather of constants where they do not (``--cut`` chooses another form); a packed qkv
@@ -23,9 +24,9 @@ from graph_passes.cutting.token_cutter import apply_layout
 from graph_passes.pass_registry import Settings, graph_pass
 
 
-@graph_pass("cut_tokens", needs_plan=True)
+@graph_pass("cut_tokens", needs_plan=True, after=("expand_attention", "order_tokens", "split_qkv"))
 def run(graph: gs.Graph, settings: Settings) -> int:
-    """Returns the number of blocks cut; raises ``MatchFailure`` and ``PlanMismatch``."""
+    """Returns the number of blocks cut. Raises ``MatchFailure`` and ``PlanMismatch``."""
     plan, structure = settings.require_plan(), find_structure(graph)
     ensure_plan_fits(structure, plan)
     if not needs_cut(structure, plan):

@@ -1,14 +1,14 @@
 """Embed only those patches that the first block keeps or merges.
 
-``cut_tokens`` leaves the first block the keys and values of all tokens, so every patch is embedded. This pass is for a plan
-whose first block loses many: they leave the graph, and with them their part of the patch embedding and of the first keys and
-values. It changes the answer, and is therefore run only where it is named: what comes out is the plan's answer with those
+With ``cut_tokens`` alone the first block reads the keys and values of all tokens, so every patch is embedded. This pass is for
+a plan whose first block drops many patches: they leave the graph, and with them their part of the patch embedding and of the
+first keys and values. It changes the answer, so it runs only where it is named: the result is the plan's answer with those
 patches masked in the first block too (in mode ``stale``, in every block).
 
-Before: a convolution whose patches do not overlap, tokens neither ordered nor cut: this goes before ``order_tokens`` and
+Before: a convolution whose patches do not overlap; tokens neither ordered nor cut. It runs before ``order_tokens`` and
 ``cut_tokens``, and behind ``image_input`` where both are used. After: images -> [B, patches, pixels] by Reshape, Transpose and
-Reshape; the kept ones in the plan's order by one cut (``--cut``), which spares ``order_tokens`` its own; times the weights of
-the convolution, plus its bias. Tables with one row per token are cut. Site: the convolution.
+Reshape; the kept patches, taken in the plan's order by one cut (``--cut``), so that ``order_tokens`` has nothing to do; times
+the weights of the convolution, plus its bias. Constants with one row per token are cut. Site: the convolution.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from graph_passes.pass_registry import Settings, graph_pass
 SHAPE_OPS = {"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity"}
 
 
-@graph_pass("drop_patches", default=False, needs_plan=True)
+@graph_pass("drop_patches", default=False, needs_plan=True, after=("image_input",))
 def run(graph: gs.Graph, settings: Settings) -> int:
-    """Returns 1 if patches were dropped, else 0; raises ``MatchFailure`` and ``PlanMismatch``."""
+    """Returns 1 if patches were dropped, else 0. Raises ``MatchFailure`` and ``PlanMismatch``."""
     plan, structure = settings.require_plan(), find_structure(graph)
     ensure_plan_fits(structure, plan)
     embedded = set(embedded_tokens(plan))

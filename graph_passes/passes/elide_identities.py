@@ -1,8 +1,8 @@
-"""Leave out nodes that change nothing: what exporters leave behind, and what earlier passes did.
+"""Remove nodes that change nothing, left behind by exporters and by earlier passes.
 
 An Identity, a Dropout (at inference), a Cast to the type that is there, a Reshape, Expand or Slice to the shape that is there,
-a Transpose that moves nothing, a Concat of one, an Add of zeros as a mask that hides nothing is, and PyTorch's guard against
-attention weights of NaN where no row is hidden whole. Nodes that give a graph output stay, so that it keeps its name.
+a Transpose that moves nothing, a Concat of one tensor, an Add of zeros (a mask that hides nothing), and PyTorch's guard against
+attention weights of NaN where no row is hidden as a whole. A node that gives a graph output stays, so that it keeps its name.
 
 Before: x -> node -> y. After: the readers of y read x. Site: a node.
 """
@@ -18,9 +18,9 @@ from graph_passes.node_builder import replace_all_uses
 from graph_passes.pass_registry import Settings, graph_pass
 
 
-@graph_pass("elide_identities")
+@graph_pass("elide_identities", after=("cut_tokens",))
 def run(graph: gs.Graph, settings: Settings) -> int:
-    """Returns the number of nodes left out."""
+    """Returns the number of nodes removed."""
     outputs, sites = {id(tensor) for tensor in graph.outputs}, 0
     for node in graph.nodes:
         if any(id(tensor) in outputs for tensor in node.outputs) or (source := _unchanged(node)) is None:

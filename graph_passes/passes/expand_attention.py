@@ -1,10 +1,10 @@
 """Write each ``Attention`` node (opset 23) as scale, product, Softmax and product.
 
-Engines fuse the plain form, and not all of them know the operator: TensorRT fails to build it in FP32. Heads that are packed
-into the width are unpacked first.
+Engines fuse the plain form, and some do not know the operator: TensorRT fails to build it in FP32. Heads that are packed into
+the width are unpacked first.
 
-Before: Attention(q, k, v). After: (q * scale) k^T, (+ mask), Softmax, times v. Site: a node. One with a cache, a causal mask, a
-cap on its scores, fewer key heads than query heads, or an output of the graph is left as it is.
+Before: Attention(q, k, v). After: (q * scale) k^T, (+ mask), Softmax, times v. Site: a node. A node with a cache, a causal
+mask, a cap on its scores or fewer key heads than query heads stays as it is, and so does one that gives a graph output.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from graph_passes.node_builder import NodeBuilder, replace_all_uses
 from graph_passes.pass_registry import Settings, graph_pass
 
 
-@graph_pass("expand_attention")
+@graph_pass("expand_attention", after=("fold_constants",))
 def run(graph: gs.Graph, settings: Settings) -> int:
     """Returns the number of nodes expanded."""
     outputs = {id(tensor) for tensor in graph.outputs}

@@ -1,18 +1,18 @@
-"""Compute ahead of time what does not depend on the images: shapes first of all, then whatever only constants go into.
+"""Compute ahead of time what does not depend on the images: shapes, and whatever has only constant inputs.
 
-Exporters leave the token count to ``Shape -> Gather -> Concat -> Reshape`` chains and tables to be made at run time. Known
-parts of a shape are followed one by one, so that a chain with an unknown batch in it still ends as ``[-1, 197, 192]``; the
-``start`` and ``end`` of ``Shape`` are heeded. Everything else is computed by ONNX's own reference implementation.
+Exporters leave token counts to ``Shape -> Gather -> Concat -> Reshape`` chains, and tables to be computed at run time. The
+lengths of a shape are followed one by one, so that a chain with an unknown batch still ends as ``[-1, 197, 192]``; ``start``
+and ``end`` of ``Shape`` are taken into account. Everything else is computed by ONNX's own reference implementation.
 
 Before: nodes with constant inputs, and shapes that are computed. After: constants. Random nodes, quantised weights and what
-would make the model much larger stay. Site: a node whose output became a constant, or a shape that was written down.
+would make the model much larger stay. Site: a node whose output became a constant, or a shape that became one.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from math import prod
-from typing import Any
 
 import numpy as np
 import onnx
@@ -31,18 +31,15 @@ NEVER_FOLDED_OPS = {
     "DequantizeLinear", "QuantizeLinear", "RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli",
 }  # fmt: skip
 MAX_FOLDED_ELEMENTS = 2**24  # elements that a folded tensor may have
-Value = NDArray[Any]  # of numbers, or of objects: a number, the name of a symbolic length, or None
+#: An array of numbers; or of objects, each a number, the name of a symbolic length, or None for a length that is not known.
+Value = NDArray[np.generic]
 _INTEGERS = (onnx.TensorProto.INT32, onnx.TensorProto.INT64)
-_PARTIAL: dict[str, Callable[[Any, Any], Any]] = {
-    "Add": lambda a, b: a + b,
-    "Sub": lambda a, b: a - b,
-    "Mul": lambda a, b: a * b,
-}
+_ARITHMETIC: dict[str, Callable[[int, int], int]] = {"Add": operator.add, "Sub": operator.sub, "Mul": operator.mul}
 
 
 @graph_pass("fold_constants", repeat=True)
 def run(graph: gs.Graph, settings: Settings) -> int:
-    """Returns the number of nodes folded and shapes written down; raises ``MatchFailure`` where a node cannot be computed."""
+    """Returns the number of nodes folded and shapes written down. Raises ``MatchFailure`` where a node cannot be computed."""
     known: dict[int, Value] = {}
     outputs = {id(tensor) for tensor in graph.outputs}
     sites = 0
@@ -73,11 +70,13 @@ def _inlined(graph: gs.Graph, node: gs.Node) -> bool:
     if condition is None:
         return False
     branch = node.attrs["then_branch" if condition.reshape(-1)[0] else "else_branch"]
-    for result, inner in zip(list(node.outputs), branch.outputs, strict=True):
-        replace_all_uses(result, inner)
-        graph.outputs[:] = [inner if tensor is result else tensor for tensor in graph.outputs]
-    graph.nodes.extend(branch.nodes)
+    results, outputs = list(node.outputs), {id(tensor) for tensor in graph.outputs}
     node.outputs.clear()
+    graph.nodes.extend(branch.nodes)
+    for result, inner in zip(results, branch.outputs, strict=True):
+        replace_all_uses(result, inner)
+        if id(result) in outputs:  # which keeps its name
+            NodeBuilder(graph, f"{result.name}.branch").op("Identity", [inner], output=result)
     return True
 
 
@@ -198,7 +197,7 @@ def _partly(node: gs.Node, inputs: list[Value | None]) -> list[Value]:
     assert first is not None
     if node.op in ("Equal", "Where"):
         return _chosen(node, inputs)
-    if any(value is not None and value.dtype == object for value in rest) and node.op not in {"Concat", *_PARTIAL}:
+    if any(value is not None and value.dtype == object for value in rest) and node.op not in {"Concat", *_ARITHMETIC}:
         return []
     if node.op == "Gather":
         return [np.asarray(first.take(np.asarray(rest[0]), axis=node.attrs.get("axis", 0)), dtype=object)]
@@ -212,11 +211,12 @@ def _partly(node: gs.Node, inputs: list[Value | None]) -> list[Value]:
         return [first] if node.attrs.get("to", onnx.TensorProto.INT64) in _INTEGERS else []
     if node.op == "Slice" and first.ndim == 1 and (rows := rows_of_slice(node, first.shape)) is not None:
         return [first[list(rows.get(0, range(first.size)))]]
-    if node.op in _PARTIAL and rest[0] is not None:
+    if node.op in _ARITHMETIC and rest[0] is not None:
         pairs = np.broadcast(np.asarray(first, dtype=object), np.asarray(rest[0], dtype=object))
         value = np.empty(pairs.shape, dtype=object)
         value.reshape(-1)[:] = [
-            _PARTIAL[node.op](*pair) if all(isinstance(entry, int | np.integer) for entry in pair) else None for pair in pairs
+            _ARITHMETIC[node.op](*pair) if all(isinstance(length, int | np.integer) for length in pair) else None
+            for pair in pairs
         ]
         return [value]
     return []

@@ -1,11 +1,12 @@
 """Fold every constant scale of an attention into the weights that give the queries.
 
-``(x W_q + b_q) s = x (W_q s) + b_q s``, so a Mul or Div by one constant on the queries, the keys or the scores goes, and the
-product follows the projection directly, which is the form that engines fuse. With a norm on the queries (qk-norm) the scale
-goes into that norm's weight and bias, since a norm would undo it before. Rotary tables and moves are linear: it passes them.
+``(x W_q + b_q) s = x (W_q s) + b_q s``, so a Mul or Div by one constant on the queries, the keys or the scores is not needed,
+and the product follows the projection directly, which is the form that engines fuse. With a norm on the queries (qk-norm) the
+scale goes into that norm's weight and bias, since the norm would undo it in the projection. Rotary tables and moves are
+linear, so the scale may pass them.
 
-Before: scales anywhere between the projections and the Softmax. After: none, with fresh constants. A scale that cannot reach
-the weights stays. Site: an attention.
+Before: scales anywhere between the projections and the Softmax. After: none, and new constants. A scale that cannot reach the
+weights stays. Site: an attention.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class _Target:
 
 @graph_pass("fold_scale")
 def run(graph: gs.Graph, settings: Settings) -> int:
-    """Returns the number of attentions whose scale was folded; raises ``MatchFailure``."""
+    """Returns the number of attentions whose scale was folded. Raises ``MatchFailure``."""
     structure = find_structure(graph)
     attentions = [(block, number, found) for block in structure.blocks for number, found in enumerate(block.attentions)]
     return sum(

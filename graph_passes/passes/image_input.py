@@ -6,7 +6,7 @@ without padding reads the images, ``(pixel / 255 - mean) / std`` goes into its w
 With padding, which would have to be of grey rather than of zeros, or before another operator, two nodes compute it.
 
 Before: float images, normalised outside: [B, C, H, W], or [B, H, W, C] where the model itself takes that. After: uint8 images
-of the same name, [B, C, H, W] or [B, H, W, C] as asked (``--image``), a Cast, and a Transpose where the order differs. It goes
+of the same name, [B, C, H, W] or [B, H, W, C] as asked (``--image``), a Cast, and a Transpose where the order differs. It runs
 before ``drop_patches``, which leaves no convolution; before or behind ``to_fp16``. Site: the input.
 """
 
@@ -32,7 +32,7 @@ _CHANNELS = {"uint8-nchw": 1, "uint8-nhwc": 3}
 
 @graph_pass("image_input", default=False)
 def run(graph: gs.Graph, settings: Settings) -> int:
-    """Returns 1 if the input was changed, else 0; raises ``MatchFailure``, and ``UsageError`` for settings that do not fit."""
+    """Returns 1 if the input was changed, else 0. Raises ``MatchFailure``, and ``UsageError`` for settings that do not fit."""
     axis_map = find_structure(graph).axis_map
     (images,) = [tensor for tensor in graph.inputs if axis_map.of(tensor) is not None]
     if settings.image not in _CHANNELS:

@@ -1,9 +1,8 @@
 """Give each Reshape in the blocks a shape of its own that names no token count.
 
-Exporters bake the token count into Reshape constants, and share one constant among all blocks; after a cut they would be
+Exporters write the token count into the constants of Reshapes, and share one constant among all blocks; after a cut it would be
 wrong. The new shapes copy the batch (0) and infer the tokens (-1), or the other way round, so they hold for any cut. Where a
-shape cannot say it without a number, as behind a Gemm that reads images and tokens on one axis, ``cut_tokens`` writes the new
-number.
+shape needs the number, as behind a Gemm that reads images and tokens on one axis, ``cut_tokens`` writes the new one.
 
 Before: shapes [-1, N, ...] with allowzero, shared. After: [0, -1, ...] without allowzero, one constant per use. Only where the
 plan cuts something. Site: a Reshape.
@@ -22,9 +21,9 @@ from graph_passes.node_builder import make_constant
 from graph_passes.pass_registry import Settings, graph_pass
 
 
-@graph_pass("repair_reshapes", needs_plan=True)
+@graph_pass("repair_reshapes", needs_plan=True, after=("find_blocks",))
 def run(graph: gs.Graph, settings: Settings) -> int:
-    """Returns the number of Reshapes changed; raises ``MatchFailure`` and ``PlanMismatch``."""
+    """Returns the number of Reshapes changed. Raises ``MatchFailure`` and ``PlanMismatch``."""
     plan, structure = settings.require_plan(), find_structure(graph)
     ensure_plan_fits(structure, plan)
     if not needs_cut(structure, plan):

@@ -1,12 +1,12 @@
 """Split the packed qkv projection of a block that will be cut, so that queries are projected for kept tokens only.
 
-The weight is split ahead of time: ``W_qkv [d, 3d]`` into ``W_q [d, d]`` and ``W_kv [d, 2d]``. Which columns are whose is
-found by following the numbers of the columns through whatever unpacks them, so every way of packing will do. It saves the
-dropped tokens' query projection, and costs more and smaller kernels: right for a CPU, while TensorRT runs the packed form
-with fewer kernels.
+The weight is split ahead of time: ``W_qkv [d, 3d]`` into ``W_q [d, d]`` and ``W_kv [d, 2d]``. Which columns belong to the
+queries is found by following the columns' numbers through whatever unpacks them, so any way of packing is understood. It saves
+the query projection of dropped tokens, and takes more and smaller kernels: right for a CPU, while TensorRT runs the packed
+form with fewer kernels.
 
-Before: one projection. After: two, and ``cut_tokens`` then finds the place before the query projection. A block that the plan
-does not cut stays packed, and separate projections stay as they are. Runs for the layout ``split`` only. Site: a block.
+Before: one projection. After: two, so that ``cut_tokens`` takes the kept rows before the query projection. A block that the
+plan does not cut stays packed, and separate projections stay as they are. Runs for the layout ``split`` only. Site: a block.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from graph_passes.node_builder import NodeBuilder, replace_all_uses
 from graph_passes.pass_registry import Settings, graph_pass
 
 
-@graph_pass("split_qkv", needs_plan=True)
+@graph_pass("split_qkv", needs_plan=True, after=("repair_reshapes", "fold_scale"))
 def run(graph: gs.Graph, settings: Settings) -> int:
-    """Returns the number of blocks split; raises ``MatchFailure`` and ``PlanMismatch``."""
+    """Returns the number of blocks split. Raises ``MatchFailure`` and ``PlanMismatch``."""
     if settings.layout != "split":
         return 0
     plan, structure = settings.require_plan(), find_structure(graph)

@@ -1,11 +1,11 @@
-"""Type the graph as FP16: what an ONNX file says is what a strongly typed engine computes.
+"""Type the graph as FP16: a strongly typed engine computes in the types that the ONNX file says.
 
 Every float32 constant becomes float16, with one Cast behind each graph input and one before each output, which stay
-float32. Kept safe: LayerNormalization takes its statistics in float32 (``stash_type`` 1), and each attention's Softmax computes
-in float32 between two Casts. TensorRT-RTX 1.7 still fuses every such attention into one kernel, at the same kernel count.
+float32. Two things stay in float32: the statistics of LayerNormalization (``stash_type`` 1), and each attention's Softmax,
+between two Casts. TensorRT-RTX 1.7 still fuses every such attention into one kernel, at the same kernel count.
 
-Before: float32 throughout. After: float16 between the Casts; it runs in ONNX Runtime and builds strongly typed. A weight that
-float16 cannot hold is refused. Site: a constant.
+Before: float32 throughout. After: float16 between the Casts; it runs in ONNX Runtime and builds strongly typed. A graph with a
+weight that float16 cannot hold is refused. Site: a constant.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ FLOAT, FLOAT16 = int(onnx.TensorProto.FLOAT), int(onnx.TensorProto.FLOAT16)
 LARGEST = float(np.finfo(np.float16).max)
 
 
-@graph_pass("to_fp16")
+@graph_pass("to_fp16", after=("fold_scale", "image_input", "elide_identities"))
 def run(graph: gs.Graph, settings: Settings) -> int:
-    """Returns the number of constants made float16; raises ``MatchFailure``."""
+    """Returns the number of constants made float16. Raises ``MatchFailure``."""
     structure = find_structure(graph)
     constants = _float_constants(graph)
     if not constants:

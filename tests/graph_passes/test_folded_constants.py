@@ -86,6 +86,24 @@ def test_a_branch_that_is_always_taken_takes_the_place_of_its_if() -> None:
     np.testing.assert_allclose(ort_logits(result, IMAGES), reference(vit, plan, IMAGES), atol=1e-4)
 
 
+def test_an_output_that_an_if_gives_keeps_its_name() -> None:
+    branches = {}
+    for name, op in (("then_branch", "Relu"), ("else_branch", "Neg")):
+        value = helper.make_tensor_value_info(f"{name}_out", TensorProto.FLOAT, ["b", 2])
+        branches[name] = helper.make_graph([helper.make_node(op, ["x"], [f"{name}_out"])], name, [], [value])
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", 2]) for name in "xy")
+    yes = numpy_helper.from_array(np.array(True), "yes")
+    graph = helper.make_graph([helper.make_node("If", ["yes"], ["y"], **branches)], "g", [x], [y], [yes])
+    model = helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)])
+    folded = run_passes(model, ["fold_constants"], Settings())
+    proto = folded.model.to_proto()
+    assert folded.modified
+    assert "If" not in {node.op_type for node in proto.graph.node}
+    session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    assert session.run(["y"], {"x": np.array([[-1, 2]], np.float32)})[0].tolist() == [[0, 2]]
+    assert not run_passes(folded.model, ["fold_constants"], Settings()).modified
+
+
 def test_a_fixed_batch_of_several_images_is_cut() -> None:
     vit, exported = dense("plain")
     model = onnx.ModelProto()

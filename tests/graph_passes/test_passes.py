@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from graph_passes import PASSES, OnnxModel, Settings, run_passes, slim
+from graph_passes.pass_registry import GraphPass, graph_pass
 from patchslim.choices import Layout, Mode
 from patchslim.errors import InputRejected
 from patchslim.plan import SlimPlan
@@ -128,6 +129,24 @@ def test_a_cnn_is_refused_by_name_and_left_untouched(name: str) -> None:
     assert result.model.to_proto().SerializeToString() == cnn.SerializeToString() == before
     with pytest.raises(InputRejected, match=f"pass {name} refused"):
         slim(cnn, plan_of(), passes=[name])
+
+
+def test_a_pass_that_comes_before_one_it_needs_is_not_registered() -> None:
+    with pytest.raises(ValueError, match="pass early comes after late: import it there"):
+        graph_pass("early", after=("fold_constants", "late"))
+    with pytest.raises(ValueError, match="to_fp16: there is one of this name already"):
+        graph_pass("to_fp16")
+    assert "early" not in PASSES
+
+
+def test_a_pass_that_renames_an_output_is_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rename(graph: gs.Graph, settings: Settings) -> int:
+        graph.outputs[0].name = "answers"
+        return 1
+
+    monkeypatch.setitem(PASSES, "rename", GraphPass("rename", "Rename the output.", rename))
+    with pytest.raises(RuntimeError, match=r"a bug in pass rename: .*'logits'.*'answers'"):
+        run_passes(dense("plain")[1], ["rename"], Settings())
 
 
 def edited(change: str) -> onnx.ModelProto:

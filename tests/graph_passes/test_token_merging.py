@@ -403,9 +403,9 @@ def test_a_graph_that_was_cut_otherwise_is_refused() -> None:
     graph = dense("plain")[1]
     merged, lost = slim(graph, plan_of()).model, slim(graph, plan_of(merged_into=None)).model
     for model, plan, message in [
-        (lost, plan_of(), "block 0: already cut, and what it drops is lost"),
-        (merged, plan_of(merged_into=None), "merged already, and by the plan they are lost"),
-        (merged, plan_of(seed=1), "merged already, otherwise than by the plan"),
+        (lost, plan_of(), "block 0: already cut without merging; the plan merges the dropped tokens"),
+        (merged, plan_of(merged_into=None), "merged already, and the plan drops them without merging"),
+        (merged, plan_of(seed=1), "merged already, but not as the plan says"),
         (merged, plan_of([KEPT[0], [0, 5], [0, 5], [0]]), "already cut to other tokens"),
     ]:
         with pytest.raises(InputRejected, match=message):
