@@ -6,6 +6,7 @@ import ast
 import functools
 import importlib
 import os
+import pkgutil
 import re
 import runpy
 import subprocess
@@ -115,6 +116,11 @@ def test_a_python_example_imports_what_exists(code: str) -> None:
         if isinstance(node, ast.ImportFrom) and node.module:
             module = importlib.import_module(node.module)
             assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
+
+
+@pytest.mark.parametrize("name", re.findall(r"^::: (\S+)", PAGES["docs/python.md"], flags=re.MULTILINE))
+def test_a_name_of_the_python_page_exists(name: str) -> None:
+    assert pkgutil.resolve_name(name).__doc__
 
 
 @pytest.mark.parametrize("page", PAGES)
