@@ -21,6 +21,7 @@ import numpy as np
 from export.cache import FactStore, StageCache
 from export.engines import cuda
 from export.engines.base import Backend, BuildProgress, EngineResult
+from export.latency.conditions import TimingConditions
 from export.source import ExportSource, LazyModule, ModelFacts
 from patchslim.arrays import Array
 from patchslim.choices import EngineName, Layout, Precision
@@ -67,9 +68,9 @@ def latency_table(options: ExportOptions, source: ExportSource, work: Workspace)
     if not needs_latency_table(options):
         return None
     plan = source.dense_plan.model_copy(update={"mode": options.mode})
-    merged = _merges(options, source)
+    conditions = _conditions(options, source)
     if options.latency_table is not None:
-        load_table(options.latency_table).ensure_fits(plan, options.layout, merged)
+        load_table(options.latency_table).ensure_fits(plan, options.layout, conditions.merged)
         return options.latency_table
     dense = dense_onnx(source.original, source.model, work)
     folder = latency_folder(options, source, dense, work)
@@ -78,17 +79,7 @@ def latency_table(options: ExportOptions, source: ExportSource, work: Workspace)
         from export.latency.measure import measure_table
 
         with work.reporter.stages("points") as progress:
-            measure_table(
-                dense,
-                plan,
-                layout=options.layout,
-                mode=options.mode,
-                merged=merged,
-                engine=options.engine,
-                precision=options.engine_precision,
-                batch=options.batch_size,
-                progress=progress,
-            ).save(part / "latency_table.json")
+            measure_table(dense, plan, conditions, progress=progress).save(part / "latency_table.json")
 
     work.cache.make(folder, build)
     return folder / "latency_table.json"
@@ -99,14 +90,7 @@ def latency_folder(options: ExportOptions, source: ExportSource, dense: Path, wo
     return work.cache.path(
         "latency",
         dense=work.facts.digest(dense),
-        form=(
-            options.mode,
-            options.layout,
-            _merges(options, source),
-            options.engine,
-            options.engine_precision,
-            options.batch_size,
-        ),
+        conditions=dataclasses.asdict(_conditions(options, source)),
         machine=(platform.node(), platform.processor(), os.cpu_count(), onnxruntime_providers(work.facts)),
     )
 
@@ -127,8 +111,15 @@ def known_latency_table(options: ExportOptions, source: ExportSource, work: Work
     return table if table.is_file() else None
 
 
-def _merges(options: ExportOptions, source: ExportSource) -> bool:
-    return options.merges(fixed_head=bool(source.dense_plan.head_tokens))
+def _conditions(options: ExportOptions, source: ExportSource) -> TimingConditions:
+    return TimingConditions(
+        layout=options.layout,
+        mode=options.mode,
+        merged=options.merges(fixed_head=bool(source.dense_plan.head_tokens)),
+        engine=options.engine,
+        precision=options.engine_precision,
+        batch=options.batch_size,
+    )
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from patchslim.choices import Layout, Mode
+from export.latency.conditions import TimingConditions
 from patchslim.errors import InputRejected
 from patchslim.plan import Origin, SlimPlan
 
@@ -13,42 +13,33 @@ if TYPE_CHECKING:
     import onnx_graphsurgeon as gs
 
     from graph_passes.onnx_io.model import OnnxModel
-    from patchslim.choices import Precision
 
 
-WHOLE = "whole"
-
-
-STEM = "stem"
-
-
-HEAD = "head"
-
-
-DEPTH = 3  # blocks are alike: the second of three stands for all, the last for a last one
-
-
+#: The parts of a model that are timed: all of it, what is before and behind its blocks, and a block by tokens in and out.
+WHOLE, STEM, HEAD = "whole", "stem", "head"
 Key = str | tuple[int, int]
+
+_DEPTH = 3  # blocks are alike: the second of three stands for all, the last for a last one
 
 
 class ModelParts:
-    """Cuts what is timed out of a dense model: the whole, its ends, and single blocks, as ONNX files of fixed shapes."""
+    """Cuts what is timed out of a dense model: the whole, its ends, and single blocks, as ONNX files of fixed shapes.
 
-    def __init__(
-        self, dense: Path, plan: SlimPlan, layout: Layout, mode: Mode, merged: bool, precision: Precision, batch: int
-    ) -> None:
+    Raises ``InputRejected`` for a file that is not understood or has another fixed batch than ``conditions``.
+    """
+
+    def __init__(self, dense: Path, plan: SlimPlan, conditions: TimingConditions) -> None:
         from graph_passes import load_model
 
-        self.plan, self.layout, self.mode, self.merged = plan, layout, mode, merged
-        self.precision, self.batch = precision, batch
+        self.plan, self.conditions = plan, conditions
         self.model = load_model(dense)
         fixed = self.model.graph.input[0].type.tensor_type.shape.dim[0].dim_value
-        if fixed not in (0, batch):
+        if fixed not in (0, conditions.batch):
             raise InputRejected(
-                f"{dense}: has the fixed batch size {fixed}, so no table for batches of {batch} can be measured"
+                f"{dense}: has the fixed batch size {fixed}, so no table for batches of {conditions.batch} can be measured"
             )
-        self.depth = min(plan.depth, DEPTH)
-        self.shallow = _first_blocks(self.model, self.depth)
+        self.depth = min(plan.depth, _DEPTH)
+        self.shallow = first_blocks(self.model, self.depth)
 
     def write(self, key: Key, path: Path) -> None:
         """Save the part ``key`` to ``path``."""
@@ -65,9 +56,10 @@ class ModelParts:
         head, prefix = self.plan.head_tokens, self.plan.prefix_tokens
         kept = [list(range(count)) if count >= prefix else head for count in counts]
         origin = Origin(score="none", criterion="manual", value=0.0)
-        fields = self.plan.model_dump() | {"kept": kept, "mode": self.mode, "origin": origin.model_dump()}
-        fields["merged_into"] = self._merged_into(counts) if self.merged else None
-        return slim(model, SlimPlan.model_validate(fields), layout=self.layout, precision=self.precision).model
+        fields = self.plan.model_dump() | {"kept": kept, "mode": self.conditions.mode, "origin": origin.model_dump()}
+        fields["merged_into"] = self._merged_into(counts) if self.conditions.merged else None
+        laid = self.conditions
+        return slim(model, SlimPlan.model_validate(fields), layout=laid.layout, precision=laid.precision).model
 
     def _merged_into(self, counts: list[int]) -> list[int]:
         """Every dropped token into the first patch, as long as a block keeps one: which it is does not change the time."""
@@ -79,6 +71,7 @@ class ModelParts:
         return merged_into
 
     def block(self, n: int, k: int) -> OnnxModel:
+        """One block that reads ``n`` tokens and outputs ``k`` of them, cut as it would be in a slim model."""
         # Only the last block is ever cut to fewer than the prefix tokens; what only the head reads is hardly met elsewhere.
         last = k <= len(self.plan.head_tokens)
         index = self.depth - 1 if last else min(1, self.depth - 1)
@@ -86,6 +79,7 @@ class ModelParts:
         return self._between(self._slim(self.shallow, counts), index)
 
     def end(self, key: str) -> OnnxModel:
+        """What is before the blocks (``STEM``) or behind them (``HEAD``), or all of the model (``WHOLE``), nothing dropped."""
         full = [self.plan.tokens] * self.plan.depth
         if key == WHOLE:
             return self._between(self._slim(self.model, full), None)
@@ -98,7 +92,7 @@ class ModelParts:
 
         graph = import_graph(with_shapes(model))
         blocks = find_structure(graph).blocks
-        _batch_is_known(graph, self.batch)
+        _batch_is_known(graph, self.conditions.batch)
         if isinstance(part, int):
             graph.inputs, graph.outputs = [blocks[part].input], [blocks[part].output]
         elif part == STEM:
@@ -108,7 +102,7 @@ class ModelParts:
         for tensor in graph.inputs:
             tensor.inputs.clear()
         for tensor in (*graph.inputs, *graph.outputs):
-            tensor.shape = [self.batch, *tensor.shape[1:]]
+            tensor.shape = [self.conditions.batch, *tensor.shape[1:]]
         return export_model(graph, like=model)
 
 
@@ -126,8 +120,8 @@ def _batch_is_known(graph: gs.Graph, batch: int) -> None:
         replace_all_uses(output, known)
 
 
-def _first_blocks(model: OnnxModel, depth: int) -> OnnxModel:
-    """The model with its head right behind its first ``depth`` blocks."""
+def first_blocks(model: OnnxModel, depth: int) -> OnnxModel:
+    """``model`` with its head right behind its first ``depth`` blocks."""
     from graph_passes.analysis.vit_structure import find_structure
     from graph_passes.node_builder import replace_all_uses
     from graph_passes.onnx_io.graph_convert import export_model, import_graph, with_shapes

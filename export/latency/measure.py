@@ -9,23 +9,20 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from export.latency.block_extraction import HEAD, STEM, WHOLE, Key, ModelParts
-from export.latency.timed_runs import OnnxRuntime, Run, TensorRt
-from patchslim.choices import Layout, Mode
-from patchslim.errors import Unavailable, UsageError
+from export.latency.conditions import TimingConditions
+from export.latency.timed_runs import Run, open_timer
+from patchslim.choices import Mode
+from patchslim.errors import UsageError
 from patchslim.latency_table import LatencyPoint, LatencyTable
 from patchslim.plan import SlimPlan
 from patchslim.progress import StageProgress
 from patchslim.timing import interleaved, level_rounds
 
-if TYPE_CHECKING:
-    from patchslim.choices import EngineName, Precision
-
-#: Parts of N at which a block is measured unless a grid is given; the prefix tokens alone, and what the head reads, are added.
+#: Fractions of N at which a block is measured unless a grid is given, beside the prefix tokens alone and what the head reads.
 FRACTIONS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25, 0.1)
 ROUNDS = 15
 
@@ -33,50 +30,44 @@ ROUNDS = 15
 def measure_table(
     dense_onnx: Path,
     model_plan: SlimPlan,
+    conditions: TimingConditions,
     *,
-    layout: Layout,
-    mode: Mode,
-    merged: bool = False,
-    engine: EngineName = "ort",
-    precision: Precision = "fp32",
-    batch: int = 8,
-    threads: int | None = None,
     grid: Sequence[int] | None = None,
     rounds: int = ROUNDS,
     progress: StageProgress | None = None,
 ) -> LatencyTable:
     """Time a block of ``dense_onnx`` for every (tokens in, tokens out) of ``grid``, and the dense model and its two ends.
 
-    ``model_plan`` is any plan of the model: its sizes are used, its cuts are not. ``grid`` are token counts between the prefix
-    tokens and N. Every block is cut by the same passes as a slim model, then taken out of it and run alone on ``batch`` random
-    inputs, with ``threads`` threads (None: the engine's choice) that do not spin while another one runs. All are timed in
-    turn, in a new order each of ``rounds`` rounds; a point is its median, less what made whole rounds slow (``level_rounds``).
-    The ends are measured by themselves, not as what full blocks leave of the whole: a difference of large noisy times can even
-    be negative. One thread is timed by its CPU time, several by wall time. ``progress`` is called with (stage, done, total).
+    ``model_plan`` is any plan of the model: its sizes are used, its cuts are not. ``grid`` holds token counts between the
+    prefix tokens and N; None: ``FRACTIONS`` of N. Every block is cut by the same passes as a slim model, then taken out of it
+    and run alone on random inputs; idle threads do not spin while another block runs. All are timed in turn, in a new order
+    each of ``rounds`` rounds; a point is its median in milliseconds, less what made whole rounds slow (``level_rounds``). The
+    ends are measured by themselves, not as what full blocks leave of the whole: a difference of large noisy times can even be
+    negative. One thread is timed by its CPU time, several by wall time. ``progress`` is called with (stage, done, total).
 
     Raises ``Unavailable`` where the engine cannot run blocks here, ``InputRejected`` for an ONNX file that is not understood
     or that ``model_plan`` does not fit, ``UsageError`` for an impossible grid, batch, thread count or number of rounds.
     """
-    for name, value in {"batch": batch, "threads": 1 if threads is None else threads, "rounds": rounds}.items():
-        if value < 1:
-            raise UsageError(f"a latency table needs at least 1 for {name}, not {value}")
+    conditions.check()
+    if rounds < 1:
+        raise UsageError(f"a latency table needs at least 1 for rounds, not {rounds}")
     report = progress or (lambda stage, done, total: None)
-    counts = _grid(model_plan, mode, grid)
-    on = _tensorrt(precision, batch) if engine == "trt" else OnnxRuntime(dense_onnx, threads, batch)
+    counts = _grid(model_plan, conditions.mode, grid)
+    timer = open_timer(dense_onnx, conditions)
     try:
         with tempfile.TemporaryDirectory(prefix="patchslim-") as folder:
             runs: list[Run] = []
-            parts = ModelParts(dense_onnx, model_plan, layout, mode, merged, precision, batch)
+            parts = ModelParts(dense_onnx, model_plan, conditions)
             keys: list[Key] = [WHOLE, STEM, HEAD, *counts]
             for done, key in enumerate(keys):
                 path = Path(folder) / f"{done}.onnx"
                 parts.write(key, path)
-                runs.append(on.open(path))
+                runs.append(timer.open(path))
                 path.unlink()
                 report("cutting blocks to time", done + 1, len(keys))
             timed = interleaved(runs, rounds, progress=lambda done, total: report("timing blocks", done, total))
     finally:
-        on.close()
+        timer.close()
     low, middle, high = np.percentile(level_rounds(np.array(timed)), [25, 50, 75], axis=0) * 1e3
     medians = dict(zip(keys, middle.tolist(), strict=True))
     return LatencyTable(
@@ -84,34 +75,21 @@ def measure_table(
         tokens=model_plan.tokens,
         depth=model_plan.depth,
         geometry=model_plan.geometry,
-        mode=mode,
-        layout=layout,
-        merged=merged,
-        engine=engine,
-        engine_version=on.version,
-        precision=precision,
-        device=on.device,
-        threads=on.threads,
-        batch=batch,
+        mode=conditions.mode,
+        layout=conditions.layout,
+        merged=conditions.merged,
+        engine=conditions.engine,
+        engine_version=timer.version,
+        precision=conditions.precision,
+        device=timer.device,
+        threads=timer.threads,
+        batch=conditions.batch,
         points=[LatencyPoint(tokens_in=n, tokens_out=k, ms=medians[n, k]) for n, k in counts],
         fixed_ms=medians[STEM] + medians[HEAD],
         dense_ms=medians[WHOLE],
         repeats=rounds,
         spread=float(np.median((high - low) / middle)),
     )
-
-
-def _tensorrt(precision: Precision, batch: int) -> TensorRt:
-    """TensorRT on this machine's GPU; raises ``Unavailable``, with what to do instead, where there is none."""
-    from export.engines import cuda
-
-    target = cuda.local_target()
-    if target is None:
-        raise Unavailable(
-            "a latency budget for trt needs a latency table measured on the target GPU, and this machine has no CUDA driver or "
-            "GPU; pass --macs-reduction instead, or a latency table that was measured elsewhere"
-        )
-    return TensorRt(target, precision, batch)
 
 
 def _grid(plan: SlimPlan, mode: Mode, grid: Sequence[int] | None) -> list[tuple[int, int]]:

@@ -5,23 +5,26 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from export.engines import cuda
 from export.engines.base import BuildOptions
 from export.engines.onnx_info import OnnxFacts
 from export.engines.tensorrt_build import build_files, choose_backend
+from patchslim.errors import Unavailable
 from patchslim.timing import fair_clock, processor_name, timed
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from export.engines.tensorrt_runner import TrtRunner
-    from patchslim.choices import Precision
+    from export.latency.conditions import TimingConditions
+    from patchslim.choices import EngineName, Precision
 
 
-#: One run of an ONNX file that is ready on its engine; gives the seconds that it took.
+#: Runs an ONNX file that is ready on its engine once, and returns the seconds that it took.
 Run = Callable[[], float]
 
 
@@ -30,15 +33,47 @@ def random_values(batch: int, shape: Sequence[int | str]) -> NDArray[np.float64]
     return np.random.default_rng(0).standard_normal([batch, *map(int, shape[1:])])
 
 
-class OnnxRuntime:
-    """ONNX Runtime with the provider that the engine itself would choose for the dense model."""
+class PartTimer(Protocol):
+    """An engine that times parts of a model."""
 
-    def __init__(self, dense: Path, threads: int | None, batch: int) -> None:
+    @property
+    def version(self) -> str:
+        """The engine's version."""
+
+    @property
+    def device(self) -> str:
+        """The processor's name, with the execution provider where it is not the CPU's."""
+
+    @property
+    def threads(self) -> int | None:
+        """Threads of the engine; None: its own choice."""
+
+    def open(self, path: Path) -> Run:
+        """Make an ONNX file of one input and static shapes ready to run; the file is not needed afterwards."""
+
+    def close(self) -> None:
+        """Free what the runs hold; none of them can be used afterwards."""
+
+
+def open_timer(dense: Path, conditions: TimingConditions) -> PartTimer:
+    """The timer of the engine that parts of the ``dense`` model are to be run on.
+
+    Raises ``Unavailable`` where the engine cannot run here.
+    """
+    return _TIMERS[conditions.engine](dense, conditions)
+
+
+class OrtTimer:
+    """Times parts in ONNX Runtime, with the execution provider that the engine itself would choose for the dense model."""
+
+    def __init__(self, dense: Path, conditions: TimingConditions) -> None:
         import onnxruntime
 
         from export.engines.onnx_runtime import open_runner
 
-        self.provider, self.threads, self.batch = open_runner(dense).provider, threads, batch
+        self.threads, self.batch = conditions.threads, conditions.batch
+        with open_runner(dense) as runner:
+            self.provider = runner.provider
         self.version: str = onnxruntime.__version__
         self.device = _processor(self.provider)
 
@@ -55,8 +90,8 @@ class OnnxRuntime:
         """Nothing to give back: sessions end with their runs."""
 
 
-class TensorRt:
-    """The TensorRT that builds and runs parts of a model on this machine's GPU.
+class TensorRtTimer:
+    """Times parts in TensorRT on this machine's GPU, each built into an engine of its own.
 
     Building is executed (by TensorRT-RTX, also without a GPU), running is not yet. ``close`` gives the GPU's memory back.
     Raises ``Unavailable`` where none can build for ``target``.
@@ -98,7 +133,18 @@ class TensorRt:
 def _processor(provider: str) -> str:
     """The processor's name; on a GPU its architecture."""
     if provider != "CPUExecutionProvider":
-        from export.engines import cuda
-
         return f"{cuda.local_target()} ({provider})"
     return f"{processor_name()}, {os.cpu_count()} logical cores"
+
+
+def _tensorrt(dense: Path, conditions: TimingConditions) -> TensorRtTimer:
+    target = cuda.local_target()
+    if target is None:
+        raise Unavailable(
+            "a latency budget for trt needs a latency table measured on the target GPU, and this machine has no CUDA driver or "
+            "GPU; pass --macs-reduction instead, or a latency table that was measured elsewhere"
+        )
+    return TensorRtTimer(target, conditions.precision, conditions.batch)
+
+
+_TIMERS: dict[EngineName, Callable[[Path, TimingConditions], PartTimer]] = {"ort": OrtTimer, "trt": _tensorrt}

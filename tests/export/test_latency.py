@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from export.latency.conditions import TimingConditions
 from export.latency.measure import measure_table
 from export.onnx_export import export_dense
 from graph_passes import OnnxModel, load_model, save_model
@@ -253,11 +254,7 @@ def test_a_tiny_model_is_measured(tiny: tuple[Path, SlimPlan], mode: Any, layout
     found = measure_table(
         path,
         plan,
-        layout=layout,
-        mode=mode,
-        precision=precision,
-        batch=2,
-        threads=1,
+        TimingConditions(layout, mode, precision=precision, batch=2, threads=1),
         grid=[9, 13],
         rounds=2,
         progress=lambda *report: seen.append(report),
@@ -283,7 +280,7 @@ def test_what_is_timed_is_the_block_of_the_slim_model(tiny: tuple[Path, SlimPlan
 
     path, plan = tiny
     for mode, outputs in (("compact", 9), ("stale", plan.tokens)):
-        parts = ModelParts(path, plan, "split", mode, False, "fp32", 2)  # type: ignore[arg-type]
+        parts = ModelParts(path, plan, TimingConditions("split", mode, batch=2))  # type: ignore[arg-type]
         reads = 13 if mode == "compact" else plan.tokens
         block = parts.block(reads, 9)
         assert _shape(block.graph.input[0]) == [2, reads, 48]
@@ -303,7 +300,7 @@ def test_merging_blocks_are_timed_with_their_merges(tiny: tuple[Path, SlimPlan])
     from export.latency.block_extraction import ModelParts
 
     path, plan = tiny
-    parts = ModelParts(path, plan, "split", "compact", True, "fp32", 2)
+    parts = ModelParts(path, plan, TimingConditions("split", "compact", merged=True, batch=2))
     for reads, outputs, products, biases in ((plan.tokens, 13, 9, 0), (13, 9, 9, 1), (13, 1, 7, 1), (plan.tokens, 1, 7, 0)):
         block = parts.block(reads, outputs)
         assert (_shape(block.graph.input[0]), _shape(block.graph.output[0])) == ([2, reads, 48], [2, outputs, 48])
@@ -312,7 +309,7 @@ def test_merging_blocks_are_timed_with_their_merges(tiny: tuple[Path, SlimPlan])
         softmax = next(node for node in block.graph.node if node.op_type == "Softmax")
         made = {name: node.op_type for node in block.graph.node for name in node.output}
         assert (made[softmax.input[0]] == "Add") == bool(biases)  # what merged tokens weigh
-    found = measure_table(path, plan, layout="split", mode="compact", merged=True, batch=1, threads=1, grid=[9], rounds=1)
+    found = measure_table(path, plan, TimingConditions("split", "compact", merged=True, batch=1, threads=1), grid=[9], rounds=1)
     found.ensure_fits(plan, "split", merged=True)
     with pytest.raises(InputRejected, match="--score similarity goes with it"):
         found.ensure_fits(plan, "split")
@@ -324,14 +321,14 @@ def _shape(value: onnx.ValueInfoProto) -> list[int]:
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_a_shallow_model_is_measured(depth: int, tmp_path: Path) -> None:
-    from export.latency.block_extraction import _first_blocks
+    from export.latency.block_extraction import first_blocks
 
     model, exported = dense("plain")
     path = tmp_path / "dense.onnx"
-    save_model(_first_blocks(OnnxModel.from_proto(exported), depth), path)
+    save_model(first_blocks(OnnxModel.from_proto(exported), depth), path)
     load_model(path)
     plan = plan_for(model, [list(range(17))] * depth)
-    found = measure_table(path, plan, layout="split", mode="compact", batch=1, threads=1, grid=[9], rounds=1)
+    found = measure_table(path, plan, TimingConditions("split", "compact", batch=1, threads=1), grid=[9], rounds=1)
     assert {point.tokens_in for point in found.points} == ({17} if depth == 1 else {17, 9, 1})
     assert found.of([9, 1][-depth:]) > 0
 
@@ -340,27 +337,31 @@ def test_a_head_that_takes_its_batch_from_the_images_is_measured(tmp_path: Path)
     model = build("siglip", depth=2)
     export_dense(model, (3, 48, 48), tmp_path / "dense.onnx")
     plan = dense_plan(model, "tiny")
-    found = measure_table(tmp_path / "dense.onnx", plan, layout="split", mode="compact", batch=2, threads=1, grid=[5], rounds=1)
+    found = measure_table(
+        tmp_path / "dense.onnx", plan, TimingConditions("split", "compact", batch=2, threads=1), grid=[5], rounds=1
+    )
     assert {point.tokens_in for point in found.points} == {9, 5, 1}
     assert found.of([9, 5]) > 0
 
 
 @pytest.mark.parametrize(
-    ("changes", "fault"),
+    ("conditions", "changes", "fault"),
     [
-        ({"grid": [9, 40]}, "over 1 to 17 tokens"),
-        ({"grid": [0]}, "over 1 to 17 tokens"),
-        ({"batch": 0}, "at least 1 for batch"),
-        ({"threads": 0}, "at least 1 for threads"),
-        ({"rounds": 0}, "at least 1 for rounds"),
+        ({}, {"grid": [9, 40]}, "over 1 to 17 tokens"),
+        ({}, {"grid": [0]}, "over 1 to 17 tokens"),
+        ({"batch": 0}, {}, "at least 1 for batch"),
+        ({"threads": 0}, {}, "at least 1 for threads"),
+        ({}, {"rounds": 0}, "at least 1 for rounds"),
     ],
 )
-def test_an_impossible_measurement_is_refused(changes: dict[str, Any], fault: str, tmp_path: Path) -> None:
+def test_an_impossible_measurement_is_refused(
+    conditions: dict[str, Any], changes: dict[str, Any], fault: str, tmp_path: Path
+) -> None:
     model, exported = dense("plain")
     save_model(exported, tmp_path / "dense.onnx")
     plan = plan_for(model, [list(range(17))] * 4)
     with pytest.raises(UsageError, match=fault):
-        measure_table(tmp_path / "dense.onnx", plan, layout="split", mode="compact", **changes)
+        measure_table(tmp_path / "dense.onnx", plan, TimingConditions("split", "compact", **conditions), **changes)
 
 
 def test_a_model_that_does_not_fit_is_refused(tmp_path: Path) -> None:
@@ -371,29 +372,29 @@ def test_a_model_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     save_model(other, tmp_path / "fixed.onnx")
     plan = plan_for(model, [list(range(17))] * 4)
     with pytest.raises(InputRejected, match="fixed batch size 3"):
-        measure_table(tmp_path / "fixed.onnx", plan, layout="split", mode="compact", batch=2)
+        measure_table(tmp_path / "fixed.onnx", plan, TimingConditions("split", "compact", batch=2))
     save_model(exported, tmp_path / "dense.onnx")
     for depth in (3, 5):
         wrong = plan_for(model, [list(range(17))] * depth)
         with pytest.raises(InputRejected, match=f"blocks: the graph has 4, the plan says {depth}"):
-            measure_table(tmp_path / "dense.onnx", wrong, layout="split", mode="compact", batch=1, rounds=1)
+            measure_table(tmp_path / "dense.onnx", wrong, TimingConditions("split", "compact", batch=1), rounds=1)
 
 
 def test_tensorrt_blocks_are_refused_with_what_to_do_instead(tmp_path: Path) -> None:
     model, _ = dense("plain")
     plan = plan_for(model, [list(range(17))] * 4)
     with pytest.raises(Unavailable, match=r"latency budget for trt needs .* GPU.*--macs-reduction.*measured elsewhere"):
-        measure_table(tmp_path / "any.onnx", plan, layout="packed", mode="compact", engine="trt")
+        measure_table(tmp_path / "any.onnx", plan, TimingConditions("packed", "compact", engine="trt"))
 
 
 def test_tensorrt_builds_the_parts_that_it_would_time(tiny: tuple[Path, SlimPlan], tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     from export.latency.block_extraction import ModelParts
-    from export.latency.timed_runs import TensorRt
+    from export.latency.timed_runs import TensorRtTimer
 
     path, plan = tiny
-    parts = ModelParts(path, plan, "packed", "compact", True, "fp16", 2)
-    engine = TensorRt("sm89", "fp16", 2)
+    parts = ModelParts(path, plan, TimingConditions("packed", "compact", merged=True, precision="fp16", batch=2))
+    engine = TensorRtTimer("sm89", "fp16", 2)
     for number, key in enumerate(("stem", "head", (plan.tokens, 9))):
         parts.write(key, tmp_path / f"{number}.onnx")  # type: ignore[arg-type]
         assert engine.build(tmp_path / f"{number}.onnx").stat().st_size > 1000
