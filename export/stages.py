@@ -91,7 +91,8 @@ def latency_folder(options: ExportOptions, source: ExportSource, dense: Path, wo
         "latency",
         dense=work.facts.digest(dense),
         conditions=dataclasses.asdict(_conditions(options, source)),
-        machine=(platform.node(), platform.processor(), os.cpu_count(), onnxruntime_providers(work.facts)),
+        machine=(platform.node(), platform.processor(), os.cpu_count(), cuda.local_target()),
+        providers=onnxruntime_providers(work.facts),
     )
 
 
