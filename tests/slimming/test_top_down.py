@@ -330,21 +330,6 @@ def test_the_state_held_is_the_features_and_one_walks_grams() -> None:
     assert store.held == 0
 
 
-def test_the_store_counts_what_lives() -> None:
-    store = TensorStore(bound=100)
-    first = store.empty(5, 4)
-    second = store.empty(3, 4)
-    assert (store.held, store.spilled) == (80, 48)
-    second.fill_(2)
-    view = first[1:]
-    del first
-    assert store.held == 80
-    del view
-    assert store.held == 0
-    assert store.empty(5, 5).shape == (5, 5)
-    assert (store.spilled, float(second.sum())) == (48, 24)
-
-
 def test_features_that_overflow_are_refused() -> None:
     model = build(patch_size=8)
     model.blocks[2].mlp.fc2.weight.fill_(1e30)
