@@ -29,6 +29,7 @@ from patchslim.errors import InputRejected
 from patchslim.latency_table import load_table
 from patchslim.plan import SlimPlan, load_plan
 from patchslim.progress import Reporter
+from patchslim.timing import processor_name
 from slimming.search.budget import LATENCY
 from slimming.session import search
 
@@ -91,7 +92,7 @@ def latency_folder(options: ExportOptions, source: ExportSource, dense: Path, wo
         "latency",
         dense=work.facts.digest(dense),
         conditions=dataclasses.asdict(_conditions(options, source)),
-        machine=(platform.node(), platform.processor(), os.cpu_count(), cuda.local_target()),
+        machine=(platform.node(), processor_name(), os.cpu_count(), cuda.local_target()),
         providers=onnxruntime_providers(work.facts),
     )
 

@@ -1,1 +1,4 @@
-"""What every other package stands on: errors, command line, records, ``SlimPlan``, MACs, latency table. Free of torch."""
+"""What every other package builds on: errors, command line, records, ``SlimPlan``, MACs, latency tables, runners, timing.
+
+Free of torch.
+"""

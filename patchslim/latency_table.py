@@ -1,4 +1,4 @@
-"""``LatencyTable``: what one block costs in milliseconds by the tokens it reads and outputs, as measured on one engine.
+"""``LatencyTable``: milliseconds of one block by the tokens that it reads and outputs, as measured on one engine.
 
 Free of torch: a search reads it, a bundle keeps it. ``export.latency.measure`` measures it.
 """
@@ -88,12 +88,12 @@ class LatencyTable(StrictRecord):
 
     @cached_property
     def _scale(self) -> float:
-        """What makes the ends and all full blocks add up to the measured whole; 1 where the whole is less than its ends."""
+        """Factor on block times so that ends and full blocks add up to the dense model's time; 1 where the ends alone exceed it."""
         blocks = self.dense_ms - self.fixed_ms
         return blocks / (self.depth * self._grid.at(self.tokens, self.tokens)) if blocks > 0 else 1.0
 
     def block_ms(self, tokens_in: int, tokens_out: int) -> float:
-        """Milliseconds of one block that reads ``tokens_in`` tokens and outputs ``tokens_out`` of them, alone, as measured.
+        """Return the milliseconds of one block alone that reads ``tokens_in`` tokens and outputs ``tokens_out`` of them.
 
         Bilinear between the points of the grid (linear on the half cells along its diagonal), constant below its smallest
         counts. More tokens never cost less: points that noise has put out of order are first moved onto the nearest monotone
@@ -103,7 +103,7 @@ class LatencyTable(StrictRecord):
         return self._grid.at(self.tokens if self.mode == "stale" else tokens_in, tokens_out)
 
     def of(self, counts: Sequence[int]) -> float:
-        """Milliseconds of a batch under a plan of these ``counts``: the ends and the blocks, which read what is left to them.
+        """Return the milliseconds of a batch under a plan of these ``counts``: the ends, and each block on what the last one left.
 
         Blocks are scaled by one factor that makes the dense model what it was measured to be: alone, a block starts with cold
         caches and lacks fusions with its neighbours. Raises ``ValueError`` for counts that no plan can have.

@@ -53,13 +53,13 @@ def macs_of(
     pool_reads: int | None = None,
     merging: Collection[int] = (),
 ) -> int:
-    """Multiply-accumulates of one image whose block l outputs ``counts[l]`` of ``tokens`` tokens; biases and norms count zero.
+    """Return the MACs of one image whose block l outputs ``counts[l]`` of ``tokens`` tokens; biases and norms count zero.
 
-    ``layout`` says how a cut block's projections are laid: ``split`` queries kept tokens only, ``packed`` keeps one qkv
-    projection over every token that the block reads, and so also spends the dropped tokens' queries (and what of the MLP is
-    projected with them). ``pool_reads`` of the last block's tokens go to an attention pool; None: as many as it can read. The
-    blocks ``merging`` add what they drop to what they keep by a constant matrix, for the shortcut and for what is read at the
-    queries alone: behind a packed projection, else behind each norm.
+    ``layout`` is that of a cut block's projections. ``split``: queries are computed for the kept tokens only. ``packed``: one
+    qkv projection runs over every token that the block reads, so the dropped tokens' queries are computed too, and what of the
+    MLP is projected with them. ``pool_reads`` of the last block's tokens go to an attention pool; None: as many as it can
+    read. The blocks ``merging`` add the tokens that they drop to those that they keep by a constant matrix: for the shortcut,
+    and for what is read at the queries alone, behind a packed projection, else behind each norm.
     """
     reads = min(counts[-1], geometry.pool_tokens) if pool_reads is None else pool_reads
     ends = geometry.patch_macs + geometry.head_macs + geometry.pool_macs * reads
@@ -74,7 +74,7 @@ def block_macs_of(
     layout: Layout = "split",
     merging: Collection[int] = (),
 ) -> list[int]:
-    """The part of ``macs_of`` that each block has."""
+    """Return the MACs of each block, first to last, as ``macs_of`` counts them."""
     d = geometry.embed_dim
     query = geometry.attn_dim or d
     key = geometry.key_dim or query

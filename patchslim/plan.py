@@ -64,14 +64,14 @@ class SlimPlan(StrictRecord):
     prefix_tokens: Annotated[int, Field(ge=0)]
     pooling: Literal["token", "avg", "map"] = Field(description="timm's global_pool; map is an attention pool")
     head_tokens: list[TokenIndex] = Field(
-        description="tokens that the head cannot do without: class, and distillation where there is one; none where it pools"
+        description="tokens that the head reads one by one: class, and distillation where there is one; none where it pools"
     )
     mode: Mode = Field(description="what later blocks see of a dropped token: nothing (compact), or its last value (stale)")
     kept: list[list[TokenIndex]] = Field(min_length=1, description="for every block the sorted original indices kept")
     merged_into: list[Annotated[int, Field(ge=-1)]] | None = Field(
         default=None,
-        description="for every token the one that takes it in where it is dropped, -1 where it is lost or stays; compact only. "
-        "A token that took others in is the mean of all that it stands for. None: every dropped token is lost",
+        description="for every token the one that it is merged into where it is dropped, -1 where there is none or it stays; "
+        "compact only. A token that others were merged into is the mean of all that it stands for. None: no token is merged",
     )
     geometry: Geometry
     origin: Origin
@@ -156,7 +156,7 @@ class SlimPlan(StrictRecord):
         return macs_of([self.tokens] * self.depth, self.tokens, self.geometry)
 
     def sizes(self) -> list[list[int]]:
-        """For every block, how many of the original tokens each that it keeps stands for: ones unless tokens are merged."""
+        """For every block, how many original tokens each kept token stands for: ones unless tokens are merged."""
         return sizes_of(self.kept, self.tokens, self.merged_into)
 
     def stands_for(self) -> list[list[int]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from patchslim.cli import raise_if_interrupted
 
@@ -21,7 +20,7 @@ class Reporter:
     def __init__(self, *, quiet: bool = False) -> None:
         from rich.console import Console
 
-        self.console: Any = Console(stderr=True, highlight=False, quiet=quiet)
+        self.console = Console(stderr=True, highlight=False, quiet=quiet)
 
     def say(self, text: str) -> None:
         """One line."""

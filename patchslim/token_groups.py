@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def sizes_of(kept: list[list[int]], tokens: int, merged_into: list[int] | None) -> list[list[int]]:
-    """For every block, how many of the original tokens each that it keeps stands for."""
+    """Return, for every block, how many of the original tokens each token that it keeps stands for."""
     size = [1] * tokens
     found, before = [], list(range(tokens))
     for block in kept:
@@ -18,11 +18,11 @@ def sizes_of(kept: list[list[int]], tokens: int, merged_into: list[int] | None) 
 
 
 def stands_for(kept: list[list[int]], tokens: int, merged_into: list[int] | None) -> list[list[int]]:
-    """For every block, which kept token stands for each original one: itself, the one it went into, or -1 for none."""
+    """Return, for every block, which kept token stands for each original one: itself, the one it went into, or -1 for none."""
     found, stands, there = [], list(range(tokens)), set(range(tokens))
     for block in kept:
-        lost = there - set(block)
-        stands = [(-1 if merged_into is None else merged_into[token]) if token in lost else token for token in stands]
+        dropped = there - set(block)
+        stands = [(-1 if merged_into is None else merged_into[token]) if token in dropped else token for token in stands]
         found.append(stands)
         there = set(block)
     return found
@@ -31,7 +31,7 @@ def stands_for(kept: list[list[int]], tokens: int, merged_into: list[int] | None
 def mixing_of(
     before: list[int], kept: list[int], sizes: tuple[list[int], list[int]], merged_into: list[int]
 ) -> tuple[list[float], list[list[float]]] | None:
-    """How a block that reads ``before`` and keeps ``kept`` takes in what it drops; None where it takes in nothing.
+    """Return the weights by which a block that reads ``before`` and keeps ``kept`` merges what it drops; None: it merges nothing.
 
     ``sizes`` are those of both, as ``SlimPlan.sizes`` gives them. A kept token becomes ``own`` (k) times itself plus its row of
     ``taken`` (k, n - k) times the dropped tokens, in their order: the mean of all that it then stands for.

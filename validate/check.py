@@ -1,4 +1,4 @@
-"""Check a bundle whole, without trusting it: nothing is parsed before its digest is right, nothing runs before all of it is."""
+"""Checks a whole bundle without trusting it: no file is parsed before its digest is right, no graph runs before all are."""
 
 from __future__ import annotations
 

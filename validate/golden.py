@@ -7,7 +7,6 @@ import math
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -37,18 +36,21 @@ class Golden:
 
 def write_golden(path: Path, golden: Golden) -> None:
     """Write ``golden.npz`` whole or not at all; the same arrays give the same bytes. Raises ``OSError``."""
-    arrays = {name: getattr(golden, name) for name in _NAMES}
-    kinds = {name: np.dtype(np.int64 if name == "labels" else np.float32) for name in _NAMES}
     with atomic_path(path) as part, part.open("wb") as file:
-        ready: dict[str, Any] = {name: np.ascontiguousarray(array, dtype=kinds[name]) for name, array in arrays.items()}
-        np.savez(file, **ready)
+        np.savez(
+            file,
+            inputs=np.ascontiguousarray(golden.inputs, dtype=np.float32),
+            labels=np.ascontiguousarray(golden.labels, dtype=np.int64),
+            original_logits=np.ascontiguousarray(golden.original_logits, dtype=np.float32),
+            slim_logits=np.ascontiguousarray(golden.slim_logits, dtype=np.float32),
+        )
 
 
 def read_golden(path: Path, input_size: tuple[int, int, int], classes: int) -> Golden:
     """Read ``golden.npz`` for a model of ``input_size`` (channels, height, width) and ``classes``.
 
-    Every array's header is checked before its data is read, and no more is read than the header says, so neither pickles nor
-    zip bombs get anywhere. Raises ``InputRejected`` naming the file and the fault.
+    Every array's header is checked before its data is read, and no more is read than the header says: pickles and zip bombs are
+    refused. Raises ``InputRejected`` naming the file and the fault.
     """
     try:
         with zipfile.ZipFile(path) as archive:

@@ -1,4 +1,4 @@
-"""How much faster the slim graph is than the dense one in ONNX Runtime, measured so that the machine's moods cancel."""
+"""How much faster the slim graph is than the dense one in ONNX Runtime, measured so that slow moments of the machine cancel."""
 
 from __future__ import annotations
 

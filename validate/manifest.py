@@ -55,8 +55,11 @@ class Macs(StrictRecord):
 
 
 class Rung(StrictRecord):
-    """One stage of the ladder, measured on the evaluation images. Slimming loss and numerical loss are never one number:
-    ``top1_drop`` is against the original, ``max_error`` against the stage named in ``compared_to``."""
+    """One stage of an export, measured on the evaluation images.
+
+    Slimming loss and numerical loss are never one number: ``top1_drop`` is against the original, ``max_error`` against the
+    stage named in ``compared_to``.
+    """
 
     stage: _Stage
     images: _Count
@@ -147,7 +150,7 @@ class _Results(StrictRecord):
 
 
 class ParityReport(_Results):
-    """``parity.json``: one rung per stage, so that each loss is laid at the stage that caused it."""
+    """``parity.json``: one rung per stage, so that each loss is attributed to the stage that caused it."""
 
     schema_version: Literal[1] = 1
     gate: Gate

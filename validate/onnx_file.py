@@ -1,4 +1,4 @@
-"""Running an ONNX file in ONNX Runtime: the one place that opens sessions."""
+"""An ONNX file's structure, checked before anything runs it."""
 
 from __future__ import annotations
 

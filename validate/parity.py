@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 
@@ -40,7 +39,7 @@ def rung(
     if (reference_logits is None) != (compared_to is None):
         raise ValueError("reference_logits and compared_to belong together")
     finite = np.isfinite(logits).all(axis=1)
-    fields: dict[str, Any] = {}
+    fields: dict[str, object] = {}
     if targets is not None:
         if targets.shape != (n,) or not np.issubdtype(targets.dtype, np.integer):
             raise ValueError(f"targets: must be {n} integers, not {targets.shape} {targets.dtype}")
@@ -63,17 +62,17 @@ def rung(
     if reference_logits is not None:
         maximum, mean = logit_errors(logits, _matrix(reference_logits, "reference_logits", logits.shape))
         fields |= {"max_error": maximum, "mean_error": mean}
-    return Rung(
-        stage=stage,
-        images=n,
-        agreement=100 * agreeing / n,
-        agreeing=agreeing,
-        compared_to=compared_to,
-        tolerance=tolerance,
-        non_finite=int(logits.size - np.isfinite(logits).sum()),
-        note=note,
-        **fields,
-    )
+    fields |= {
+        "stage": stage,
+        "images": n,
+        "agreement": 100 * agreeing / n,
+        "agreeing": agreeing,
+        "compared_to": compared_to,
+        "tolerance": tolerance,
+        "non_finite": int(logits.size - np.isfinite(logits).sum()),
+        "note": note,
+    }
+    return Rung.model_validate(fields)
 
 
 def not_executed(stage: str, note: str) -> Rung:

@@ -1,4 +1,4 @@
-"""The verdict as a person reads it: rich tables of the rungs and the checks."""
+"""Prints a verdict as tables: the build's rungs, the checks, the rungs measured here."""
 
 from __future__ import annotations
 
