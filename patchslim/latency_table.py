@@ -88,7 +88,7 @@ class LatencyTable(StrictRecord):
 
     @cached_property
     def _scale(self) -> float:
-        """Factor on block times so that ends and full blocks add up to the dense model's time; 1 where the ends alone exceed it."""
+        """Factor on block times that makes ends and full blocks add up to ``dense_ms``; 1 where the ends alone exceed it."""
         blocks = self.dense_ms - self.fixed_ms
         return blocks / (self.depth * self._grid.at(self.tokens, self.tokens)) if blocks > 0 else 1.0
 
@@ -103,7 +103,7 @@ class LatencyTable(StrictRecord):
         return self._grid.at(self.tokens if self.mode == "stale" else tokens_in, tokens_out)
 
     def of(self, counts: Sequence[int]) -> float:
-        """Return the milliseconds of a batch under a plan of these ``counts``: the ends, and each block on what the last one left.
+        """Return the milliseconds of a batch under a plan of these ``counts``: the ends, and each block on what it reads.
 
         Blocks are scaled by one factor that makes the dense model what it was measured to be: alone, a block starts with cold
         caches and lacks fusions with its neighbours. Raises ``ValueError`` for counts that no plan can have.

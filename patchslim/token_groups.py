@@ -31,7 +31,7 @@ def stands_for(kept: list[list[int]], tokens: int, merged_into: list[int] | None
 def mixing_of(
     before: list[int], kept: list[int], sizes: tuple[list[int], list[int]], merged_into: list[int]
 ) -> tuple[list[float], list[list[float]]] | None:
-    """Return the weights by which a block that reads ``before`` and keeps ``kept`` merges what it drops; None: it merges nothing.
+    """Return the weights by which a block that reads ``before`` and keeps ``kept`` merges the others; None: it merges none.
 
     ``sizes`` are those of both, as ``SlimPlan.sizes`` gives them. A kept token becomes ``own`` (k) times itself plus its row of
     ``taken`` (k, n - k) times the dropped tokens, in their order: the mean of all that it then stands for.
