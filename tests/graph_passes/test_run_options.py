@@ -112,6 +112,7 @@ def test_an_optional_pass_is_added_at_its_place(door: Door) -> None:
     [
         (["--passes", "cut_tokens", "--also", "cut_last_block"], "--also"),
         (["--also", "no_such_pass"], "no pass named no_such_pass"),
+        (["--also", "drop_patch"], "did you mean drop_patches"),
         (["--passes", "find_blocks", "--image", "uint8-nhwc"], "image_input"),
         (["--mean", "0.5", "0.5", "0.5"], "image_input"),
         (["--image", "uint8-nchw"], "--mean"),
