@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 
 #: The distribution whose extras these are.
@@ -18,8 +19,16 @@ class Package:
 
     @property
     def version(self) -> str | None:
-        """What is installed, by its metadata: nothing is imported; None where it is missing."""
-        return installed_version(self.distribution)
+        """What is installed, by its metadata: nothing is imported; None where it is missing.
+
+        Of whichever distribution brings the module: ``onnxruntime-gpu`` and ``tensorrt-cu12`` are as good as those listed.
+        """
+        if importlib.util.find_spec(self.module) is None:
+            return None
+        from importlib.metadata import packages_distributions
+
+        others = [] if installed_version(self.distribution) else packages_distributions().get(self.module, [])
+        return next(filter(None, map(installed_version, [self.distribution, *others])), "unknown")
 
 
 #: In the order in which ``patchslim doctor`` lists them.

@@ -40,6 +40,25 @@ def local_target() -> str | None:
     return f"sm{major.value}{minor.value}"
 
 
+def device_name() -> str | None:
+    """Return the name of the first visible GPU; None without a driver or a GPU."""
+    driver = _driver()
+    if driver is None or local_target() is None:
+        return None
+    device, name = ctypes.c_int(), ctypes.create_string_buffer(256)
+    _check(driver.cuDeviceGet(ctypes.byref(device), 0), "cuDeviceGet")
+    _check(driver.cuDeviceGetName(name, len(name), device), "cuDeviceGetName")
+    return name.value.decode()
+
+
+def driver_version() -> str | None:
+    """Return the newest CUDA that the driver supports, as ``13.2``; None without a driver."""
+    driver, version = _driver(), ctypes.c_int()
+    if driver is None or driver.cuDriverGetVersion(ctypes.byref(version)) != 0:
+        return None
+    return f"{version.value // 1000}.{version.value % 1000 // 10}"
+
+
 class Stream:
     """A CUDA stream on the first visible GPU, with copies to and from buffers of its memory.
 

@@ -22,7 +22,7 @@ def open_runner(path: Path, *, threads: int = 0) -> OrtRunner:
 
     Raises as ``OrtRunner`` does.
     """
-    if _has_cuda():
+    if has_cuda():
         try:
             return OrtRunner(path, provider=_CUDA, threads=threads)
         except Unavailable:  # CUDA's libraries are not complete, or a kernel is only on the CPU
@@ -32,7 +32,7 @@ def open_runner(path: Path, *, threads: int = 0) -> OrtRunner:
 
 def choose_backend(targets: Sequence[str] | None = None, precision: Precision | None = None) -> Backend:
     """ONNX Runtime, on the GPU where it can use that; it has no other targets, and runs every precision."""
-    return Backend("onnxruntime", ("cuda" if _has_cuda() else "cpu",))
+    return Backend("onnxruntime", ("cuda" if has_cuda() else "cpu",))
 
 
 def build(onnx_path: Path, output_dir: Path, facts: OnnxFacts, options: BuildOptions) -> EngineResult:
@@ -55,7 +55,8 @@ def build(onnx_path: Path, output_dir: Path, facts: OnnxFacts, options: BuildOpt
     )
 
 
-def _has_cuda() -> bool:
+def has_cuda() -> bool:
+    """Whether ONNX Runtime here has its CUDA provider, and a GPU for it; raises ``Unavailable`` without ONNX Runtime."""
     # onnxruntime-gpu lists its CUDA provider on a machine without a GPU too, and then complains at every session.
     if cuda.local_target() is None:
         return False

@@ -37,6 +37,9 @@ TORCH_FREE_MODULES = (
     "slimming.search.profile",
     "export",
     "export.options",
+    "export.console",
+    "export.doctor",
+    "export.engines.support",
 )
 NEEDS_TORCH = ("torch", "torchvision", "timm")
 

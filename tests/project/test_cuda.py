@@ -36,6 +36,11 @@ PLAN = [
 def test_the_driver_names_the_gpu_and_brings_back_what_it_was_given() -> None:
     major, minor = torch.cuda.get_device_capability()
     assert cuda.local_target() == f"sm{major}{minor}"
+    assert cuda.device_name() == torch.cuda.get_device_name(0)
+    driver, built_for = cuda.driver_version(), torch.version.cuda
+    assert driver is not None
+    assert built_for is not None
+    assert int(driver.partition(".")[0]) >= int(built_for.partition(".")[0])
     stream = cuda.Stream()
     given, found = np.arange(1 << 20, dtype=np.float32), np.zeros(1 << 20, dtype=np.float32)
     address = stream.allocate(given.nbytes)

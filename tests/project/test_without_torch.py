@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -97,6 +98,20 @@ def test_the_console_command_runs(edge: Path, tmp_path: Path) -> None:
     assert run(command, "validate", "bundle", "--threads", 1, cwd=tmp_path).returncode == 0
     done = run(command, "export", cwd=tmp_path)
     assert (done.returncode, "patchslim[export]" in done.stderr) == (4, True), done.stderr
+
+
+def test_doctor_says_what_a_device_has_and_what_to_install(edge: Path, tmp_path: Path) -> None:
+    done = run(edge.with_name("patchslim"), "doctor", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {one["name"]: one["version"] for one in found["packages"]}["torch"] is None
+    assert found["extras"]["edge"]["missing"] == []
+    assert "torch" in found["extras"]["export"]["missing"]
+    assert found["extras"]["export"]["install"] == 'pip install "patchslim[export]"'
+    states = {(row["engine"], row["target"], row["precision"]): row["status"] for row in found["engines"]}
+    assert states["ort", "cpu", "fp16"] == "runs"
+    assert states["trt", "sm89", "fp16"] == "missing"
+    assert "To install what is missing:" in run(edge.with_name("patchslim"), "doctor", cwd=tmp_path).stdout
 
 
 def test_the_bundled_weights_say_what_to_install(edge: Path, tmp_path: Path) -> None:
