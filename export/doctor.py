@@ -142,11 +142,11 @@ def print_report(found: dict[str, Any]) -> None:
     precisions = list(dict.fromkeys(row["precision"] for row in found["engines"]))
     engines = Table("engine", "target", *precisions, title="Engines that work here", title_justify="left")
     notes: list[str] = []
-    rows: dict[tuple[str, str], list[str]] = {}
+    rows: dict[tuple[str, str], dict[str, str]] = {}
     for row in found["engines"]:
-        rows.setdefault((row["engine"], row["target"]), []).append(_cell(row, notes))
+        rows.setdefault((row["engine"], row["target"]), {})[row["precision"]] = _cell(row, notes)
     for (engine, target), cells in rows.items():
-        engines.add_row(engine, target, *cells)
+        engines.add_row(engine, target, *(cells.get(precision, "no") for precision in precisions))
     console.print(engines)
     for number, note in enumerate(notes, start=1):
         console.print(f"  ({number}) {escape(note)}")

@@ -36,7 +36,7 @@ def engine_support() -> list[EngineSupport]:
         row
         for engine, traits in ENGINES.items()
         for target in _TARGETS[engine]()
-        for row in (_PROBES[engine](target, precision) for precision in sorted(traits.precisions, reverse=True))
+        for row in (_PROBES[engine](target, precision) for precision in traits.precisions)
     ]
 
 
