@@ -1,4 +1,4 @@
-"""What a run did to a graph, as JSON and as text: nodes, tokens and MACs before and after, and every refusal."""
+"""The report of a run, as JSON and as text: nodes, tokens and MACs before and after, and every refusal."""
 
 from __future__ import annotations
 
@@ -111,7 +111,10 @@ def report_schema() -> dict[str, object]:
 
 
 def summarize(model: OnnxModel) -> tuple[GraphSummary, RefusedSite | None]:
-    """Count a model, block by block where it is understood, else with what stood in the way. Raises ``InputRejected``."""
+    """Count a model's nodes, parameters, bytes, and, where it is understood, each block's tokens and MACs.
+
+    The second value says where and why it was not understood, else None. Raises ``InputRejected`` where it cannot be read.
+    """
     try:
         return _summary(model, _understood(model)), None
     except MatchFailure as failure:
@@ -143,18 +146,18 @@ def _summary(model: OnnxModel, structure: Structure | None) -> GraphSummary:
 
 
 def distinct_refusals(results: Iterable[PassResult]) -> list[RefusedSite]:
-    """Every refusal once: passes that stop at the same node say the same."""
+    """Every refusal, each once: several passes may stop at the same node."""
     found = {(refusal.site, refusal.reason) for result in results for refusal in result.refused}
     return [RefusedSite(site=site, reason=reason) for site, reason in sorted(found)]
 
 
 def pass_records(results: Iterable[PassResult]) -> list[PassRecord]:
-    """Each pass's result as the report has it."""
+    """The results of passes in the report's form."""
     return [PassRecord.model_validate(result.as_dict()) for result in results]
 
 
 def macs_reduction(before: GraphSummary, after: GraphSummary | None) -> float | None:
-    """The share of MACs saved; None where one of the graphs was not understood."""
+    """The share of MACs saved, ``1 - after / before``; None where one of the graphs was not understood."""
     if before.vit is None or after is None or after.vit is None or not before.vit.macs:
         return None
     return 1 - after.vit.macs / before.vit.macs

@@ -103,11 +103,11 @@ class PassOptions(OutputGroup, PassesGroup, ImageGroup, CutGroup, ModelGroup):
 
 
 def run(options: PassOptions) -> int:
-    """Do what the options ask; returns the exit code. Raises ``PatchslimError``."""
+    """Cut the model as the options say, and return the exit code. Raises ``PatchslimError``."""
     if options.list or options.explain is not None:
         return _describe(options)
     if options.model is None:
-        raise UsageError("MODEL missing; see --help")
+        raise UsageError("MODEL missing: name an ONNX file; see --help")
     size = _image_size(options.image_size)
     from patchslim.plan import load_plan
 
@@ -130,7 +130,7 @@ def run(options: PassOptions) -> int:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """Pictures of the graph before and after; the result, or the refusal and why."""
+    """Summaries of the graph before and after; the result, or the error that a refusal ends the run with."""
 
     before: GraphSummary
     after: GraphSummary | None = None
@@ -141,7 +141,7 @@ class _Outcome:
 
 
 def _cut(options: PassOptions, model: OnnxModel, plan: SlimPlan | None) -> _Outcome:
-    """Run the passes. A refusal is returned, so that it can be reported before it ends the run."""
+    """Run the passes. A refusal is returned rather than raised, so that it can be reported before it ends the run."""
     from graph_passes.pass_manager import PassesRefused, slim
     from graph_passes.report import RefusedSite, distinct_refusals, summarize
 

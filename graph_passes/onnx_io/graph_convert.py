@@ -48,7 +48,9 @@ def with_shapes(model: OnnxModel | onnx.ModelProto) -> OnnxModel:
     bare = _weights_as_inputs(model)
     del bare.graph.value_info[:]
     if bare.ByteSize() > SHAPE_LIMIT:
-        raise InputRejected("the model holds more than 2 GiB outside its initializers, which the passes do not handle")
+        raise InputRejected(
+            "the model holds more than 2 GiB outside its initializers, at most 2 GiB is allowed: keep weights in initializers"
+        )
     try:
         checker.check_model(bare)
         inferred = shape_inference.infer_shapes(bare, check_type=True, strict_mode=True, data_prop=True)

@@ -56,7 +56,9 @@ def _expand(graph: gs.Graph, node: gs.Node) -> None:
         for index, part in enumerate("qkv"):
             width = parts[index].shape[2]
             if not isinstance(width, int) or heads is None:
-                raise MatchFailure(label(node), f"expected a fixed width; its shape is {parts[index].shape}")
+                raise MatchFailure(
+                    label(node), f"expected queries, keys and values of a fixed width; one has the shape {parts[index].shape}"
+                )
             shape = build.constant(f"{part}_shape", [0, 0, heads, width // heads])
             unpacked = build.op("Reshape", [parts[index], shape], name=f"{part}_reshape")
             parts[index] = build.op("Transpose", [unpacked], {"perm": [0, 2, 1, 3]}, name=f"{part}_heads")
