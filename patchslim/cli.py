@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
 import sys
 import typing
@@ -13,6 +14,9 @@ from patchslim.errors import EXIT_INTERRUPTED, EXIT_UNAVAILABLE, EXIT_USAGE, Pat
 from patchslim.packages import extra_for, install_command
 
 OptionsT = TypeVar("OptionsT")
+
+#: As a shell reports a process that SIGPIPE ended.
+EXIT_BROKEN_PIPE = 128 + 13
 
 #: An options class may be put together from classes of this name's ending, one for each group of its ``--help``.
 GROUP = "Group"
@@ -36,7 +40,12 @@ def run_command(
         signal.signal(number, _interrupt)
     parsed = parse(options, sys.argv[1:], prog=prog, description=description, examples=examples)
     try:
-        return main(parsed)
+        code = main(parsed)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # as in ``patchslim doctor | head``: whoever reads has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains again when it flushes at exit
+        return EXIT_BROKEN_PIPE
     except PatchslimError as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return error.exit_code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 import sys
 import tomllib
 import typing
@@ -157,6 +158,17 @@ def test_an_error_is_one_line_and_its_exit_code(capsys: pytest.CaptureFixture[st
 
     assert command(main) == 3
     assert capsys.readouterr().err == "paint: wall: not a wall\n"
+
+
+def test_a_reader_that_stops_reading_is_no_bug() -> None:
+    command = [sys.executable, "-m", "graph_passes.run", "--list"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        said = process.stderr.read()
+    assert "Traceback" not in said
+    assert "BrokenPipeError" not in said
 
 
 @pytest.mark.parametrize(
