@@ -31,8 +31,8 @@ COMMANDS = sorted(set(COMMAND.findall(EVERYTHING)))
 MODULES = sorted({module for module, _ in COMMANDS})
 PYTHON = re.findall(r"```python\n(.*?)```", EVERYTHING, flags=re.DOTALL)
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
-#: Commands that are not ours, with their options.
-OTHERS = re.compile(r"(?:pytest|mkdocs|pre-commit|ruff|torchrun|uv run --group)\b[^\n`]*")
+#: Commands other than those, with their options.
+OTHERS = re.compile(r"(?:pytest|mkdocs|patchslim --version|pre-commit|ruff|torchrun|uv run --group)\b[^\n`]*")
 TWO_COMMANDS = ("pip install uv && uv run python -m export.run --model vit_ti --engine trt", "pip install uv && uv run pytest")
 
 
@@ -134,6 +134,14 @@ def test_the_exit_codes_are_those_of_the_code() -> None:
     errors = importlib.import_module("patchslim.errors")
     codes = {value for name, value in vars(errors).items() if name.startswith("EXIT_")}
     assert {int(code) for code in re.findall(r"^\| (\d+) \|", section("Exit codes"), flags=re.MULTILINE)} == codes
+
+
+def test_the_console_commands_are_those_of_the_code() -> None:
+    commands = importlib.import_module("export.console").COMMANDS
+    assert set(re.findall(r"`patchslim ([a-z]+)", section("The commands and their packages"))) == set(commands)
+    assert set(re.findall(r"`(?:uv run )?patchslim ([a-z]+)", EVERYTHING)) == set(commands)
+    rows = re.findall(r"^\| `python -m ([a-z_.]+)` \| `patchslim ([a-z]+)` \|", PAGES["docs/reference.md"], flags=re.MULTILINE)
+    assert {(commands[name].module, name) for name in commands if name != "doctor"} == set(rows)
 
 
 def test_the_extras_are_those_of_the_project() -> None:
