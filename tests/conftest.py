@@ -34,6 +34,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One process takes all of a file, for its fixtures, and all tests of the export, for their work folder."""
+    for item in items:
+        file = item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group("export" if file.startswith("tests/export/") else file))
+
+
 def pytest_collection_finish() -> None:
     """What the tests import stays to the end: Python's collector need not walk over it at every export."""
     gc.collect()

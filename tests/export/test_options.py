@@ -62,7 +62,7 @@ def test_a_plan_that_does_not_fit_is_refused(
 
 
 def test_a_tolerance_decides_instead_of_the_budget(export_work: Path) -> None:
-    outcome = export_bundle(tiny(export_work, "tolerance", tolerance=0.0))
+    outcome = export_bundle(tiny(export_work, "tolerance", tolerance=0.0, fit="none"))
     assert (outcome.plan.origin.criterion, outcome.plan.origin.value) == ("tolerance", 0.0)
     assert outcome.plan.counts == [TOKENS, TOKENS, 1]  # without any error only the last block can be cut
     slim = outcome.parity.rungs[1]
@@ -72,7 +72,7 @@ def test_a_tolerance_decides_instead_of_the_budget(export_work: Path) -> None:
 
 
 def test_stale_tokens_are_read_by_later_blocks(export_work: Path) -> None:
-    outcome = export_bundle(tiny(export_work, "stale", mode="stale", macs_reduction=0.3))
+    outcome = export_bundle(tiny(export_work, "stale", mode="stale", macs_reduction=0.3, fit="none"))
     assert outcome.plan.mode == read(outcome.bundle / "plan.json")["mode"] == "stale"
     assert outcome.macs.reduction >= 0.3
     assert outcome.parity.passed
@@ -93,12 +93,12 @@ def test_fp16_in_onnx_runtime(export_work: Path) -> None:
 
 
 def test_a_latency_budget_is_solved_on_a_table_that_is_measured_once_and_kept(export_work: Path, tmp_path: Path) -> None:
-    outcome = export_bundle(tiny(export_work, "latency", latency_reduction=0.2, batch_size=2))
+    outcome = export_bundle(tiny(export_work, "latency", latency_reduction=0.2, batch_size=2, fit="none"))
     table = load_table(outcome.bundle / "latency_table.json")
     assert outcome.plan.origin.criterion == "latency-reduction"
     assert table.of(outcome.plan.counts) <= 0.8 * table.dense()
     assert sum(path.name.startswith("latency-") for path in export_work.iterdir()) == 1
-    again = export_bundle(tiny(export_work, "latency", latency_budget_ms=0.9 * table.dense(), batch_size=2))
+    again = export_bundle(tiny(export_work, "latency", latency_budget_ms=0.9 * table.dense(), batch_size=2, fit="none"))
     assert table.of(again.plan.counts) <= 0.9 * table.dense()
     assert (again.bundle / "latency_table.json").read_bytes() == (outcome.bundle / "latency_table.json").read_bytes()
     assert sum(path.name.startswith("latency-") for path in export_work.iterdir()) == 1
