@@ -2,75 +2,73 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-from slimming.distributed import SINGLE_PROCESS, ProcessGroup, batch_slices, open_process_group
-from tests.helpers.timm_models import build
-
-#: What every process does, the first one alone beforehand; the images are an odd number of batches, and with one batch the
-#: second process has none.
-SCRIPT = """
-import json, os, sys
-from pathlib import Path
-import torch
-from tests.helpers.timm_models import build
 from timm.data import create_transform
+
 from slimming.api import find_plan
-from slimming.search.budget import Budget
 from slimming.data.source import calibration_set
+from slimming.distributed import SINGLE_PROCESS, ProcessGroup, batch_slices, close_process_group, open_process_group
 from slimming.fitting import closed_form
-from slimming.distributed import SINGLE_PROCESS, close_process_group, open_process_group
+from slimming.search.budget import Budget
+from tests.helpers.timm_models import build
+from tests.helpers.two_processes import run_in_two_processes
 
-closed_form.ROWS_PER_FEATURE = 2  # rows are left out, and must be the same ones
-transform = create_transform((3, 48, 48))
-def run(label, model, images, budget, **options):
-    images = calibration_set("digits", images)
-    found = find_plan(model, images, name="tiny", transform=transform, budget=budget, process_group=process_group, **options)
-    torch.save(found.model.state_dict(), Path(sys.argv[1]) / f"{label}-{process_group.size}-{process_group.rank}.pt")
-    answer[label] = found.plan.model_dump(mode="json")
-def run_all():
-    for score in ("paper", "residual"):
-        for mode in ("compact", "stale"):
-            model = build(patch_size=8, depth=3)
-            run(f"{score}-{mode}-budget", model, 20, Budget("macs-reduction", 0.5), score=score, mode=mode, fit="closed-form")
-            run(f"{score}-{mode}-tolerance", model, 20, Budget("tolerance", 0.01), score=score, mode=mode)
-    run("pooled", build(patch_size=8, depth=3, global_pool="map"), 20, Budget("tolerance", 0.05), fit="closed-form")
-    run("merged", build(patch_size=8, depth=3), 20, Budget("macs-reduction", 0.5), score="similarity", fit="closed-form")
-    run("random", build(depth=3), 20, Budget("macs-reduction", 0.5), score="random")
-    run("one-batch", build(depth=3), 7, Budget("macs-reduction", 0.5), fit="closed-form")
-    run("sgd", build(depth=3), 50, Budget("macs-reduction", 0.5), fit="sgd")
-    Path(sys.argv[1], f"answer-{process_group.size}-{process_group.rank}.json").write_text(json.dumps(answer))
+#: One batch is less than two processes, and the last of three is not whole.
+MODEL: dict[str, Any] = {"patch_size": 8, "depth": 3}
 
-if os.environ["RANK"] == "0":
-    process_group, answer = SINGLE_PROCESS, {}
-    run_all()
-    assert not torch.distributed.is_initialized()
-process_group, answer = open_process_group(), {}
-run_all()
-process_group.barrier()
-close_process_group()
-"""
+
+def find_all(folder: Path, group: ProcessGroup) -> None:
+    """Find every kind of plan and write it, and the fitted weights, under the process's rank."""
+    answers = {}
+
+    def run(label: str, images: int, budget: Budget, model: Any = None, **options: Any) -> None:
+        found = find_plan(
+            model or build(**MODEL),
+            calibration_set("digits", images),
+            name="tiny",
+            transform=create_transform((3, 48, 48)),
+            budget=budget,
+            process_group=group,
+            **options,
+        )
+        torch.save(found.model.state_dict(), folder / f"{label}-{group.size}-{group.rank}.pt")
+        answers[label] = found.plan.model_dump(mode="json")
+
+    for score, mode in itertools.product(("paper", "residual"), ("compact", "stale")):
+        run(f"{score}-{mode}-budget", 20, Budget("macs-reduction", 0.5), score=score, mode=mode, fit="closed-form")
+        run(f"{score}-{mode}-tolerance", 20, Budget("tolerance", 0.01), score=score, mode=mode)
+    run("pooled", 20, Budget("tolerance", 0.05), build(**MODEL, global_pool="map"), fit="closed-form")
+    run("merged", 20, Budget("macs-reduction", 0.5), score="similarity", fit="closed-form")
+    run("random", 20, Budget("macs-reduction", 0.5), build(depth=3), score="random")
+    run("one-batch", 7, Budget("macs-reduction", 0.5), build(depth=3), fit="closed-form")
+    run("sgd", 50, Budget("macs-reduction", 0.5), build(depth=3), fit="sgd")
+    (folder / f"answer-{group.size}-{group.rank}.json").write_text(json.dumps(answers), encoding="utf-8")
+
+
+def find_alone_and_together(folder: Path) -> None:
+    """What each of two processes does, the first one alone beforehand."""
+    closed_form.ROWS_PER_FEATURE = 2  # rows are left out, and must be the same ones
+    if os.environ["RANK"] == "0":
+        find_all(folder, SINGLE_PROCESS)
+        assert not torch.distributed.is_initialized()
+    group = open_process_group()
+    find_all(folder, group)
+    group.barrier()
+    close_process_group()
 
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what one process found, and each of two."""
     folder = tmp_path_factory.mktemp("process_group")
-    script = folder / "script.py"
-    script.write_text(SCRIPT)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    command = [sys.executable, *torchrun, str(script), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_in_two_processes(find_alone_and_together, folder)
     return folder
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,10 @@ from patchslim.errors import InputRejected, UsageError
 from slimming.fitting import finetune_checkpoint as finetune_state
 from slimming.fitting.finetune_data import Draws, train_transform
 from slimming.fitting.recipe import Recipe
+from slimming.models.loading import state_digest
 from tests.helpers.finetuning import CLASSES, DATA_CONFIG, IMAGES, RECIPE, equal, images, models, run, state, stop_after
 from tests.helpers.timm_models import KINDS, build, images_for
+from tests.helpers.two_processes import run_in_two_processes
 
 
 @pytest.mark.parametrize(("kind", "mode"), [("class_token", "compact"), ("distilled", "stale"), ("registers", "compact")])
@@ -306,39 +306,19 @@ def test_images_are_those_of_evaluation_moved_by_an_eighth_and_mirrored(side: tu
     assert len(places) > 8  # of 16 draws
 
 
-WORKER = """
-import json, sys
-from pathlib import Path
-import torch
-from tests.helpers.finetuning import models, run
-from slimming.models.loading import state_digest
-folder, rank = Path(sys.argv[1]), int(__import__("os").environ["RANK"])
-slim, teacher = models(proj_drop_rate=0.1)
-calls = []
-report = run(slim, teacher, checkpoint=folder / "checkpoints", checkpoint_steps=2, progress=lambda *call: calls.append(call))
-answer = {"weights": state_digest(slim.state_dict()), "calls": calls, "report": report.as_dict()}
-(folder / f"rank-{rank}.json").write_text(json.dumps(answer))
-torch.distributed.destroy_process_group()
-"""
+def finetune_together(folder: Path) -> None:
+    """What each of two processes does."""
+    slim, teacher = models(proj_drop_rate=0.1)
+    calls: list[tuple[str, int, int]] = []
+    options = {"checkpoint": folder / "checkpoints", "checkpoint_steps": 2}
+    report = run(slim, teacher, progress=lambda *call: calls.append(call), **options)
+    answer = {"weights": state_digest(slim.state_dict()), "calls": calls, "report": report.as_dict()}
+    (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(answer), encoding="utf-8")
+    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_share_a_run(tmp_path: Path) -> None:
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER, encoding="utf-8")
-    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(script),
-        str(tmp_path),
-    ]
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    run_in_two_processes(finetune_together, tmp_path)
     first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in range(2))
     assert first["weights"] == second["weights"]
     assert first["report"]["images"] == 96  # 6 steps of 2 x 8
