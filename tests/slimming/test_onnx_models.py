@@ -173,13 +173,18 @@ def test_a_masked_graph_answers_as_the_cut_one_and_as_pytorch(kind: str, mode: s
     "name",
     [
         "timm_avg_class-dynamo20-unfused-fp16",
-        "timm_map-script17-slim",
-        "hf_vit-dynamo23",
         "hf_dinov2-script17-unfused",
-        "hf_deit-script17-static",
         "torchvision-dynamo23",
-        "timm_parallel_things-dynamo20-unfused",
-        "timm_dinov3-dynamo20",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in (
+                "timm_map-script17-slim",
+                "hf_vit-dynamo23",
+                "hf_deit-script17-static",
+                "timm_parallel_things-dynamo20-unfused",
+                "timm_dinov3-dynamo20",
+            )
+        ),
     ],
 )
 def test_any_exporters_graph_is_searched_and_its_plan_means_what_pytorch_says(name: str, files: Any, images: Path) -> None:
@@ -244,7 +249,13 @@ def test_counts_are_snapped_and_uniform_where_that_is_asked(files: Any, images: 
 
 
 @pytest.mark.parametrize(
-    ("name", "side"), [("plain", None), ("hf_vit-optimum18", 32), ("hf_dinov2-dynamo20", None), ("hf_vit-dynamo20", None)]
+    ("name", "side"),
+    [
+        ("plain", None),
+        ("hf_vit-optimum18", 32),
+        ("hf_vit-dynamo20", None),
+        pytest.param("hf_dinov2-dynamo20", None, marks=pytest.mark.slow),
+    ],
 )
 def test_two_doors_from_a_file_to_a_slim_file_and_no_pytorch_model_in_between(
     name: str, side: int | None, files: Any, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
