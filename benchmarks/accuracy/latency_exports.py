@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from onnx import ModelProto
     from torch import nn
 
+    from export import ExportOptions
+    from slimming.api import FoundPlan
+
 #: An exported model must answer like the PyTorch one: logits within this, on all but ``FLIPS`` of the images that are compared.
 TOLERANCE, COMPARED = 1e-4, 64
 #: A baseline that chooses at run time chooses otherwise where rounding decides between two all but equal tokens.
@@ -72,29 +75,16 @@ class RowExporter:
 
     def slim(self, case: Case, key: str) -> dict[str, Any]:
         """Ours: the ONNX file of the bundle that ``export.run`` makes of the plan and its weights."""
-        from export import ExportOptions, export_bundle
-        from slimming.fitting.fitted_weights import save_fitted
-
         if self.draw is None or self.draw.seed != case.seed:
             self.draw = CalibrationDraw(self.bench, "compact", case.seed or 0)
         found = self.draw.found(case)
         module = self.draw.module_of(found)
-        plan_file = self.folder / f"{key}-plan" / "plan.json"
-        plan_file.parent.mkdir(exist_ok=True)
-        save_fitted(found.plan, found.model, plan_file, found.fit, found.finetune)
-        slimming = self.bench.options.slimming(case)
-        options = ExportOptions(
-            **{field.name: getattr(slimming, field.name) for field in dataclasses.fields(ModelOptions)},
-            plan=plan_file,
-            eval_images=COMPARED,
-            max_top1_drop=100,  # the accuracy is what is measured here, on all images
-            output=self.folder / f"{key}-bundle",
-            work=self.folder / "stages",
-        )
+        options = export_options(self.bench.options.slimming(case), found, self.folder / key)
 
         def make(path: Path) -> None:
-            bundle = export_bundle(options).bundle
-            path.write_bytes((bundle / "model.onnx").read_bytes())
+            from export import export_bundle
+
+            path.write_bytes((export_bundle(options).bundle / "model.onnx").read_bytes())
 
         path = self.export(make, module, f"{key}-plain")
         row = {"macs": found.plan.macs(), "counts": found.plan.counts, **self.accuracy(module, case.title())}
@@ -165,6 +155,23 @@ class RowExporter:
         with atomic_path(record) as part:
             part.write_text(json.dumps(made), encoding="utf-8")
         return made
+
+
+def export_options(slimming: ModelOptions, found: FoundPlan, folder: Path, **more: Any) -> ExportOptions:
+    """Options of ``export.run`` for a plan that is found already, kept in ``folder`` with all that the export makes.
+
+    The export measures few images and no loss of accuracy stops it, since accuracy is measured elsewhere; an answer that
+    differs from the stage before does.
+    """
+    from export import ExportOptions
+    from slimming.fitting.fitted_weights import save_fitted
+
+    plan = folder / "plan" / "plan.json"
+    plan.parent.mkdir(parents=True, exist_ok=True)
+    save_fitted(found.plan, found.model, plan, found.fit, found.finetune)
+    shared = {field.name: getattr(slimming, field.name) for field in dataclasses.fields(ModelOptions)}
+    places = {"output": folder / "bundle", "work": folder / "stages"}
+    return ExportOptions(**(shared | {"plan": plan, "eval_images": COMPARED, "max_top1_drop": 100} | places | more))
 
 
 def fix_batch(model: ModelProto, batch: int) -> None:

@@ -15,6 +15,7 @@ import hashlib
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +30,28 @@ def measure_tables(options: TableOptions) -> dict[str, Any]:
     """Measure every row that is not in ``--output`` yet, writing each as it is done; the results. Raises ``PatchslimError``."""
     options.check()
     bench = Bench(options)
-    described = bench.described()
-    result = {"name": options.name, "command": options.command(), "machine": machine(options), **described}
-    options = bench.options
+    return measure_cases(bench, cases(bench.options), options.command())
+
+
+def measure_cases(bench: Bench, wanted: Sequence[Case], command: str, draw: CalibrationDraw | None = None) -> dict[str, Any]:
+    """The results with the rows of ``wanted``, those measured anew that are not in ``bench.options.output`` yet.
+
+    ``draw`` is used where a case asks for its mode and seed. Raises ``PatchslimError``.
+    """
+    options, described = bench.options, bench.described()
+    result = {"name": options.name, "command": command, "machine": machine(options), **described}
     result["default"] = {"score": options.default_score, "fit": options.default_fit, "mode": options.modes[0]}
     rows = found_rows(options.output, described)
-    wanted = [(key_of(case, described), case) for case in cases(options)]
-    draw: CalibrationDraw | None = None
-    for number, (key, case) in enumerate(wanted, start=1):
+    for number, case in enumerate(wanted, start=1):
+        key = key_of(case, described)
         if key in rows:
             continue
         title, start = f"{number}/{len(wanted)} {case.title()}", time.perf_counter()
-        if (
-            case.mode is not None
-            and case.seed is not None
-            and (draw is None or (draw.mode, draw.seed) != (case.mode, case.seed))
-        ):
-            if draw is not None:
+        if case.mode is not None and case.seed is not None:
+            if draw is not None and (draw.mode, draw.seed) != (case.mode, case.seed):
                 draw.close()  # the features of one draw are enough to hold
-            draw = CalibrationDraw(bench, case.mode, case.seed)
+                draw = None
+            draw = draw or CalibrationDraw(bench, case.mode, case.seed)
         row = row_of(bench, draw, case, title)
         rows[key] = {"key": key, **dataclasses.asdict(case), **row, "seconds": round(time.perf_counter() - start, 1)}
         write(options.output, result, rows)
