@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from timm.layers import config
 
-from benchmarks.passes import SIZES, MemoryWatch, export, memory, random_plan
+from benchmarks.speed.passes import SIZES, MemoryWatch, export, memory, random_plan
 
 on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read in the way of Linux")
 
