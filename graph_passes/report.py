@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from math import prod
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import onnx
 from pydantic import Field
@@ -20,7 +20,7 @@ from graph_passes.pass_manager import run_passes
 from graph_passes.pass_registry import CutForm, ImageForm, PassResult, Settings
 from patchslim.choices import Layout, Precision
 from patchslim.errors import InputRejected
-from patchslim.records import StrictRecord
+from patchslim.records import StrictRecord, VersionOne
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -85,7 +85,7 @@ class PassRecord(StrictRecord):
 class Report(StrictRecord):
     """``--report``: one run of ``graph_passes.run``."""
 
-    schema_version: Literal[1] = 1
+    schema_version: VersionOne = 1
     model: str
     plan: str | None
     output: str | None = Field(description="null: nothing was written")

@@ -9,7 +9,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
@@ -17,7 +17,7 @@ from patchslim.choices import EngineName, Layout, Mode, Precision
 from patchslim.errors import InputRejected
 from patchslim.macs import Geometry, check_counts
 from patchslim.plan import SlimPlan
-from patchslim.records import Count, StrictRecord, load_record, save_record
+from patchslim.records import Count, StrictRecord, VersionOne, load_record, save_record
 
 _Ms = Annotated[float, Field(gt=0)]
 
@@ -36,7 +36,7 @@ class LatencyTable(StrictRecord):
     Blocks are taken to be alike. A ``slimming.search.costs.Cost`` in milliseconds.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: VersionOne = 1
     model: str
     tokens: Count = Field(description="N, prefix tokens included")
     depth: Count = Field(description="number of blocks")

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from patchslim.choices import Criterion, Fit, Layout, Mode
 from patchslim.macs import Geometry, macs_of
-from patchslim.records import Count, StrictRecord, TokenIndex, load_record, save_record
+from patchslim.records import Count, StrictRecord, TokenIndex, VersionOne, load_record, save_record
 from patchslim.token_groups import sizes_of, stands_for
 
 
@@ -57,7 +57,7 @@ class SlimPlan(StrictRecord):
     Token indices count prefix tokens first, then patches row by row. Masks are nested: a token that is dropped stays dropped.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: VersionOne = 1
     model: str
     tokens: Count = Field(description="N, prefix tokens included")
     grid: tuple[Count, Count] = Field(description="patch rows and columns")

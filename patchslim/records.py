@@ -7,11 +7,12 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from patchslim.errors import InputRejected
+from patchslim.files import read_bounded
 
 #: A number of tokens, blocks, images or channels: at least one.
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -19,6 +20,16 @@ Count = Annotated[int, Field(ge=1, le=1_000_000)]
 TokenIndex = Annotated[int, Field(ge=0)]
 #: A JSON file of more bytes is refused.
 MAX_JSON_BYTES = 64 << 20
+
+
+def _whole(value: object) -> object:
+    if type(value) is not int:
+        raise ValueError(f"must be the number 1, not {value!r}")
+    return value
+
+
+#: The version of a record's schema. A plain ``Literal`` would take ``true`` and ``1.0``, which equal 1 in Python.
+VersionOne = Annotated[Literal[1], BeforeValidator(_whole)]
 
 
 class StrictRecord(BaseModel):
@@ -30,29 +41,38 @@ class StrictRecord(BaseModel):
 _Record = TypeVar("_Record", bound=StrictRecord)
 
 
-def load_record(path: Path, kind: type[_Record], what: str) -> _Record:
+def load_record(path: Path, kind: type[_Record], what: str, limit: int = MAX_JSON_BYTES) -> _Record:
     """Read a JSON file as a ``kind``; ``what`` is the record's name in messages.
 
-    Raises ``InputRejected`` naming the file, the field and the fault: a file that is missing, unreadable, empty, larger than
-    ``MAX_JSON_BYTES`` or no JSON, a field that is missing, unknown or of another type, a rule of the record that is broken.
+    Raises ``InputRejected`` naming the file, the field and the fault: a file that is missing, unreadable, empty, no regular
+    file, larger than ``limit`` bytes or no JSON, a field that is missing, unknown, given twice or of another type, a rule of
+    the record that is broken.
     """
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_JSON_BYTES + 1)
-    except FileNotFoundError as error:
-        raise InputRejected(f"{path}: is missing: it cannot be read as a {what}") from error
-    except OSError as error:
-        raise InputRejected(f"{path}: cannot be read as a {what}: {error.strerror or error}") from error
+    return parse_record(read_bounded(path, limit, what), kind, what, path)
+
+
+def parse_record(data: bytes, kind: type[_Record], what: str, path: Path) -> _Record:
+    """``load_record`` of bytes that were read from ``path`` already."""
     if not data:
         raise InputRejected(f"{path}: not a valid {what}: the file is empty")
-    if len(data) > MAX_JSON_BYTES:
-        raise InputRejected(f"{path}: not a valid {what}: has more than the {MAX_JSON_BYTES} bytes allowed")
     try:
-        return kind.model_validate_json(data)
+        record = kind.model_validate_json(data)
+        json.loads(data, object_pairs_hook=_refuse_twice, parse_int=len, parse_float=len)  # only its names are of interest
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or what
         raise InputRejected(f"{path}: not a valid {what}: {where}: {first['msg']}") from None  # its text holds the whole file
+    except ValueError as error:
+        raise InputRejected(f"{path}: not a valid {what}: {error}") from None
+    return record
+
+
+def _refuse_twice(pairs: list[tuple[str, Any]]) -> None:
+    """Refuse a name that an object has twice: readers differ in which of the two they take."""
+    names = [name for name, _ in pairs]
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice[:80]!r}: is given twice")
 
 
 def save_record(path: Path, record: StrictRecord) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, FiniteFloat, JsonValue, model_validator
 
 from patchslim.choices import Layout
-from patchslim.records import StrictRecord
+from patchslim.records import StrictRecord, VersionOne
 
 Status = Literal["passed", "failed", "not executed"]
 #: The stages of a parity report in order; an export may add others, such as ``onnx-slim-int8``.
@@ -152,7 +152,7 @@ class _Results(StrictRecord):
 class ParityReport(_Results):
     """``parity.json``: one rung per stage, so that each loss is attributed to the stage that caused it."""
 
-    schema_version: Literal[1] = 1
+    schema_version: VersionOne = 1
     gate: Gate
     passed: bool = Field(description="no rung failed, and at least one stage after the original was run")
 
@@ -234,7 +234,7 @@ class OnnxRecord(StrictRecord):
 class Manifest(_Results):
     """``manifest.json``: everything another team needs to check and serve the bundle. No dates: a bundle is reproducible."""
 
-    schema_version: Literal[1] = 1
+    schema_version: VersionOne = 1
     name: _Name = Field(description="the bundle's name, fit for a serving configuration")
     model: _Name = Field(description="timm's model name")
     model_args: dict[str, JsonValue] = Field(default_factory=dict, description="arguments of timm.create_model")

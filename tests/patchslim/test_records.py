@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 from pydantic import Field, model_validator
 
 from patchslim.errors import InputRejected
-from patchslim.records import MAX_JSON_BYTES, Count, StrictRecord, atomic_path, load_record, save_record
+from patchslim.files import copy_verified, read_verified
+from patchslim.records import MAX_JSON_BYTES, Count, StrictRecord, VersionOne, atomic_path, load_record, save_record
 
 
 class Point(StrictRecord):
@@ -109,3 +111,54 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
         fail_halfway()
     assert path.read_bytes() == before
     assert [each.name for each in tmp_path.iterdir()] == ["line.json"]
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (('"width":1', '"width":1,"width":2'), "'width': is given twice"),
+        (('"x":0.1', '"x":0.1,"x":0.1'), "'x': is given twice"),
+        (('"x":0.1', '"x":true'), "valid number"),
+        (('"width":1', '"width":true'), "valid integer"),
+        (('"width":1', '"width":1' + "0" * 400), "less than or equal"),
+        (('"version":1', '"version":true'), "must be the number 1"),
+        (('"version":1', '"version":1.0'), "must be the number 1"),
+    ],
+)
+def test_what_readers_would_take_for_different_things(tmp_path: Path, change: tuple[str, str], word: str) -> None:
+    class Versioned(Line):
+        version: VersionOne = 1
+
+    text = Versioned(**LINE.model_dump()).model_dump_json()
+    (tmp_path / "line.json").write_text(text)
+    assert load_record(tmp_path / "line.json", Versioned, "line").version == 1
+    assert change[0] in text
+    (tmp_path / "line.json").write_text(text.replace(*change, 1))
+    with pytest.raises(InputRejected, match=word):
+        load_record(tmp_path / "line.json", Versioned, "line")
+
+
+def test_what_has_no_end_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path / "zero"):
+        with pytest.raises(InputRejected, match=f"{path.name}: is not a regular file"):
+            load_record(path, Line, "line")
+    save_record(tmp_path / "line.json", LINE)
+    (tmp_path / "link.json").symlink_to(tmp_path / "line.json")
+    assert load_record(tmp_path / "link.json", Line, "line") == LINE
+
+
+def test_bytes_are_those_of_the_digest(tmp_path: Path) -> None:
+    path, data = tmp_path / "file", b"some bytes"
+    path.write_bytes(data)
+    sha256 = hashlib.sha256(data).hexdigest()
+    assert read_verified(path, len(data), sha256) == data
+    copy_verified(path, len(data), sha256, tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == data
+    (tmp_path / "link").symlink_to(path)
+    for place, size, digest in ((path, 9, sha256), (path, 11, sha256), (path, 10, "0" * 64), (tmp_path / "link", 10, sha256)):
+        with pytest.raises(InputRejected):
+            read_verified(place, size, digest)
+        with pytest.raises((InputRejected, OSError)):
+            copy_verified(place, size, digest, tmp_path / f"copy {size} {digest} {place.name}")
