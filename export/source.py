@@ -21,6 +21,7 @@ from validate.manifest import Evaluation
 if TYPE_CHECKING:
     from export.options import ExportOptions
     from slimming.data.source import ImageSet
+    from slimming.models.loading import LoadedModel
     from slimming.session import SlimmingSession
 
 
@@ -94,7 +95,7 @@ class ExportSource:
         self.evaluation = ImageFacts(**known["evaluation"])
 
     @cached_property
-    def session(self) -> SlimmingSession:
+    def session(self) -> SlimmingSession[LoadedModel]:
         """The loaded model, its transform and its calibration images."""
         return open_session(self._options, self.evaluation_images)
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 Layout = Literal["split", "packed"]
 Mode = Literal["compact", "stale"]
+Pooling = Literal["token", "avg", "map"]
 Fit = Literal["none", "closed-form", "sgd"]
 Criterion = Literal["tolerance", "macs-reduction", "latency-reduction", "latency-budget-ms", "tokens", "manual", "dense"]
 ScoreName = Literal["auto", "similarity", "paper", "residual", "attention", "random", "uniform"]

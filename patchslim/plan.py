@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from patchslim.choices import Criterion, Fit, Layout, Mode
+from patchslim.choices import Criterion, Fit, Layout, Mode, Pooling
 from patchslim.macs import Geometry, macs_of
 from patchslim.records import Count, StrictRecord, TokenIndex, VersionOne, load_record, save_record
 from patchslim.token_groups import sizes_of, stands_for
@@ -62,7 +62,7 @@ class SlimPlan(StrictRecord):
     tokens: Count = Field(description="N, prefix tokens included")
     grid: tuple[Count, Count] = Field(description="patch rows and columns")
     prefix_tokens: Annotated[int, Field(ge=0)]
-    pooling: Literal["token", "avg", "map"] = Field(description="timm's global_pool; map is an attention pool")
+    pooling: Pooling = Field(description="timm's global_pool; map is an attention pool")
     head_tokens: list[TokenIndex] = Field(
         description="tokens that the head reads one by one: class, and distillation where there is one; none where it pools"
     )

@@ -1,4 +1,4 @@
-"""The door as a Python API: a plan for a model, and the weights that go with it."""
+"""Plans in Python: ``find_plan`` and ``PlanFinder`` search one, ``make_plan`` and ``dense_plan`` write one down."""
 
 from __future__ import annotations
 
@@ -7,23 +7,26 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from types import TracebackType
+from typing import Self
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from patchslim.choices import Fit, Layout, Mode, ScoreName
+from patchslim.choices import Fit, Mode
 from patchslim.errors import UsageError
 from patchslim.plan import Calibration, Origin, SlimPlan
 from patchslim.progress import StageProgress
-from slimming.data.source import ImageSet, load_tensors
+from slimming.data.source import ImageSet, Transform, load_tensors
 from slimming.distributed import SINGLE_PROCESS, ProcessGroup, batch_slices
 from slimming.fitting.block_sgd import BlockFitter
-from slimming.fitting.closed_form import can_compensate, compensate
-from slimming.models.reader import ModelReader, check_supported, reader_of
-from slimming.search.budget import LATENCY, Budget, check_similarity, check_summary, resolved_score
+from slimming.fitting.closed_form import compensate
+from slimming.models.reader import ModelReader, reader_of
+from slimming.models.vit_reader import VitReader
+from slimming.search.budget import LATENCY
 from slimming.search.costs import Cost, MacsCost
 from slimming.search.features import BATCH, DenseFeatures
-from slimming.search.profile import ProfileEvaluator, profile_within, snapped, uniform_within
+from slimming.search.profile import counts_within
+from slimming.search.request import PlanRequest
 from slimming.search.scores import score_named
 from slimming.search.similarity import MergeSearch, SummarySearch, with_summary
 from slimming.search.top_down import Selection, TopDownSearch
@@ -35,212 +38,156 @@ class FoundPlan:
     """A plan, and the model to run under it: the given one, or a copy whose blocks were refitted to the cut."""
 
     plan: SlimPlan
-    model: Any
+    model: nn.Module
     fit: Fit
     finetune: dict[str, float | int | str] | None = None  # the recipe and its outcome, where there was one
 
 
-class PlanFinder:
-    """A timm ViT with its dense features on calibration images, on which any number of plans can be searched.
+@dataclass(frozen=True)
+class FinderSettings:
+    """How dense features are made and held.
 
-    ``transform`` maps a PIL image to the model's input tensor. ``bound`` is the number of bytes of per-image state held in
-    memory before it spills to disk. Every process of a group makes one with the same arguments and finds the same plans.
-    Raises ``InputRejected`` for a model or images that cannot be used.
+    ``mode`` is what later blocks see of a dropped token. ``magnitudes``: keep Eq. 6's second factor as well, which the scores
+    ``paper`` and ``uniform`` need. ``bound`` is how many bytes of per-image state are held in memory before it spills to disk.
+    """
+
+    mode: Mode = "compact"
+    magnitudes: bool = True
+    seed: int = 0
+    bound: int = DEFAULT_BOUND
+    process_group: ProcessGroup = SINGLE_PROCESS
+    progress: StageProgress | None = None
+
+
+class PlanFinder:
+    """Searches any number of plans for one model on the model's dense features over calibration images.
+
+    ``name`` goes into the plans; ``transform`` maps a PIL image to the model's input tensor (3, h, w), None where the images
+    are such tensors. Every process of a group makes a finder with the same arguments and finds the same plans. Use it in a
+    ``with`` block, which releases the features. Raises ``InputRejected`` for images that cannot be used.
     """
 
     def __init__(
         self,
-        model: Any,
+        reader: VitReader,
         images: ImageSet,
         *,
         name: str,
-        transform: Any,
-        mode: Mode = "compact",
-        seed: int = 0,
-        bound: int = DEFAULT_BOUND,
-        process_group: ProcessGroup = SINGLE_PROCESS,
-        progress: StageProgress | None = None,
-        magnitudes: bool = True,
+        transform: Transform | None,
+        settings: FinderSettings = FinderSettings(),
     ) -> None:
-        self.model, self.name, self.mode, self.seed, self.process_group, self.progress = (
-            model,
-            name,
-            mode,
-            seed,
-            process_group,
-            progress,
-        )
-        self.reader = reader_of(model, name)
+        self.reader, self.name, self.settings = reader, name, settings
         digests: list[bytes] = []
         self.features = DenseFeatures(
-            self.reader,
-            calibration_batches(images, transform, process_group, digests),
+            reader,
+            _batches(images, transform, settings.process_group, digests),
             len(images),
-            mode=mode,
-            magnitudes=magnitudes,
-            store=TensorStore(bound),
-            process_group=process_group,
-            progress=progress,
+            mode=settings.mode,
+            magnitudes=settings.magnitudes,
+            store=TensorStore(settings.bound),
+            process_group=settings.process_group,
+            progress=settings.progress,
         )
         self.calibration = Calibration(
             data=f"{images.address} ({images.split}, {images.share})",
             images=len(images),
-            fingerprint=process_group.digest_over_batches(digests, len(self.features.places)),
+            fingerprint=settings.process_group.digest_over_batches(digests, len(self.features.places)),
         )
 
-    def find_plan(
-        self,
-        budget: Budget | None = None,
-        *,
-        cost: Cost | None = None,
-        score: ScoreName = "auto",
-        fit: Fit = "none",
-        layout: Layout = "split",
-        summary: bool = False,
-    ) -> FoundPlan:
-        """Find the top-down masks that meet ``budget``, and fit the blocks to them.
+    def find_plan(self, request: PlanRequest = PlanRequest(), cost: Cost | None = None) -> FoundPlan:  # noqa: B008 - frozen
+        """Return the plan that meets ``request``, and the model with its blocks refitted as it asks.
 
-        ``cost`` is what a latency budget is solved on; MAC budgets count the projections as ``layout`` lays them. A model whose
-        blocks end in norms cannot be refitted in closed form, and is not: ``FoundPlan.fit`` says so. With the score
-        ``similarity`` the plan merges tokens; with ``summary`` it keeps the mean of those that the score drops, which the
-        budget and the fit count and scores and errors do not.
-        Raises ``BudgetUnreachable``, ``UsageError``.
+        ``cost`` is what a latency budget is solved on; other budgets count MACs. A closed-form fit that the model lacks is
+        left out: ``FoundPlan.fit`` says so. Raises ``BudgetUnreachable``, ``UsageError`` for what the model does not allow,
+        and ``ValueError`` where the settings' ``mode`` or ``magnitudes`` are not those that the request needs.
         """
-        budget = budget or Budget()
-        budget.check()
-        reader = self.reader
-        score = resolved_score(score, reader.head.fixed, self.mode, fit, budget, summary)
-        if summary:
-            check_summary(self.mode, fit)
-        if score == "similarity":
-            check_similarity(self.mode, fit, budget, summary=summary)
-        merged = summary or score == "similarity"
-        if budget.criterion not in LATENCY:
-            cost = MacsCost(reader.tokens, len(reader.blocks), reader.geometry(), self.mode, layout, merged)
+        reader, features = self.reader, self.features
+        if request.mode != self.settings.mode:
+            raise ValueError(f"a plan of mode {request.mode} from features of mode {self.settings.mode}")
+        request = request.for_model(fixed_head=reader.head.fixed, refusals=reader.refusals)
+        if request.needs_magnitudes and not self.settings.magnitudes:
+            raise ValueError(f"score {request.score} needs features with magnitudes")
+        if request.budget.criterion not in LATENCY:
+            cost = MacsCost(reader.tokens, len(reader.blocks), reader.geometry(), request.mode, request.layout, request.merges)
         elif cost is None:
-            raise UsageError(f"--{budget.criterion} is solved on a measured latency table: pass --latency-table")
-        if fit == "closed-form" and not can_compensate(self.model):
-            fit = "none"
-        fitter = BlockFitter(self.features, progress=self.progress) if fit == "sgd" else None
-        selection = self._selected(budget, cost, score, summary, fitter)
+            raise UsageError(f"--{request.budget.criterion} is solved on a measured latency table: pass --latency-table")
+        fitter = BlockFitter(features, progress=self.settings.progress) if request.fit == "sgd" else None
+        selection = self._selected(request, cost, fitter)
+        budget = request.budget
         origin = Origin(
-            score=score,
+            score=request.score,
             criterion=budget.criterion,
             value=0.0 if budget.criterion == "tokens" else float(budget.value),
             tolerance=selection.tolerance,
-            seed=self.seed,
+            seed=self.settings.seed,
             calibration=self.calibration,
             snap=budget.snap,
             errors=[float(error) for error in selection.errors],
         )
-        plan = make_plan(
-            self.model, self.name, selection.kept, mode=self.mode, merged_into=selection.merged_into, origin=origin
-        )
-        fitted = fitter.model if fitter is not None else self.model
-        if fit == "closed-form":
-            fitted = copy.deepcopy(self.model)
-            compensate(fitted, self.features, plan, progress=self.progress)
-        return FoundPlan(plan, fitted, fit)
+        plan = plan_of(reader, self.name, selection.kept, mode=request.mode, merged_into=selection.merged_into, origin=origin)
+        fitted = fitter.model if fitter is not None else reader.model
+        if request.fit == "closed-form":
+            fitted = copy.deepcopy(reader.model)
+            compensate(fitted, features, plan, progress=self.settings.progress)
+        return FoundPlan(plan, fitted, request.fit)
 
-    def _selected(
-        self, budget: Budget, cost: Cost | None, score: ScoreName, summary: bool, fitter: BlockFitter | None
-    ) -> Selection:
+    def _selected(self, request: PlanRequest, cost: Cost, fitter: BlockFitter | None) -> Selection:
         """The tokens that the plan keeps, and, where it merges, what becomes of the others."""
-        if score == "similarity":
-            assert cost is not None
-            merging = MergeSearch(self.features)
-            return merging.by_counts(counts_for(merging, budget, cost, score))
-        ranking = score_named(score, self.seed)
+        features, budget, uniform = self.features, request.budget, request.score == "uniform"
+        if request.score == "similarity":
+            merging = MergeSearch(features)
+            return merging.by_counts(counts_within(merging, budget, cost))
+        score = score_named(request.score, self.settings.seed)
         if budget.criterion == "tolerance":
-            found = within_tolerance(TopDownSearch(self.features, ranking, fit=fitter), budget, score)
-            return with_summary(found, self.features.tokens) if summary else found
-        assert cost is not None
-        search = TopDownSearch(self.features, ranking)
-        if summary:
+            if uniform:
+                raise UsageError(
+                    "--score uniform has one count for all blocks, and --tolerance one for each: pass --macs-reduction"
+                )
+            found = TopDownSearch(features, score, fit=fitter).by_tolerance(budget.value, snap=budget.snap)
+            return with_summary(found, features.tokens) if request.summary else found
+        search = TopDownSearch(features, score)
+        if request.summary:
             summarising = SummarySearch(search)
-            return summarising.by_counts(counts_for(summarising, budget, cost, score))
-        counts = counts_for(search, budget, cost, score)
-        return TopDownSearch(self.features, ranking, fit=fitter).by_counts(counts)
+            return summarising.by_counts(counts_within(summarising, budget, cost, uniform=uniform))
+        counts = counts_within(search, budget, cost, uniform=uniform)
+        return TopDownSearch(features, score, fit=fitter).by_counts(counts)
 
     def close(self) -> None:
-        """Let go of the features."""
+        """Release the features, and what was spilled of them to disk."""
         self.features.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
 
 
 def find_plan(
-    model: Any,
+    model: nn.Module,
     images: ImageSet,
+    request: PlanRequest = PlanRequest(),  # noqa: B008 - frozen
     *,
     name: str,
-    transform: Any,
-    budget: Budget | None = None,
+    transform: Transform | None,
     cost: Cost | None = None,
-    score: ScoreName = "auto",
-    fit: Fit = "none",
-    mode: Mode = "compact",
-    layout: Layout = "split",
-    summary: bool = False,
-    seed: int = 0,
-    bound: int = DEFAULT_BOUND,
-    process_group: ProcessGroup = SINGLE_PROCESS,
-    progress: StageProgress | None = None,
+    settings: FinderSettings = FinderSettings(),
 ) -> FoundPlan:
-    """Find one plan for ``model``, and fit its blocks to it; see ``PlanFinder`` and ``PlanFinder.find_plan``."""
-    (budget or Budget()).check()
-    finder = PlanFinder(
-        model,
-        images,
-        name=name,
-        transform=transform,
-        mode=mode,
-        seed=seed,
-        bound=bound,
-        process_group=process_group,
-        progress=progress,
-        magnitudes=needs_magnitudes(score, reader_of(model, name), mode, fit, budget or Budget(), summary),
-    )
-    try:
-        return finder.find_plan(budget, cost=cost, score=score, fit=fit, layout=layout, summary=summary)
-    finally:
-        finder.close()
+    """Return one plan for a timm model, and the model with its blocks refitted as ``request`` asks.
+
+    Of ``settings``, ``mode`` and ``magnitudes`` follow from the request; the rest is as in ``PlanFinder``. Raises
+    ``InputRejected`` for a model or images that cannot be used, and as ``PlanFinder.find_plan``.
+    """
+    request.check()
+    reader = reader_of(model, name)
+    meant = request.for_model(fixed_head=reader.head.fixed, refusals=reader.refusals)
+    settings = dataclasses.replace(settings, mode=request.mode, magnitudes=meant.needs_magnitudes)
+    with PlanFinder(reader, images, name=name, transform=transform, settings=settings) as finder:
+        return finder.find_plan(request, cost)
 
 
-def needs_magnitudes(
-    score: ScoreName, reader: ModelReader, mode: Mode, fit: Fit, budget: Budget, summary: bool = False
-) -> bool:
-    """Whether the features need Eq. 6's second factor for a search; raises ``UsageError`` for what does not go together."""
-    return resolved_score(score, reader.head.fixed, mode, fit, budget, summary) in ("paper", "uniform")
-
-
-def within_tolerance(search: TopDownSearch, budget: Budget, score: ScoreName) -> Selection:
-    """The selection by tolerance; with ``snap``, the counts are rounded up, so that no error grows."""
-    if score == "uniform":
-        raise UsageError("--score uniform has one count for all blocks, and --tolerance one for each: pass --macs-reduction")
-    selection = search.by_tolerance(budget.value)
-    if budget.snap == 1:
-        return selection
-    counts = [len(kept) for kept in selection.kept]
-    return search.by_counts(snapped(search, counts, budget.snap, "up"), budget.value)
-
-
-def counts_for(search: ProfileEvaluator, budget: Budget, cost: Cost, score: ScoreName) -> list[int]:
-    """Token counts per block that meet the budget."""
-    if budget.criterion == "tokens":
-        counts = budget.counts(search.tokens, search.depth, search.prefix)
-        if search.fixed_head is not None and counts[-1] != search.fixed_head:
-            raise UsageError(f"--tokens: the last block keeps what the head reads, {search.fixed_head}, not {counts[-1]}")
-        if search.fixed_head is None and len(counts) > 1 and counts[-2] < counts[-1] + search.prefix:
-            raise UsageError(
-                f"--tokens: the last block keeps no prefix tokens for a head that pools, the others keep all {search.prefix}: "
-                f"{counts[-1]} in the last block need at least {counts[-1] + search.prefix} in the one before"
-            )
-        return snapped(search, counts, budget.snap)
-    within = uniform_within if score == "uniform" else profile_within
-    return within(search, cost, budget.limit(cost), budget.snap)
-
-
-def calibration_batches(
-    images: ImageSet, transform: Any, process_group: ProcessGroup, digests: list[bytes]
+def _batches(
+    images: ImageSet, transform: Transform | None, process_group: ProcessGroup, digests: list[bytes]
 ) -> Iterator[Tensor]:
     """This process's batches of ``images``, in order; the digest of each is appended to ``digests``."""
     places = list(batch_slices(len(images), BATCH))
@@ -252,8 +199,8 @@ def calibration_batches(
         yield batch
 
 
-def make_plan(
-    model: Any,
+def plan_of(
+    reader: VitReader,
     name: str,
     kept: list[list[int]],
     *,
@@ -261,8 +208,10 @@ def make_plan(
     merged_into: list[int] | None = None,
     origin: Origin | None = None,
 ) -> SlimPlan:
-    """A ``SlimPlan`` for ``model`` from masks; raises ``pydantic.ValidationError`` when they break a rule of ``SlimPlan``."""
-    reader = ModelReader(model)
+    """Return a ``SlimPlan`` from the tokens that each block keeps.
+
+    Raises ``pydantic.ValidationError`` where they break a rule of ``SlimPlan``.
+    """
     return SlimPlan(
         model=name,
         tokens=reader.tokens,
@@ -278,9 +227,28 @@ def make_plan(
     )
 
 
-def dense_plan(model: Any, name: str) -> SlimPlan:
-    """The plan that drops nothing, not even in the last block."""
-    check_supported(model, name)
-    reader = ModelReader(model)
+def make_plan(
+    model: nn.Module,
+    name: str,
+    kept: list[list[int]],
+    *,
+    mode: Mode = "compact",
+    merged_into: list[int] | None = None,
+    origin: Origin | None = None,
+) -> SlimPlan:
+    """Return a ``SlimPlan`` for a timm model from the tokens that each block keeps; see ``plan_of``."""
+    return plan_of(ModelReader(model), name, kept, mode=mode, merged_into=merged_into, origin=origin)
+
+
+def dense_plan(model: nn.Module, name: str) -> SlimPlan:
+    """Return the plan that drops nothing, not even in the last block.
+
+    Raises ``InputRejected`` for a model that cannot be read.
+    """
+    return dense_plan_of(reader_of(model, name), name)
+
+
+def dense_plan_of(reader: VitReader, name: str) -> SlimPlan:
+    """Return the plan that drops nothing, not even in the last block."""
     origin = Origin(score="none", criterion="dense", value=0.0)
-    return make_plan(model, name, [list(range(reader.tokens))] * len(reader.blocks), origin=origin)
+    return plan_of(reader, name, [list(range(reader.tokens))] * len(reader.blocks), origin=origin)

@@ -25,7 +25,7 @@ class ProcessGroup:
         return self.rank == 0
 
     def own_batches(self, batches: int) -> list[int]:
-        """The numbers, out of ``range(batches)``, of this process's batches."""
+        """Return the numbers, out of ``range(batches)``, of this process's batches."""
         return list(range(self.rank, batches, self.size))
 
     def sum_over_batches(self, own: Sequence[Tensor], batches: Sequence[int]) -> Tensor:

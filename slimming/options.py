@@ -9,10 +9,11 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from patchslim.choices import Fit, Mode, ScoreName
+from patchslim.choices import Fit, Layout, Mode, ScoreName
 from patchslim.errors import UsageError
 from slimming.fitting.recipe import Recipe
-from slimming.search.budget import Budget, check_similarity, check_summary, merges, resolved_score
+from slimming.search.budget import Budget
+from slimming.search.request import PlanRequest
 
 _INSTEAD = ("tolerance", "tokens", "latency-reduction", "latency-budget-ms")
 
@@ -110,7 +111,7 @@ class ModelOptions(FittingGroup, BudgetGroup, ImageGroup, ModelGroup):
     """The model, its weights, the images that a plan is made from, the budget and the fit."""
 
     def preprocessing(self) -> dict[str, Any]:
-        """The overrides of the model's data config, by timm's names."""
+        """Return the overrides of the model's data config, by timm's names."""
         return {
             "img_size": self.img_size,
             "mean": self.mean or None,
@@ -133,13 +134,23 @@ class ModelOptions(FittingGroup, BudgetGroup, ImageGroup, ModelGroup):
                 return Budget(name, value, snap=self.snap)
         return Budget("macs-reduction", self.macs_reduction, snap=self.snap)
 
+    def request(self, layout: Layout = "split") -> PlanRequest:
+        """Return what is asked of the plan, its cut projections laid as ``layout``."""
+        return PlanRequest(self.budget, self.score, self.fit, self.mode, layout, self.summary)
+
     def resolved_score(self, *, fixed_head: bool) -> ScoreName:
-        """What the score ``auto`` stands for; raises ``UsageError`` where another does not go with the model's head."""
-        return resolved_score(self.score, fixed_head, self.mode, self.fit, self.budget, self.summary)
+        """Return what the score ``auto`` stands for, for a model whose head reads single tokens or not.
+
+        Raises ``UsageError`` where what is asked does not go with such a head.
+        """
+        return self.request().for_model(fixed_head=fixed_head).score
 
     def merges(self, *, fixed_head: bool) -> bool:
-        """Whether the plan will merge tokens, of a model whose head reads single tokens or not; raises ``UsageError``."""
-        return merges(self.score, fixed_head, self.mode, self.fit, self.budget, self.summary)
+        """Return whether the plan will merge tokens, of a model whose head reads single tokens or not.
+
+        Raises ``UsageError`` where what is asked does not go with such a head.
+        """
+        return self.request().for_model(fixed_head=fixed_head).merges
 
     @property
     def recipe(self) -> Recipe:
@@ -160,11 +171,7 @@ class ModelOptions(FittingGroup, BudgetGroup, ImageGroup, ModelGroup):
         asked = [name for name in _INSTEAD if getattr(self, name.replace("-", "_")) is not None]
         if len(asked) > 1:
             raise UsageError(f"{' and '.join(f'--{name}' for name in asked)} contradict each other")
-        self.budget.check()
-        if self.summary:
-            check_summary(self.mode, self.fit)
-        if self.score == "similarity":
-            check_similarity(self.mode, self.fit, self.budget, summary=self.summary)
+        self.request().check()
         if self.finetune_epochs:
             self.recipe.check()
         if self.train_images != "all" and self.train_images < 1:

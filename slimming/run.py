@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -17,17 +17,16 @@ from patchslim.choices import Layout
 from patchslim.cli import run_command
 from patchslim.errors import EXIT_DONE, UsageError
 from patchslim.plan import SlimPlan
+from slimming.models.abilities import check_abilities
+from slimming.onnx_models.abilities import GRAPH_REFUSALS
 from slimming.options import ModelOptions
 from slimming.search.budget import LATENCY
 
 if TYPE_CHECKING:
-    from slimming.distributed import ProcessGroup
-    from slimming.report.page import SweepPoint
-    from slimming.session import SlimmingSession
+    from slimming.pipeline import SavedPlan
 
 #: Held-out images that a sweep is measured on.
 SWEEP_IMAGES = 1000
-PAGE_IMAGES = 4
 
 EXAMPLES = (
     "--model vit_ti --macs-reduction 0.45 --sweep 0.3,0.45,0.6 -o plan.json",
@@ -97,9 +96,7 @@ class SlimmingOptions(OutputGroup, MeasureGroup, GraphGroup, ModelOptions):
         """Raise ``UsageError`` for values that no run could use."""
         super().check()
         if self.onnx is not None:
-            from slimming.onnx_models.session import check_options
-
-            check_options(self, self.onnx)
+            self._check_graph(self.onnx)
         assert self.reductions is not None
         if self.eval_images is not None and self.eval_images < 0:
             raise UsageError(f"--eval-images {self.eval_images}: must be at least 0")
@@ -108,178 +105,45 @@ class SlimmingOptions(OutputGroup, MeasureGroup, GraphGroup, ModelOptions):
                 f"--{self.budget.criterion} needs --latency-table; export.run measures one, and keeps it in its bundle"
             )
 
+    def _check_graph(self, path: Path) -> None:
+        """Raise ``UsageError`` for options that contradict ``--onnx PATH``, or that no plan for an ONNX file can have."""
+        for name in ("model", "weights", "model_arg"):
+            if getattr(self, name) != getattr(ModelOptions, name):
+                raise UsageError(f"--onnx {path} and --{name.replace('_', '-')} contradict each other: the file is the model")
+        check_abilities(self.request().asks, GRAPH_REFUSALS)
+        if self.finetune_epochs:
+            check_abilities(["finetune"], GRAPH_REFUSALS)
+        if self.device == "cuda":
+            raise UsageError("--onnx runs in ONNX Runtime on the CPU: leave --device out")
+
 
 def run(options: SlimmingOptions) -> int:
     """Find and save the plan; returns the exit code. Raises ``PatchslimError``."""
     options.check()
     options.check_output()
-    if options.onnx is not None:
-        options = dataclasses.replace(options, fit="none")
     from slimming.distributed import close_process_group, open_process_group
+    from slimming.pipeline import PlanJob, save_plan
 
-    process_group = open_process_group(options.device)
+    job = PlanJob(
+        output=options.output,
+        layout=options.layout,
+        onnx=options.onnx,
+        reductions=tuple(options.reductions),
+        measured_images=options.measured,
+        draws_sweep=options.sweep is not None,
+        command=shlex.join(["python", "-m", "slimming.run", *sys.argv[1:]]),
+    )
     try:
-        return _run(options, process_group)
+        saved = save_plan(options, job, open_process_group(options.device))
     finally:
         close_process_group()
-
-
-def _run(options: SlimmingOptions, process_group: ProcessGroup) -> int:
-    from patchslim.progress import Reporter
-    from slimming.data.source import evaluation_set
-    from slimming.fitting.fitted_weights import save_fitted
-    from slimming.onnx_models.session import open_graph_finder
-    from slimming.session import open_finder, open_session, search
-
-    reporter = Reporter(quiet=not process_group.is_primary)
-    images = evaluation_set(options.data, options.measured) if options.measured else None
-    session = open_session(options, images, process_group) if options.onnx is None else _open_graph(options, images, reporter)
-    cost = _latency(options, session)
-    reporter.say(
-        f"{options.onnx or options.model}: searching on {len(session.calibration)} images of {session.calibration.address}"
-    )
-    checkpoint = options.output.with_suffix(".checkpoint")
-    with reporter.stages() as progress:
-        opened = open_finder if options.onnx is None else open_graph_finder
-        finder: Any = opened(options, session, progress, process_group)
-        try:
-            found = search(options, session, options.layout, progress, cost=cost, finder=finder, checkpoint=checkpoint)
-            sweep, dense = _sweep(options, session, finder, found, images, process_group, progress)
-        finally:
-            finder.close()
-    if not process_group.is_primary:
-        process_group.barrier()
-        return EXIT_DONE
-    if options.fit != found.fit:
-        reporter.say(f"the blocks of {options.model} end in norms, so they cannot be refitted in closed form: --fit none")
-    try:
-        plan = save_fitted(found.plan, found.model, options.output, found.fit, found.finetune)
-        page = _write_page(options, session, plan, sweep, dense)
-    except OSError as error:
-        raise UsageError(f"--output {options.output}: cannot be written: {error.strerror or error}") from error
-    shutil.rmtree(checkpoint, ignore_errors=True)
-    summary = summarise(plan, options.layout) | {"plan": str(options.output), "page": str(page)}
-    summary |= {"weights": str(options.output.with_name(plan.weights.file)) if plan.weights else None}
-    if images is not None:
-        summary |= {"dense_top1": dense, "sweep": [dataclasses.asdict(point) for point in sweep]}
-    if options.json:
-        print(json.dumps(summary))
-    else:
-        _print(plan, options, summary)
-    process_group.barrier()
+    if saved is not None:
+        _print(saved, options)
     return EXIT_DONE
 
 
-def _open_graph(options: SlimmingOptions, images: Any, reporter: Any) -> SlimmingSession:
-    from slimming.onnx_models.session import described, open_graph
-
-    assert options.onnx is not None
-    session = open_graph(options, options.onnx, images)
-    reporter.say(f"{options.onnx}: {described(session.loaded.data_config)}")
-    return session
-
-
-def _latency(options: SlimmingOptions, session: SlimmingSession) -> Any:
-    """The latency table that a latency budget is solved on, checked against the model; None for the other budgets."""
-    from patchslim.latency_table import load_table
-    from slimming.api import dense_plan
-
-    if options.latency_table is None or options.budget.criterion not in LATENCY:
-        return None
-    table = load_table(options.latency_table)
-    plan = dense_plan(session.loaded.module, session.loaded.architecture).model_copy(update={"mode": options.mode})
-    table.ensure_fits(plan, options.layout, options.merges(fixed_head=bool(plan.head_tokens)))
-    return table
-
-
-def _sweep(
-    options: SlimmingOptions,
-    session: SlimmingSession,
-    finder: Any,
-    found: Any,
-    images: Any,
-    process_group: ProcessGroup,
-    progress: Any,
-) -> tuple[list[SweepPoint], float | None]:
-    """The plan itself and every reduction of the sweep, measured; and the dense model's top-1, where there are images."""
-    from patchslim.errors import BudgetUnreachable
-    from slimming.models.slim_vit import SlimViT
-    from slimming.onnx_models.session import slimmed
-    from slimming.report.accuracy import evaluate
-    from slimming.report.page import SweepPoint
-    from slimming.search.budget import Budget
-
-    every, score = [found], found.plan.origin.score
-    for reduction in options.reductions:
-        try:
-            budget = Budget("macs-reduction", reduction, snap=options.snap)
-            every.append(finder.find_plan(budget, score=score, fit=options.fit, layout=options.layout, summary=options.summary))
-        except BudgetUnreachable:
-            continue
-    if images is None:
-        return [], None
-    original = session.loaded.module
-    models = [original]
-    for each in every:
-        if options.onnx is not None:
-            models.append(slimmed(session, each.plan, options.layout))
-        else:
-            models.append(SlimViT(each.model, each.plan).to(next(original.parameters()).device).eval())
-    dense, *each_accuracy = evaluate(models, images, session.transform, process_group=process_group, progress=progress)
-    labelled = bool(images.labels)
-    points = [
-        SweepPoint(
-            reduction=1 - one.plan.macs(options.layout) / one.plan.dense_macs(),
-            macs=one.plan.macs(options.layout),
-            counts=one.plan.counts,
-            top1=accuracy.top1 if labelled else None,
-            agreement=accuracy.agreement,
-            errors=one.plan.origin.errors,
-        )
-        for one, accuracy in zip(every, each_accuracy, strict=True)
-    ]
-    return points, dense.top1 if labelled else None
-
-
-def _write_page(
-    options: SlimmingOptions, session: SlimmingSession, plan: SlimPlan, sweep: list[SweepPoint], dense: float | None
-) -> Path:
-    import shlex
-
-    import numpy as np
-
-    from slimming.data.source import load_tensors
-    from slimming.report.page import write_page
-
-    config = session.loaded.data_config
-    few = dataclasses.replace(
-        session.calibration, indices=session.calibration.indices[:: max(1, len(session.calibration) // 4)]
-    )
-    batch, _ = next(load_tensors(dataclasses.replace(few, indices=few.indices[:PAGE_IMAGES]), session.transform, PAGE_IMAGES))
-    pixels = batch.numpy().transpose(0, 2, 3, 1) * np.array(config["std"]) + np.array(config["mean"])
-    images = list((pixels.clip(0, 1) * 255).round().astype(np.uint8))
-    page = options.output.with_suffix(".html")
-    facts = {"weights": session.loaded.weights}
-    if plan.weights is not None:
-        facts["fitted"] = plan.weights.fit
-        if plan.weights.finetune is not None:
-            facts["fine-tuned"] = f"{plan.weights.finetune.get('epochs')} epochs"
-    write_page(
-        page,
-        plan=plan,
-        layout=options.layout,
-        errors=plan.origin.errors,
-        images=images,
-        sweep=sweep if options.sweep is not None else sweep[:1],
-        dense_top1=dense,
-        command=shlex.join(["python", "-m", "slimming.run", *sys.argv[1:]]),
-        facts=facts,
-    )
-    return page
-
-
 def summarise(plan: SlimPlan, layout: Layout) -> dict[str, object]:
-    """Tokens per block, MACs and errors of a plan."""
+    """Return tokens per block, MACs and errors of a plan, ready for JSON."""
     dense, slim = plan.dense_macs(), plan.macs(layout)
     return {
         "tokens_per_block": plan.counts,
@@ -289,7 +153,17 @@ def summarise(plan: SlimPlan, layout: Layout) -> dict[str, object]:
     }
 
 
-def _print(plan: SlimPlan, options: SlimmingOptions, summary: dict[str, object]) -> None:
+def _print(saved: SavedPlan, options: SlimmingOptions) -> None:
+    """Print the plan on stdout: one JSON object, or a table."""
+    plan = saved.plan
+    if options.json:
+        summary = summarise(plan, options.layout) | {"plan": str(saved.path), "page": str(saved.page)}
+        summary |= {"weights": str(saved.weights) if saved.weights else None}
+        if saved.sweep is not None:
+            points = [dataclasses.asdict(point) for point in saved.sweep.points]
+            summary |= {"dense_top1": saved.sweep.dense_top1, "sweep": points}
+        print(json.dumps(summary))
+        return
     from rich.console import Console
     from rich.table import Table
 
@@ -298,10 +172,10 @@ def _print(plan: SlimPlan, options: SlimmingOptions, summary: dict[str, object])
         table.add_row(str(block), str(count), f"{error:.2e}" if error else "exact")
     Console().print(table)
     dense, slim = plan.dense_macs(), plan.macs(options.layout)
-    print(f"{options.output}: {slim / 1e9:.3f} of {dense / 1e9:.3f} GMACs, {1 - slim / dense:.1%} removed")
-    for what in ("weights", "page"):
-        if summary[what]:
-            print(f"{what}: {summary[what]}")
+    print(f"{saved.path}: {slim / 1e9:.3f} of {dense / 1e9:.3f} GMACs, {1 - slim / dense:.1%} removed")
+    for what, path in (("weights", saved.weights), ("page", saved.page)):
+        if path is not None:
+            print(f"{what}: {path}")
 
 
 def main(prog: str = "python -m slimming.run") -> int:

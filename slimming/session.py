@@ -1,38 +1,47 @@
-"""From options to a model on a device, its transform and its calibration images: what every door does first."""
+"""From options to a model on a device, its transform, its calibration images and its plan: what every command does first."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from patchslim.choices import Layout
 from patchslim.errors import InputRejected, Unavailable
 from patchslim.progress import StageProgress
+from slimming.models.vit_reader import LoadedVit
 from slimming.options import ModelOptions
 
 if TYPE_CHECKING:
     from slimming.api import FoundPlan, PlanFinder
+    from slimming.data.source import ImageSet, Transform
     from slimming.distributed import ProcessGroup
+    from slimming.models.loading import LoadedModel
+    from slimming.onnx_models.loading import LoadedGraph
     from slimming.search.costs import Cost
+
+LoadedT_co = TypeVar("LoadedT_co", bound=LoadedVit, covariant=True)
 
 
 @dataclass(frozen=True)
-class SlimmingSession:
-    """A loaded model (``slimming.models.loading.LoadedModel``), its evaluation transform, and its calibration images."""
+class SlimmingSession(Generic[LoadedT_co]):
+    """A loaded model, its evaluation transform, and its calibration images."""
 
-    loaded: Any
-    transform: Any
-    calibration: Any
+    loaded: LoadedT_co
+    transform: Transform
+    calibration: ImageSet
 
 
-def open_session(options: ModelOptions, evaluated: Any = None, process_group: ProcessGroup | None = None) -> SlimmingSession:
-    """Load what the options name; ``evaluated`` is the ``ImageSet`` to be measured on, if any, whose classes are the model's.
+def open_session(
+    options: ModelOptions, evaluated: ImageSet | None = None, process_group: ProcessGroup | None = None
+) -> SlimmingSession[LoadedModel]:
+    """Return a session with the timm model that the options name.
 
-    Every process of ``process_group`` has a device of its own.
-
-    Raises ``PatchslimError`` with the next step in its message.
+    ``evaluated`` are the images to be measured on, if any, whose classes are the model's. Every process of ``process_group``
+    has a device of its own. Raises ``PatchslimError`` with the next step in its message.
     """
     options.check()
     import torch
@@ -72,8 +81,21 @@ def open_session(options: ModelOptions, evaluated: Any = None, process_group: Pr
     return SlimmingSession(loaded, create_transform(**loaded.data_config), calibration)
 
 
-def calibration_images(options: ModelOptions) -> Any:
-    """The images that the plan is made from: an ``ImageSet``, none of it ever evaluated on."""
+def open_graph_session(options: ModelOptions, path: Path, evaluated: ImageSet | None = None) -> SlimmingSession[LoadedGraph]:
+    """Return a session with the ONNX file at ``path`` as its model; the options name the images alone.
+
+    ``evaluated`` are the images to be measured on, if any. Raises ``PatchslimError`` with the next step in its message.
+    """
+    from timm.data import create_transform
+
+    from slimming.onnx_models.loading import load_graph
+
+    loaded = load_graph(path, options.preprocessing(), evaluated)
+    return SlimmingSession(loaded, create_transform(**loaded.data_config), calibration_images(options))
+
+
+def calibration_images(options: ModelOptions) -> ImageSet:
+    """Return the images that the plan is made from, none of which is ever evaluated on."""
     from slimming.data.source import calibration_set
 
     address = options.calibration_data or options.data
@@ -86,8 +108,8 @@ def _apart(address: str, evaluated: str) -> bool:
     return here != there and here not in there.parents and there not in here.parents
 
 
-def training_images(options: ModelOptions) -> Any:
-    """The labelled images to fine-tune on: an ``ImageSet``, none of it ever evaluated on."""
+def training_images(options: ModelOptions) -> ImageSet:
+    """Return the labelled images to fine-tune on, none of which is ever evaluated on."""
     from slimming.data.digits import DEFAULT_LENGTH
     from slimming.data.source import calibration_set
 
@@ -98,31 +120,32 @@ def training_images(options: ModelOptions) -> Any:
 
 
 def open_finder(
-    options: ModelOptions, session: SlimmingSession, progress: StageProgress, process_group: ProcessGroup | None = None
+    options: ModelOptions,
+    session: SlimmingSession[LoadedVit],
+    progress: StageProgress,
+    process_group: ProcessGroup | None = None,
 ) -> PlanFinder:
-    """The model's dense features on the calibration images; the caller closes them."""
-    from slimming.api import PlanFinder, needs_magnitudes
+    """Return a finder on the session's calibration images, which the caller closes."""
+    from slimming.api import FinderSettings, PlanFinder
     from slimming.distributed import SINGLE_PROCESS
-    from slimming.models.reader import reader_of
 
-    return PlanFinder(
-        session.loaded.module,
-        session.calibration,
-        name=session.loaded.architecture,
-        transform=session.transform,
+    reader = session.loaded.reader
+    request = options.request().for_model(fixed_head=reader.head.fixed, refusals=reader.refusals)
+    settings = FinderSettings(
         mode=options.mode,
+        magnitudes=request.needs_magnitudes,
         seed=options.seed,
         process_group=process_group or SINGLE_PROCESS,
         progress=progress,
-        magnitudes=needs_magnitudes(
-            options.score, reader_of(session.loaded.module), options.mode, options.fit, options.budget, options.summary
-        ),
+    )
+    return PlanFinder(
+        reader, session.calibration, name=session.loaded.architecture, transform=session.transform, settings=settings
     )
 
 
 def search(
     options: ModelOptions,
-    session: SlimmingSession,
+    session: SlimmingSession[LoadedVit],
     layout: Layout,
     progress: StageProgress,
     *,
@@ -130,41 +153,40 @@ def search(
     finder: PlanFinder | None = None,
     checkpoint: Path | None = None,
 ) -> FoundPlan:
-    """Search the plan that the options ask for, fit the weights to it, and fine-tune them where that is asked.
+    """Return the plan that the options ask for, its weights fitted to it, and fine-tuned where that is asked.
 
-    ``finder`` is reused where one is at hand; ``checkpoint`` is a folder from which an interrupted fine-tuning goes on.
-    Raises ``PatchslimError``.
+    ``finder`` is used where one is at hand; ``checkpoint`` is a folder from which an interrupted fine-tuning goes on. Raises
+    ``PatchslimError``.
     """
-    own = finder or open_finder(options, session, progress)
+    used = finder or open_finder(options, session, progress)
     try:
-        found = own.find_plan(
-            options.budget, cost=cost, score=options.score, fit=options.fit, layout=layout, summary=options.summary
-        )
+        found = used.find_plan(options.request(layout), cost)
     finally:
         if finder is None:
-            own.close()
+            used.close()
     if not options.finetune_epochs:
         return found
-    return _finetuned(options, session, found, progress, checkpoint)
+    return _finetuned(options, session, found, layout, progress, checkpoint)
 
 
 def _finetuned(
-    options: ModelOptions, session: SlimmingSession, found: FoundPlan, progress: StageProgress, checkpoint: Path | None
+    options: ModelOptions,
+    session: SlimmingSession[LoadedVit],
+    found: FoundPlan,
+    layout: Layout,
+    progress: StageProgress,
+    checkpoint: Path | None,
 ) -> FoundPlan:
-    import copy
-    import dataclasses
-
     from slimming.fitting.finetune import finetune
-    from slimming.models.slim_vit import SlimViT
 
-    original = session.loaded.module
+    loaded = session.loaded
+    original = loaded.reader.model
     model = copy.deepcopy(original) if found.model is original else found.model
-    student = SlimViT(model, found.plan).to(next(original.parameters()).device)
     report = finetune(
-        student,
+        loaded.slimmed(model, found.plan, layout),
         original if options.distill else None,
         training_images(options),
-        data_config=session.loaded.data_config,
+        data_config=loaded.data_config,
         recipe=options.recipe,
         checkpoint=checkpoint,
         progress=progress,

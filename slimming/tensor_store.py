@@ -25,7 +25,7 @@ class TensorStore:
         self.spilled = 0
 
     def empty(self, *shape: int) -> Tensor:
-        """An uninitialised tensor of ``shape``; raises ``OSError`` when the disk is full."""
+        """Return an uninitialised tensor of ``shape``. Raises ``OSError`` where the disk is full."""
         size = torch.Size(shape).numel()
         if self.held + 4 * size <= self.bound:
             self._count(4 * size)

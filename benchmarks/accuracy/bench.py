@@ -198,10 +198,9 @@ class CalibrationDraw:
 
     def finder(self, options: SlimmingOptions) -> PlanFinder:
         """The features that ``options`` ask for. Eq. 6's magnitudes need unfused attention, which rounds otherwise."""
-        from slimming.api import needs_magnitudes
         from slimming.session import open_finder
 
-        needs = needs_magnitudes(options.score, self.bench.reader, options.mode, options.fit, options.budget, options.summary)
+        needs = options.request().for_model(fixed_head=self.bench.reader.head.fixed).needs_magnitudes
         if needs not in self._finders:
             self._finders[needs] = open_finder(options, self.session, self._report)
         return self._finders[needs]

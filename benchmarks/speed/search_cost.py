@@ -55,7 +55,7 @@ def measure_search(model: str, images: int, rounds: int, reduction: float) -> di
     import torch
     from timm.data import create_transform
 
-    from slimming import Budget, calibration_set, find_plan, load_model
+    from slimming import Budget, PlanRequest, calibration_set, find_plan, load_model
     from slimming.data.source import load_tensors
 
     torch.set_num_threads(1)
@@ -71,7 +71,9 @@ def measure_search(model: str, images: int, rounds: int, reduction: float) -> di
             loaded.module(batch)
 
     def search(fit: Fit) -> None:
-        find_plan(loaded.module, ready, name=model, transform=None, budget=Budget("macs-reduction", reduction), fit=fit)
+        find_plan(
+            loaded.module, ready, name=model, transform=None, request=PlanRequest(Budget("macs-reduction", reduction), fit=fit)
+        )
 
     dense()  # the first pass is slow
     found: dict[str, list[float]] = {}

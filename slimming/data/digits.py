@@ -39,7 +39,7 @@ def _sources() -> tuple[np.ndarray, np.ndarray, list[Image.Image]]:
 
 
 def source_indices(split: str) -> np.ndarray:
-    """Indices into scikit-learn's digits that ``split`` may draw: every fifth is ``test``'s, the others ``train``'s."""
+    """Return indices into scikit-learn's digits that ``split`` may draw: every fifth is ``test``'s, the others ``train``'s."""
     if split not in SPLITS:
         raise ValueError(f"digits has the splits {', '.join(SPLITS)}, not {split!r}")
     everything = np.arange(len(_sources()[0]))
@@ -100,7 +100,7 @@ class Digits:
 
     classes = CLASSES
 
-    def __init__(self, split: str, length: int | None = None, transform: Callable[[Any], Any] | None = None) -> None:
+    def __init__(self, split: str, length: int | None = None, transform: Callable[[Image.Image], Any] | None = None) -> None:
         source_indices(split)  # refuses an unknown split now
         self.split = split
         self.length = DEFAULT_LENGTH[split] if length is None else length

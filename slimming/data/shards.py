@@ -73,7 +73,7 @@ class ShardReader:
         return io.BytesIO(content), int(self._classes[index])
 
     def filename(self, index: int) -> str:
-        """The shard and the key of sample ``index``, for a message. The shard is scanned for it: keys are not held."""
+        """Return the shard and the key of sample ``index``, for a message. The shard is scanned: keys are not held."""
         shard, offset = self.shards[self._shard_of(index)], int(self._offsets[index])
         try:
             with open(shard, "rb") as file:
@@ -115,7 +115,7 @@ class ShardReader:
 
 
 def shards_of(folder: Path, split: str) -> tuple[list[Path], str]:
-    """The shards of ``split`` that are in ``folder``, and the ``.json`` field of their classes (empty: ``.cls`` files).
+    """Return the shards of ``split`` that are in ``folder``, and the ``.json`` field of their classes (empty: ``.cls`` files).
 
     As timm reads them, by ``_info.json`` or ``info.json``; without either, ``*.tar`` files with the split's name as a word of
     their own (``imagenet-train-0001.tar``), or in a folder of that name. Raises ``InputRejected`` where there are none.

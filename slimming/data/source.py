@@ -16,7 +16,7 @@ import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
@@ -24,9 +24,28 @@ from patchslim.errors import InputRejected, Unavailable
 from slimming.data.digits import CLASSES, DEFAULT_LENGTH, Digits
 from slimming.data.shards import ShardReader, shards_of
 
+if TYPE_CHECKING:
+    from PIL.Image import Image as PilImage
+    from torch import Tensor
+
+#: Maps a PIL image to a float tensor (3, h, w).
+Transform: TypeAlias = "Callable[[PilImage], Tensor]"
+
 CALIBRATION_SHARE = 0.2
 _TRAINING_SPLITS = ("train", "training")
 _EVALUATION_SPLITS = ("validation", "val", "test")
+
+
+class Samples(Protocol):
+    """A map-style data set: ``samples[i]`` is a PIL image, or what ``transform`` makes of it, and its class."""
+
+    transform: Transform | None
+
+    def __len__(self) -> int:
+        """Return how many images there are."""
+
+    def __getitem__(self, index: int, /) -> tuple[Any, int]:
+        """Return image ``index`` and its class. Raises ``InputRejected`` where it cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +56,7 @@ class ImageSet:
     split: str
     share: str  # "all", or which disjoint share of an undivided data set this is
     labels: list[str]
-    samples: Any  # map-style: samples[i] -> (PIL image, class); samples.transform is applied when set
+    samples: Samples
     indices: Sequence[int]  # a range where that says it: a large data set then has no list
 
     def __len__(self) -> int:
@@ -49,12 +68,12 @@ class ImageSet:
         return None if self.share == "all" else float(self.share.partition("%")[0]) / 100
 
     def describe(self) -> dict[str, object]:
-        """What a manifest records of it."""
+        """Return what a manifest records of it."""
         return {"data": self.address, "split": self.split, "share": self.share, "images": len(self)}
 
 
 def calibration_set(address: str, count: int, seed: int = 0, *, apart: bool = False) -> ImageSet:
-    """``count`` images (or as many as there are) for plans to be made from: never any that ``evaluation_set`` gives.
+    """Return ``count`` images (or as many as there are) to make plans from: never any that ``evaluation_set`` gives.
 
     ``apart`` says that nothing of this data set is evaluated on, so that one without splits need not be divided.
     Drawn by ``seed`` without replacement. Raises ``InputRejected`` or ``Unavailable``.
@@ -68,7 +87,10 @@ def calibration_set(address: str, count: int, seed: int = 0, *, apart: bool = Fa
 
 
 def evaluation_set(address: str, count: int | None) -> ImageSet:
-    """The first ``count`` held-out images (None: all) of an evenly spread order, so that few images still cover every class."""
+    """Return ``count`` held-out images (None: all), evenly spread, so that few images still cover every class.
+
+    Raises ``InputRejected`` or ``Unavailable``.
+    """
     opened = _open(address, training=False, limit=count)
     indices = opened.indices
     if count is not None and count < len(indices):
@@ -79,15 +101,18 @@ def evaluation_set(address: str, count: int | None) -> ImageSet:
     return replace(opened, indices=indices)
 
 
-def load_tensors(images: ImageSet, transform: Callable[[Any], Any] | None, batch_size: int = 8) -> Iterator[tuple[Any, Any]]:
-    """Batches of (float tensor (b, 3, h, w), class tensor (b,)), in order; worker processes decode ahead.
+def load_tensors(images: ImageSet, transform: Transform | None, batch_size: int = 8) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield batches of (float tensor (b, 3, h, w), class tensor (b,)), in order; worker processes decode ahead.
 
     ``transform``: PIL image -> float tensor (3, h, w); None where the samples are such tensors already.
     """
     import torch
 
     images.samples.transform = transform
-    subset = torch.utils.data.Subset(images.samples, images.indices)
+    subset: torch.utils.data.Subset[tuple[Tensor, Tensor]] = torch.utils.data.Subset(
+        images.samples,  # type: ignore[arg-type]
+        images.indices,
+    )
     loader = torch.utils.data.DataLoader(subset, batch_size=batch_size, num_workers=workers_for(len(images), batch_size))
     iterator = iter(loader)
     while True:
@@ -102,13 +127,13 @@ def load_tensors(images: ImageSet, transform: Callable[[Any], Any] | None, batch
 
 
 def workers_for(images: int, batch_size: int) -> int:
-    """Worker processes that decode so many images: none for a few batches, else half of this process's share of the cores."""
+    """Return how many worker processes decode: none for a few batches, else half of this process's share of the cores."""
     share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return 0 if images <= 4 * batch_size else min(8, max(1, share // 2))
 
 
 def fingerprint_of(images: ImageSet) -> str:
-    """SHA-256 over the images' bytes and classes, in order: what a cache is keyed by.
+    """Return the SHA-256 over the images' bytes and classes, in order: what a cache is keyed by.
 
     ``digits`` is a function of split and index, so its code and its source stand for its pixels.
     """
@@ -136,7 +161,7 @@ def fingerprint_of(images: ImageSet) -> str:
 def _open(address: str, *, training: bool, limit: int | None, apart: bool = False) -> ImageSet:
     if address == "digits":
         split = "train" if training else "test"
-        samples: Any = Digits(split, max(limit or 0, DEFAULT_LENGTH[split]))
+        samples: Samples = Digits(split, max(limit or 0, DEFAULT_LENGTH[split]))
         return ImageSet(address, split, "all", list(CLASSES), samples, list(range(len(samples))))
     prefix = address.partition("/")[0].lower()
     if prefix == "wds":
@@ -166,7 +191,7 @@ def _open(address: str, *, training: bool, limit: int | None, apart: bool = Fals
     return ImageSet(address, "none", share, _labels(samples), samples, indices)
 
 
-def _with_reader(path: Path) -> Any:
+def _with_reader(path: Path) -> Samples:
     """The images of a folder or a tar file of class folders."""
     from timm.data.readers import create_reader
 
@@ -226,7 +251,7 @@ class _Read:
 
     def __init__(self, reader: Any) -> None:
         self.reader = reader
-        self.transform: Callable[[Any], Any] | None = None
+        self.transform: Transform | None = None
         self._process = os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -268,7 +293,7 @@ def _unopened(reader: Any) -> Any:
     return unopened
 
 
-def _labels(samples: Any) -> list[str]:
+def _labels(samples: Samples) -> list[str]:
     reader = getattr(samples, "reader", None)
     mapping = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
     if mapping:

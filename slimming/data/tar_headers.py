@@ -18,7 +18,7 @@ _LONGEST_EXTENSION = 1 << 20  # bytes of a header that continues in a member of 
 
 
 def regular_files(file: IO[bytes]) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Each regular file's name, and the offset and size in bytes of its content, in order.
+    """Yield each regular file's name, and the offset and size in bytes of its content, in order.
 
     ``file`` may be moved between two of them. Raises ``ValueError`` saying at which byte the archive is damaged or truncated,
     and for sparse files, whose content is not in one piece.

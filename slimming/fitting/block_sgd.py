@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
-from typing import Any
 
 import torch
 from timm.scheduler import create_scheduler_v2
@@ -31,7 +30,7 @@ _TINY = 1e-30  # an image whose target is all zero has no relative error
 
 
 def relative_error(output: Tensor, target: Tensor) -> Tensor:
-    """E of METHOD.md for each image: ||output - target||_F^2 / ||target||_F^2; (b, rows, d) twice -> (b,), float32."""
+    """Return E of each image, ||output - target||_F^2 / ||target||_F^2, of two (b, rows, d): (b,) in float32."""
     difference = (output.float() - target.float()).square().flatten(1).sum(1)
     return difference / target.float().square().flatten(1).sum(1).clamp_min(_TINY)
 
@@ -153,7 +152,8 @@ class BlockFitter:
         progress: StageProgress | None = None,
     ) -> None:
         self.features, self.epochs, self.lr = features, epochs, lr
-        self.model: Any = copy.deepcopy(features.reader.model)
+        self.dense = ModelReader(features.reader.model)
+        self.model: nn.Module = copy.deepcopy(features.reader.model)
         self.reader = ModelReader(self.model)
         self.progress = progress
         with torch.inference_mode(False):  # autograd saves the rotary tables
@@ -162,8 +162,8 @@ class BlockFitter:
     def __call__(self, block: int, kept: list[int], above: list[int]) -> float:
         """E of block ``block`` + 1 at its rows ``above`` after ``block``, keeping ``kept``, was fitted."""
         features, reader = self.features, self.reader
-        module = self.model.blocks[block]
-        module.load_state_dict(features.reader.model.blocks[block].state_dict())
+        module = reader.blocks[block].module
+        module.load_state_dict(self.dense.blocks[block].module.state_dict())
         if len(kept) == features.tokens:
             return 0.0
         with torch.inference_mode(False):  # autograd saves it

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from patchslim.errors import InputRejected
 from patchslim.plan import SlimPlan
+from patchslim.progress import StageProgress
 from slimming.models.attention import AttentionInput
 from slimming.models.blocks import Stage
 from slimming.models.reader import ModelReader
@@ -30,19 +30,19 @@ ROWS_PER_FEATURE = 24
 _TINY = 1e-6
 
 
-def can_compensate(model: Any) -> bool:
-    """Whether every output projection of the model is a plain linear layer; post-norm blocks have none."""
-    return all(block.can_refit for block in ModelReader(model).blocks)
+def can_compensate(model: nn.Module) -> bool:
+    """Return whether every output projection of the model is a plain linear layer; those of post-norm blocks are not."""
+    return "closed-form" not in ModelReader(model).refusals
 
 
 @torch.no_grad()
 def compensate(
-    model: Any,
+    model: nn.Module,
     features: DenseFeatures,
     plan: SlimPlan,
     *,
     ridge: float = RIDGE,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: StageProgress | None = None,
 ) -> None:
     """Refit ``model``, a copy of the one that ``features`` belong to, in place, block by block from the first cut on.
 
@@ -50,7 +50,7 @@ def compensate(
     targets are the dense model's features at the rows that it keeps, or, where dropped tokens are merged, their means.
     Raises ``InputRejected`` for unusable statistics.
     """
-    dense, slim = features.reader, ModelReader(model)
+    dense, slim = ModelReader(features.reader.model), ModelReader(model)
     batches = list(features.rows(features.all_batches))
     store = TensorStore(features.store.bound)
     streams = [features.output(-1, rows) for rows in batches]

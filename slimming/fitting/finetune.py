@@ -23,7 +23,7 @@ import hashlib
 import json
 import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ _SAVES = 20  # checkpoints in a run where no interval is asked for
 class _Position:
     """Where a run is; kept in its checkpoints."""
 
-    def __init__(self, device: Any) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.step, self.seconds, self.loss = 0, 0.0, torch.zeros((), device=device)
 
     def state_dict(self) -> dict[str, Any]:
@@ -104,14 +104,15 @@ def finetune(
         accelerator = _accelerator(recipe, next(slim.parameters()).device)
         try:
             with unfused_attention(slim) if accelerator.device.type == "cpu" else contextlib.nullcontext():
-                return _train(accelerator, slim, teacher, images, data_config, recipe, checkpoint, checkpoint_steps, progress)
+                run = _Run(slim, teacher, images, data_config, recipe)
+                return _train(accelerator, run, checkpoint, checkpoint_steps, progress)
         finally:
             for name in ("_is_accelerate_prepared", "forward", "_original_forward"):  # marks that Accelerate leaves
                 slim.__dict__.pop(name, None)
             _forget()
 
 
-def _accelerator(recipe: Recipe, device: Any) -> Accelerator:
+def _accelerator(recipe: Recipe, device: torch.device) -> Accelerator:
     cpu = device.type == "cpu"
     if cpu and recipe.precision == "fp16":
         raise UsageError("fine-tuning: precision fp16 needs a GPU; take bf16 or no")
@@ -128,21 +129,48 @@ def _forget() -> None:
     GradientState._reset_state()
 
 
+@dataclass(frozen=True)
+class _Run:
+    """All that a run is a function of, but for the number of processes."""
+
+    slim: nn.Module
+    teacher: nn.Module | None
+    images: ImageSet
+    data_config: dict[str, Any]
+    recipe: Recipe
+
+    def parts(self, processes: int) -> dict[str, Any]:
+        """Return what tells the run and its checkpoints from others, in JSON's types."""
+        slim, teacher = self.slim, self.teacher
+        return {
+            "recipe": asdict(self.recipe),
+            "plan": {
+                "stale": bool(getattr(slim, "stale", False)),
+                "rows": state_digest(dict(slim.named_buffers())),  # of SlimViT: the tokens that each block keeps
+            },
+            "weights": state_digest(slim.state_dict()),
+            "teacher": None if teacher is None else state_digest(teacher.state_dict()),
+            "images": identity_of(self.images),
+            "preprocessing": {
+                key: self.data_config.get(key)
+                for key in ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+            },
+            "processes": processes,
+        }
+
+
 def _train(
     accelerator: Accelerator,
-    slim: nn.Module,
-    teacher: nn.Module | None,
-    images: ImageSet,
-    data_config: dict[str, Any],
-    recipe: Recipe,
+    run: _Run,
     checkpoint: Path | None,
     checkpoint_steps: int | None,
     progress: StageProgress | None,
 ) -> FinetuneReport:
+    slim, teacher, images, recipe = run.slim, run.teacher, run.images, run.recipe
     total = recipe.batch_size * accelerator.num_processes
     steps = max(1, round(recipe.epochs * len(images) / total))
     lr = recipe.learning_rate(total)
-    parts = _parts(slim, teacher, images, data_config, recipe, accelerator.num_processes)
+    parts = run.parts(accelerator.num_processes)
     network: Any = getattr(slim, "model", slim)
 
     set_seed(recipe.seed, device_specific=True)
@@ -154,7 +182,7 @@ def _train(
     average = ModelEmaV3(slim, decay=decay)
     position = _Position(accelerator.device)
     hflip = recipe.hflip if recipe.hflip is not None else 0.0 if images.address == "digits" else 0.5
-    transform = train_transform(data_config, hflip=hflip, auto_augment=recipe.auto_augment)
+    transform = train_transform(run.data_config, hflip=hflip, auto_augment=recipe.auto_augment)
     classes = int(network.num_classes)
     draws = Draws(images, transform, count=steps * total, classes=classes, seed=recipe.seed)
     loader = loader_of(draws, recipe.batch_size, cuda=accelerator.device.type == "cuda")
@@ -236,27 +264,7 @@ def _loss(
     return (1 - recipe.distill) * labelled + recipe.distill * recipe.temperature**2 * divergence
 
 
-def _mix(recipe: Recipe, classes: int) -> Any:
+def _mix(recipe: Recipe, classes: int) -> Mixup | None:
     if not (recipe.mixup or recipe.cutmix):
         return None
     return Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=classes)
-
-
-def _parts(
-    slim: nn.Module, teacher: nn.Module | None, images: ImageSet, data_config: dict[str, Any], recipe: Recipe, processes: int
-) -> dict[str, Any]:
-    """All that a run is a function of, in JSON's types: what a checkpoint is told apart by."""
-    return {
-        "recipe": asdict(recipe),
-        "plan": {
-            "stale": bool(getattr(slim, "stale", False)),
-            "rows": state_digest(dict(slim.named_buffers())),  # of SlimViT: the tokens that each block keeps
-        },
-        "weights": state_digest(slim.state_dict()),
-        "teacher": None if teacher is None else state_digest(teacher.state_dict()),
-        "images": identity_of(images),
-        "preprocessing": {
-            key: data_config.get(key) for key in ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
-        },
-        "processes": processes,
-    }

@@ -13,16 +13,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from patchslim.errors import InputRejected
+from slimming.data.source import Samples
 
 _RUN = "run.json"
 _STEP = re.compile(r"step-(\d+)")
 
 
 @contextlib.contextmanager
-def as_found(slim: nn.Module, teacher: nn.Module | None, samples: Any) -> Iterator[None]:
+def as_found(slim: nn.Module, teacher: nn.Module | None, samples: Samples) -> Iterator[None]:
     """Put back flags, modes, devices, the samples' transform and the global generators; ``slim``'s weights only on an error.
 
     Inside, the samples have no transform and the teacher needs no gradients.
@@ -60,7 +62,7 @@ def as_found(slim: nn.Module, teacher: nn.Module | None, samples: Any) -> Iterat
             torch.cuda.set_rng_state_all(cuda)
 
 
-def save(accelerator: Any, folder: Path, parts: dict[str, Any], step: int) -> None:
+def save(accelerator: Accelerator, folder: Path, parts: dict[str, Any], step: int) -> None:
     """Write the state after ``step`` as ``folder/step-N``, then remove the one before: at every moment one of them is whole.
 
     Every process calls it and adds its own generators' state; the first one writes everything else.
@@ -80,7 +82,7 @@ def save(accelerator: Any, folder: Path, parts: dict[str, Any], step: int) -> No
                 shutil.rmtree(path)
 
 
-def resume(accelerator: Any, folder: Path, parts: dict[str, Any]) -> None:
+def resume(accelerator: Accelerator, folder: Path, parts: dict[str, Any]) -> None:
     """Load the newest state in ``folder``, if there is one.
 
     Raises ``InputRejected`` when ``folder`` is none, and when the state cannot be read or is of a run whose ``parts`` differ.
@@ -110,7 +112,7 @@ def _saved(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in matches if match)
 
 
-def _differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
+def _differences(there: object, here: object, name: str = "") -> Iterator[str]:
     if isinstance(there, dict) and isinstance(here, dict):
         for key in dict.fromkeys([*here, *there]):
             yield from _differences(there.get(key), here.get(key), f"{name}.{key}".lstrip("."))
@@ -118,6 +120,6 @@ def _differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
         yield f"{name} is {_short(there)} there and {_short(here)} here"
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 40 else f"{text[:16]}..."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,23 +13,25 @@ import numpy as np
 import torch
 from timm.data import create_transform
 from timm.data.transforms import MaybeToTensor
+from torch import Tensor
+from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from patchslim.errors import InputRejected
-from slimming.data.source import ImageSet, fingerprint_of, workers_for
+from slimming.data.source import ImageSet, Transform, fingerprint_of, workers_for
 
 _FINGERPRINTED = 256  # images whose bytes are hashed; every index is
 
 
-def train_transform(data_config: dict[str, Any], *, hflip: float, auto_augment: str | None = None) -> Any:
-    """The training transform for a model's ``data_config`` (timm's): PIL image -> float tensor (3, h, w).
+def train_transform(data_config: dict[str, Any], *, hflip: float, auto_augment: str | None = None) -> Transform:
+    """Return the training transform for a model's ``data_config`` (timm's): PIL image -> float tensor (3, h, w).
 
     Resized and cropped as in evaluation, so that the subject is where the plan expects it; then moved by up to an eighth of a
     side over a reflected border, and mirrored with probability ``hflip``. Colours are left alone unless ``auto_augment`` says.
     """
     height, width = (int(side) for side in data_config["input_size"][-2:])
     as_evaluated = create_transform(**data_config).transforms
-    transform = create_transform(
+    transform: transforms.Compose = create_transform(
         input_size=(3, height, width),
         is_training=True,
         hflip=hflip,
@@ -45,7 +47,8 @@ def train_transform(data_config: dict[str, Any], *, hflip: float, auto_augment: 
             transforms.RandomCrop((height, width), padding=(width // 8, height // 8), padding_mode="reflect"),
         ]
     )
-    return transform
+    result: Transform = transform
+    return result
 
 
 class Draws:
@@ -56,7 +59,7 @@ class Draws:
     Raises ``InputRejected`` for an image whose class the model does not have.
     """
 
-    def __init__(self, images: ImageSet, transform: Any, *, count: int, classes: int, seed: int) -> None:
+    def __init__(self, images: ImageSet, transform: Transform, *, count: int, classes: int, seed: int) -> None:
         self.images, self.transform = images, transform
         self.count, self.classes, self.seed = count, classes, seed
         self._order: tuple[int, np.ndarray] | None = None
@@ -65,13 +68,13 @@ class Draws:
         return self.count
 
     def index_of(self, draw: int) -> int:
-        """Which of the data set's images draw number ``draw`` shows."""
+        """Return which of the data set's images draw number ``draw`` shows."""
         epoch, place = divmod(draw, len(self.images))
         if self._order is None or self._order[0] != epoch:
             self._order = epoch, np.random.default_rng([self.seed, 2, epoch]).permutation(len(self.images))
         return self.images.indices[int(self._order[1][place])]
 
-    def __getitem__(self, draw: int) -> tuple[Any, int]:
+    def __getitem__(self, draw: int) -> tuple[Tensor, int]:
         index = self.index_of(draw)
         image, target = self.images.samples[index]
         if not 0 <= target < self.classes:
@@ -82,7 +85,7 @@ class Draws:
 
 @contextlib.contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """Python's, NumPy's and PyTorch's CPU generators seeded by ``key`` for the block, and then as they were."""
+    """Seed Python's, NumPy's and PyTorch's CPU generators by ``key`` for the block, and then put them back."""
     found = random.getstate(), np.random.get_state(), torch.get_rng_state()
     first, second, third = (int(word) for word in np.random.SeedSequence(key).generate_state(3))
     random.seed(first)
@@ -96,11 +99,11 @@ def seeded(*key: int) -> Iterator[None]:
         torch.set_rng_state(found[2])
 
 
-def loader_of(draws: Draws, batch_size: int, *, cuda: bool) -> Any:
-    """Draws in their order, in batches; worker processes decode ahead where there are more than a few batches."""
+def loader_of(draws: Draws, batch_size: int, *, cuda: bool) -> DataLoader[tuple[Tensor, Tensor]]:
+    """Return the draws in their order, in batches; worker processes decode ahead where there are more than a few batches."""
     # A generator of its own: else each new iterator would take a number from the global one, and a resumed run has one more.
     generator = torch.Generator()
-    return torch.utils.data.DataLoader(
+    return DataLoader(
         draws,  # type: ignore[arg-type]
         batch_size,
         drop_last=True,
@@ -110,8 +113,8 @@ def loader_of(draws: Draws, batch_size: int, *, cuda: bool) -> Any:
     )
 
 
-def read(images: ImageSet, loader: Any) -> Iterator[tuple[Any, Any]]:
-    """The loader's batches; raises ``InputRejected`` naming an image that cannot be read."""
+def read(images: ImageSet, loader: Iterable[Sequence[Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the loader's batches. Raises ``InputRejected`` naming an image that cannot be read."""
     iterator = iter(loader)
     while True:
         try:
@@ -125,7 +128,7 @@ def read(images: ImageSet, loader: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def identity_of(images: ImageSet) -> dict[str, object]:
-    """What tells these images from others: address, split, every index, and the bytes of an evenly spread few."""
+    """Return what tells these images from others: address, split, every index, and the bytes of an evenly spread few."""
     spread = [images.indices[place * len(images) // _FINGERPRINTED] for place in range(_FINGERPRINTED)]
     few = replace(images, indices=list(dict.fromkeys(spread)))
     indices = hashlib.sha256(np.asarray(images.indices, dtype=np.int64).tobytes()).hexdigest()

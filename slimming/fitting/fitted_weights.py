@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from patchslim.choices import Fit
 from patchslim.errors import InputRejected
@@ -12,9 +12,12 @@ from patchslim.plan import FittedWeights, SlimPlan
 from patchslim.records import atomic_path
 from slimming.models.loading import apply_weights, read_weights, state_digest
 
+if TYPE_CHECKING:
+    from torch import nn
+
 
 def save_fitted(
-    plan: SlimPlan, model: Any, path: Path, fit: Fit, finetune: dict[str, float | int | str] | None = None
+    plan: SlimPlan, model: nn.Module, path: Path, fit: Fit, finetune: dict[str, float | int | str] | None = None
 ) -> SlimPlan:
     """Write ``plan`` to ``path``, and ``model``'s weights beside it where they are not the original's.
 
@@ -33,8 +36,8 @@ def save_fitted(
     return plan
 
 
-def load_fitted(plan: SlimPlan, path: Path, model: Any) -> Any:
-    """The model to run under the plan that was read from ``path``: ``model`` itself, or a copy with the weights beside it.
+def load_fitted(plan: SlimPlan, path: Path, model: nn.Module) -> nn.Module:
+    """Return the model to run under the plan read from ``path``: ``model`` itself, or a copy with the weights beside it.
 
     Raises ``InputRejected`` where they are missing or not the ones that the plan names.
     """

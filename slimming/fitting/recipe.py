@@ -1,4 +1,4 @@
-"""How a slimmed model is fine-tuned, and what is recorded of it. Free of torch, so that a door may read its defaults."""
+"""How a slimmed model is fine-tuned, and what is recorded of it. Free of torch, so that options may read its defaults."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Recipe:
     seed: int = 0
 
     def learning_rate(self, total: int) -> float:
-        """The highest learning rate for ``total`` images per step, over all processes."""
+        """Return the highest learning rate for ``total`` images per step, over all processes."""
         return self.lr if self.lr is not None else DEIT_LR * LR_SHARE * total / 512
 
     def check(self) -> None:
@@ -63,7 +63,7 @@ class Recipe:
         }
         for name, holds in rules.items():
             if not holds:
-                raise UsageError(f"fine-tuning: {name} {getattr(self, name)!r} means nothing")
+                raise UsageError(f"fine-tuning: {name} {getattr(self, name)!r} is out of range")
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise UsageError(f"fine-tuning: mixup and cutmix mix pairs, and batch_size {self.batch_size} is odd")
 
@@ -81,5 +81,5 @@ class FinetuneReport:
     fingerprint: str  # SHA-256 over recipe, plan, weights, teacher and images
 
     def as_dict(self) -> dict[str, float | int | str]:
-        """JSON-ready."""
+        """Return the report, ready for JSON."""
         return asdict(self)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
 from timm.models.eva import EvaAttention
+from timm.models.vision_transformer import ParallelScalingBlock
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -22,7 +23,7 @@ class TokenMix:
     taken: Tensor
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """(b, n, c) to (b, k, c)."""
+        """Return the sums (b, k, c) of tokens (b, n, c)."""
         own, taken = self.own.to(tokens.dtype), self.taken.to(tokens.dtype)
         return tokens[:, self.rows] * own + taken @ tokens[:, self.dropped]
 
@@ -44,8 +45,8 @@ class AttentionInput:
     sink: list[Tensor] | None = None  # the softmax maps that a run computes are appended here
     mix: TokenMix | None = None
 
-    def normed(self, norm: Any) -> AttentionInput:
-        """The same view after a token-wise normalisation."""
+    def normed(self, norm: Callable[[Tensor], Tensor]) -> AttentionInput:
+        """Return the same view after a token-wise normalisation."""
         read = norm(self.read)
         same = self.queried is self.read
         queried = self.mix(read) if self.mix is not None else read if same else norm(self.queried)
@@ -58,7 +59,7 @@ class AttentionReader:
     ``heads`` of width ``head_dim``; ``output`` is the projection W_o. Grouped keys and values are repeated to one per head.
     """
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Attention | AttentionRope | EvaAttention) -> None:
         self.module = module
         self.heads = int(module.num_heads)
         self.head_dim = int(module.head_dim)
@@ -99,20 +100,20 @@ class AttentionReader:
         return scores if view.key_bias is None else scores + view.key_bias
 
     def maps(self, view: AttentionInput) -> Tensor:
-        """Softmax matrices P (b, heads, k, n) of normalised tokens."""
+        """Return the softmax matrices P (b, heads, k, n) of normalised tokens."""
         return self._scores(view).softmax(-1)
 
     def finish(self, mixed: Tensor, queried: Tensor) -> Tensor:
-        """``P V`` (b, heads, k, head_dim) -> what the output projection reads (b, k, heads * head_dim)."""
+        """Return what the output projection reads (b, k, heads * head_dim) of ``P V`` (b, heads, k, head_dim)."""
         flat: Tensor = self.module.norm(mixed.transpose(1, 2).flatten(2))
         return flat if self.module.gate is None else flat * self.module.gate(queried).sigmoid()
 
     def values(self, view: AttentionInput) -> Tensor:
-        """V (b, heads, n, head_dim) of normalised tokens."""
+        """Return the values V (b, heads, n, head_dim) of normalised tokens."""
         return self._heads(view.read, 2, None)
 
     def inner(self, view: AttentionInput) -> Tensor:
-        """What the output projection reads, from normalised tokens: (b, k, heads * head_dim)."""
+        """Return what the output projection reads, from normalised tokens: (b, k, heads * head_dim)."""
         if view.sink is not None or not self.module.fused_attn:
             maps = self.maps(view)
             if view.sink is not None:
@@ -126,7 +127,7 @@ class AttentionReader:
         return self.finish(mixed, view.queried)
 
     def macs(self) -> tuple[int, int]:
-        """Widths of the queries (and of the mix), and of the keys (and the values)."""
+        """Return the widths of the queries (and of the mix), and of the keys (and the values)."""
         module = self.module
         width = self.heads * self.head_dim
         return width, width if self.packed else int(module.k_proj.out_features)
@@ -135,7 +136,7 @@ class AttentionReader:
 class ParallelReader(AttentionReader):
     """The attention inside timm's ``ParallelScalingBlock``, whose one input projection also feeds the MLP."""
 
-    def __init__(self, block: Any) -> None:
+    def __init__(self, block: ParallelScalingBlock) -> None:
         self.module = block
         self.heads = int(block.num_heads)
         self.head_dim = int(block.head_dim)
@@ -152,11 +153,11 @@ class ParallelReader(AttentionReader):
         return functional.linear(tokens, self.module.in_proj.weight[rows], None if bias is None else bias[rows])
 
     def finish(self, mixed: Tensor, queried: Tensor) -> Tensor:
-        """``P V`` with the heads side by side; there is no norm and no gate."""
+        """Return ``P V`` with the heads side by side; there is no norm and no gate."""
         return mixed.transpose(1, 2).flatten(2)
 
     def macs(self) -> tuple[int, int]:
-        """As for any other attention."""
+        """Return the widths of queries and keys, as for any other attention."""
         return self.heads * self.head_dim, self.heads * self.head_dim
 
 
@@ -164,7 +165,7 @@ KNOWN = (Attention, AttentionRope, EvaAttention)
 
 
 def attention_fault(module: nn.Module) -> str:
-    """Why an attention module cannot be read; "" where it can."""
+    """Return why an attention module cannot be read; "" where it can."""
     if type(module) not in KNOWN:
         return f"attention {type(module).__name__} is not supported"
     if not isinstance(module.proj, nn.Linear):
@@ -173,7 +174,7 @@ def attention_fault(module: nn.Module) -> str:
 
 
 def identity_rope(table: Tensor, prefix: int) -> Tensor:
-    """``table`` (..., patches, c), sines then cosines, led by ``prefix`` positions that rotate by nothing."""
+    """Return ``table`` (..., patches, c), sines then cosines, after ``prefix`` positions that are not rotated."""
     sine, cosine = table[..., :1, :].chunk(2, dim=-1)
     still = torch.cat([torch.zeros_like(sine), torch.ones_like(cosine)], dim=-1)
     return torch.cat([still.expand(*table.shape[:-2], prefix, -1), table], dim=-2)

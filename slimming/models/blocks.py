@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from timm.layers import GluMlp, Mlp, SwiGLU
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from slimming.models.attention import AttentionInput, AttentionReader, ParallelReader, attention_fault
 
 Tokens = Callable[[Tensor], Tensor]
+TimmMlp: TypeAlias = Mlp | GluMlp | SwiGLU
+TimmBlock: TypeAlias = Block | EvaBlock | ResPostBlock | EvaBlockPostNorm | ParallelThingsBlock | ParallelScalingBlock
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Stage:
     branches: list[Branch]
 
     def run(self, view: AttentionInput) -> Tensor:
-        """The residual stream after the addition, at the queried tokens: (b, k, d)."""
+        """Return the residual stream after the addition, at the queried tokens: (b, k, d)."""
         stream = view.queried
         for branch in self.branches:
             stream = stream + branch.scale(branch.output(branch.inner(view)))
@@ -58,16 +60,16 @@ class BlockReader:
     packed_mlp_dim: int = 0  # width of the projection of q, k and v that goes to the MLP's hidden layer
 
     def maps(self, view: AttentionInput) -> Tensor:
-        """Softmax matrices P (b, heads, k, n); parallel attentions side by side."""
+        """Return the softmax matrices P (b, heads, k, n); parallel attentions side by side."""
         found = [reader.maps(view.normed(norm)) for norm, reader in self.attentions]
         return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
     def value_norms(self, view: AttentionInput) -> Tensor:
-        """Norms of the values (b, heads, n); parallel attentions side by side."""
+        """Return the norms of the values (b, heads, n); parallel attentions side by side."""
         return torch.cat([reader.values(view.normed(norm)).norm(dim=-1) for norm, reader in self.attentions], dim=1)
 
     def run(self, view: AttentionInput) -> Tensor:
-        """The block's output at the queried tokens: (b, k, d)."""
+        """Return the block's output at the queried tokens: (b, k, d)."""
         stream = self.stages[0].run(view)
         for stage in self.stages[1:]:
             stream = stage.run(AttentionInput(stream, stream))
@@ -94,7 +96,7 @@ def _same(tokens: Tensor) -> Tensor:
     return tokens
 
 
-def _mlp_inner(mlp: Any) -> Tokens:
+def _mlp_inner(mlp: TimmMlp) -> Tokens:
     """Everything of an MLP before its output projection."""
     if type(mlp) is SwiGLU:
         return lambda x: mlp.norm(mlp.act(mlp.fc1_g(x)) * mlp.fc1_x(x))
@@ -115,7 +117,7 @@ def _mlp_fault(mlp: nn.Module) -> str:
     return "" if isinstance(mlp.fc2, nn.Linear) else "convolutional MLP is not supported"
 
 
-def _mlp_macs(mlp: Any) -> tuple[int, int]:
+def _mlp_macs(mlp: TimmMlp) -> tuple[int, int]:
     """MACs per token, and the width that the output projection reads."""
     layers = [layer for layer in mlp.modules() if isinstance(layer, nn.Linear)]
     return sum(layer.weight.numel() for layer in layers), int(mlp.fc2.in_features)
@@ -132,12 +134,12 @@ def _attention_branch(norm: Tokens, reader: AttentionReader, scale: nn.Module | 
     return _branch(lambda view: reader.inner(view.normed(norm)), reader.output, scale)
 
 
-def _mlp_branch(norm: Tokens, mlp: Any, scale: nn.Module | Tensor | None) -> Branch:
+def _mlp_branch(norm: Tokens, mlp: TimmMlp, scale: nn.Module | Tensor | None) -> Branch:
     inner = _mlp_inner(mlp)
     return _branch(lambda view: inner(norm(view.queried)), mlp.fc2, scale)
 
 
-def _plain(block: Any) -> BlockReader:
+def _plain(block: Block | EvaBlock) -> BlockReader:
     """``Block`` and ``EvaBlock``: attention, then MLP, each after its norm."""
     attention = AttentionReader(block.attn)
     scales = (block.gamma_1, block.gamma_2) if isinstance(block, EvaBlock) else (block.ls1, block.ls2)
@@ -148,7 +150,7 @@ def _plain(block: Any) -> BlockReader:
     return BlockReader(block, stages, [(block.norm1, attention)], *_mlp_macs(block.mlp))
 
 
-def _post_norm(block: Any) -> BlockReader:
+def _post_norm(block: ResPostBlock | EvaBlockPostNorm) -> BlockReader:
     """``ResPostBlock`` and ``EvaBlockPostNorm``: the norm comes after the output projection, so there is no refit."""
     attention, inner = AttentionReader(block.attn), _mlp_inner(block.mlp)
     stages = [
@@ -158,7 +160,7 @@ def _post_norm(block: Any) -> BlockReader:
     return BlockReader(block, stages, [(_same, attention)], *_mlp_macs(block.mlp))
 
 
-def _parallel_things(block: Any) -> BlockReader:
+def _parallel_things(block: ParallelThingsBlock) -> BlockReader:
     """Several attentions side by side, then several MLPs."""
     attentions = [(part.norm, AttentionReader(part.attn)) for part in block.attns]
     stages = [
@@ -171,7 +173,7 @@ def _parallel_things(block: Any) -> BlockReader:
     return BlockReader(block, stages, attentions, sum(each for each, _ in macs), sum(width for _, width in macs))
 
 
-def _parallel_scaling(block: Any) -> BlockReader:
+def _parallel_scaling(block: ParallelScalingBlock) -> BlockReader:
     """Attention and MLP side by side behind one input projection (ViT-22B)."""
     attention = ParallelReader(block)
     hidden = int(block.in_split[0])
@@ -195,7 +197,7 @@ def _parallel_scaling(block: Any) -> BlockReader:
 
 
 #: How each kind of block is read, by its exact type.
-READERS: dict[type, Callable[[Any], BlockReader]] = {
+READERS: dict[type, Callable[[TimmBlock], BlockReader]] = {
     Block: _plain,
     EvaBlock: _plain,
     ResPostBlock: _post_norm,
@@ -205,8 +207,8 @@ READERS: dict[type, Callable[[Any], BlockReader]] = {
 }
 
 
-def block_fault(block: Any) -> str:
-    """Why a block cannot be read; "" where it can."""
+def block_fault(block: TimmBlock) -> str:
+    """Return why a block cannot be read; "" where it can."""
     if type(block) not in READERS:
         return f"{type(block).__name__} is not a block that is supported"
     if type(block) is ParallelScalingBlock:
@@ -218,6 +220,6 @@ def block_fault(block: Any) -> str:
     return next((part for part in parts if part), "")
 
 
-def read_block(block: Any) -> BlockReader:
-    """The reader of a block that ``block_fault`` finds nothing wrong with."""
+def read_block(block: TimmBlock) -> BlockReader:
+    """Return the reader of a block in which ``block_fault`` finds no fault."""
     return READERS[type(block)](block)

@@ -10,7 +10,7 @@ from torch import nn
 
 @contextlib.contextmanager
 def unfused_attention(module: nn.Module) -> Iterator[None]:
-    """timm's attentions under ``module`` by plain products for the block: on a CPU, fused attention's backward is slower."""
+    """Compute timm's attentions under ``module`` by plain products for the block: on a CPU their fused backward is slower."""
     fused = [(part, part.fused_attn) for part in module.modules() if hasattr(part, "fused_attn")]
     try:
         for part, _ in fused:

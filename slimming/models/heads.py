@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
-
+import torch
 from timm.layers import AttentionPoolLatent
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-Pooling = Literal["token", "avg", "map"]
+from patchslim.choices import Pooling
 
 
 class HeadReader:
     """The final norm, the pooling and the classifier.
 
     ``pooling`` is timm's ``global_pool``; ``tokens`` are all original tokens that the head reads. A head with pooling ``token``
-    needs every one of them; the others make do with any non-empty part.
+    needs every one of them; the others accept any non-empty part.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: VisionTransformer | Eva) -> None:
         self.model = model
         self.pooling: Pooling = "map" if model.attn_pool is not None else model.global_pool
         prefix = int(model.num_prefix_tokens)
@@ -35,8 +35,13 @@ class HeadReader:
         """Whether the head needs every token that it reads."""
         return self.pooling == "token"
 
+    @property
+    def beside(self) -> list[int]:
+        """None: no timm head reads single tokens beside its pool."""
+        return []
+
     def pooled(self, tokens: Tensor) -> Tensor:
-        """The pooled feature (b, width) of the tokens that the head is given, (b, k, d) as the last block left them."""
+        """Return the pooled feature (b, width) of the tokens that the head is given, (b, k, d) as the last block left them."""
         normed: Tensor = self.model.norm(tokens)
         if self.pooling == "token":
             return normed.flatten(1)
@@ -44,7 +49,7 @@ class HeadReader:
         return pooled
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """Logits (b, classes) of the tokens that the head is given, (b, k, d), original order."""
+        """Return the logits (b, classes) of the tokens that the head is given, (b, k, d), in original order."""
         model = self.model
         if self.pooling == "token":
             logits: Tensor = model.forward_head(model.norm(tokens))
@@ -53,9 +58,7 @@ class HeadReader:
         return logits
 
     def weights(self, tokens: Tensor) -> Tensor:
-        """How the pooled feature hangs on each given token (b, k, r): its pooling weight, or one column per needed token."""
-        import torch
-
+        """Return how the pooled feature depends on each given token (b, k, r): its weight, or a column per needed token."""
         batch, count = tokens.shape[:2]
         if self.pooling == "token":
             return torch.eye(count, device=tokens.device).expand(batch, count, count)
@@ -74,7 +77,7 @@ class HeadReader:
         return weights
 
     def macs(self) -> tuple[int, int]:
-        """MACs of the head once per image, and per token that it is given."""
+        """Return the head's MACs per image, and those per token that it is given."""
         model = self.model
         heads = [model.head, *([model.head_dist] if isinstance(model, VisionTransformerDistilled) else [])]
         total = sum(int(head.weight.numel()) for head in heads)
@@ -87,8 +90,8 @@ class HeadReader:
         return total, int(pool.kv.weight.numel()) + 2 * latents * width
 
 
-def head_fault(model: Any) -> str:
-    """Why a model's head cannot be read; "" where it can."""
+def head_fault(model: VisionTransformer | Eva) -> str:
+    """Return why a model's head cannot be read; "" where it can."""
     if model.attn_pool is not None:
         if type(model.attn_pool) is not AttentionPoolLatent or model.attn_pool.pos_embed is not None:
             return f"its attention pool {type(model.attn_pool).__name__} is not supported"

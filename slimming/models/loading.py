@@ -9,12 +9,20 @@ import json
 import math
 import os
 import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from patchslim.choices import Layout
 from patchslim.errors import InputRejected, Unavailable, UsageError, did_you_mean
 from patchslim.packages import install_command
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from patchslim.plan import SlimPlan
+    from slimming.models.reader import ModelReader, TimmVit
 
 PRESETS = {
     "vit_ti": "vit_tiny_patch16_224",
@@ -31,20 +39,33 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A timm model in eval mode with all that is known of it."""
+    """A timm model in eval mode with all that is known of it: a ``LoadedVit``."""
 
     name: str  # as asked for: a preset or a timm name
     architecture: str  # timm's name
     arguments: dict[str, Any]  # given to timm.create_model
-    module: Any
+    module: TimmVit
     data_config: dict[str, Any]  # timm's: input_size, interpolation, mean, std, crop_pct, crop_mode
     weights: str  # bundled, pretrained, random or the file's name
     weights_sha256: str  # over names, shapes and values of the state dict
     record: dict[str, Any]  # what a bundled file says of its own training; else empty
 
+    @property
+    def reader(self) -> ModelReader:
+        """The model as embedding, blocks and head. Raises ``InputRejected`` where its family is not supported."""
+        from slimming.models.reader import reader_of
+
+        return reader_of(self.module, self.name)
+
+    def slimmed(self, model: nn.Module, plan: SlimPlan, layout: Layout) -> nn.Module:
+        """Return ``model`` cut to ``plan``, in eval mode on its own device; PyTorch computes the same in every ``layout``."""
+        from slimming.models.slim_vit import SlimViT
+
+        return SlimViT(model, plan).eval()
+
 
 def parse_arguments(pairs: tuple[str, ...]) -> dict[str, Any]:
-    """``("img_size=96", "reg_tokens=4")`` -> keyword arguments; values are Python literals or text. Raises ``UsageError``."""
+    """Return the keyword arguments in ``("img_size=96", ...)``; values are Python literals or text. Raises ``UsageError``."""
     arguments: dict[str, Any] = {}
     for pair in pairs:
         key, separator, value = pair.partition("=")
@@ -114,7 +135,7 @@ def load_model(
         fault = f"{type(error).__name__}: {_first_line(error)}"
         raise InputRejected(f"model {name}: timm refuses {arguments or 'it'}: {fault}") from error
     if weights == "bundled" and name not in BUNDLED:
-        check_supported(module, name)  # first what no weights would mend
+        check_supported(module, name)  # first what no weights could change
         raise Unavailable(
             f"no weights are bundled for {name} (only for {', '.join(BUNDLED)}): pass --weights PATH, pretrained or random"
         )
@@ -153,8 +174,8 @@ def bundled_weights(name: str) -> Path:
     return Path(package.origin).with_name(BUNDLED[name])
 
 
-def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read a state dict, and the training record of a bundled file, from safetensors or a ``weights_only`` pickle.
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return a state dict, and the training record of a bundled file, from safetensors or a ``weights_only`` pickle.
 
     Raises ``InputRejected`` naming the file and the fault.
     """
@@ -195,8 +216,8 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return state, record
 
 
-def apply_weights(module: Any, state: dict[str, Any], path: Path) -> None:
-    """Load ``state`` into ``module``; raises ``InputRejected`` listing the tensors missing, unknown or of another shape."""
+def apply_weights(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Load ``state`` into ``module``. Raises ``InputRejected`` listing the tensors missing, unknown or of another shape."""
     expected = module.state_dict()
     faults = [f"{key}: missing" for key in expected if key not in state]
     faults += [f"{key}: not in the model" for key in state if key not in expected]
@@ -211,8 +232,8 @@ def apply_weights(module: Any, state: dict[str, Any], path: Path) -> None:
     module.load_state_dict({key: state[key].to(expected[key].dtype) for key in expected})
 
 
-def state_digest(state: dict[str, Any]) -> str:
-    """SHA-256 over names, types, shapes and values, independent of the file format they came in."""
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 over names, types, shapes and values, whatever file format they came in."""
     digest = hashlib.sha256()
     for key in sorted(state):
         value = state[key].detach().cpu().contiguous()

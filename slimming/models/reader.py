@@ -1,9 +1,9 @@
-"""The registry of model families, and a model read as embedding, blocks and head."""
+"""The timm families that can be read, and ``ModelReader``, which reads one of their models as embedding, blocks and head."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import TypeAlias, cast
 
 import torch
 from timm.layers import PatchEmbed
@@ -14,12 +14,16 @@ from torch import Tensor, nn
 
 from patchslim.errors import InputRejected
 from patchslim.macs import Geometry
+from slimming.models.abilities import Refusals
 from slimming.models.attention import AttentionInput, identity_rope
 from slimming.models.blocks import BlockReader, block_fault, read_block
 from slimming.models.heads import HeadReader, head_fault
 
 Embedding = tuple[Tensor, Tensor | None]
-FAMILIES: dict[type, Callable[[Any, Tensor], Embedding]] = {}
+#: The timm models that can be read; their attributes are timm's own.
+TimmVit: TypeAlias = VisionTransformer | Eva
+FAMILIES: dict[type, Callable[[TimmVit, Tensor], Embedding]] = {}
+_POST_NORM: Refusals = {"closed-form": "the blocks end in norms, so they cannot be refitted in closed form"}
 #: Families that no static plan of global tokens fits, by timm's class name.
 MISFITS = {
     "Beit": "its relative-position bias ties every pair of tokens to their places",
@@ -36,10 +40,10 @@ MISFITS = {
 }
 
 
-def family(kind: type) -> Callable[[Callable[[Any, Tensor], Embedding]], Callable[[Any, Tensor], Embedding]]:
+def family(kind: type) -> Callable[[Callable[[TimmVit, Tensor], Embedding]], Callable[[TimmVit, Tensor], Embedding]]:
     """Register how models of exactly ``kind`` embed images: the first block's input (b, N, d), the patches' rotary table."""
 
-    def register(embed: Callable[[Any, Tensor], Embedding]) -> Callable[[Any, Tensor], Embedding]:
+    def register(embed: Callable[[TimmVit, Tensor], Embedding]) -> Callable[[TimmVit, Tensor], Embedding]:
         FAMILIES[kind] = embed
         return embed
 
@@ -48,23 +52,23 @@ def family(kind: type) -> Callable[[Callable[[Any, Tensor], Embedding]], Callabl
 
 @family(VisionTransformer)
 @family(VisionTransformerDistilled)
-def _embed_vit(model: Any, images: Tensor) -> Embedding:
+def _embed_vit(model: VisionTransformer, images: Tensor) -> Embedding:
     """DeiT, AugReg, CLIP (pre-norm), DINOv2, SigLIP and their kin: class token, average or attention pool, registers."""
     return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images)))), None
 
 
 @family(Eva)
-def _embed_eva(model: Any, images: Tensor) -> Embedding:
+def _embed_eva(model: Eva, images: Tensor) -> Embedding:
     """EVA, EVA-02, DINOv3 and the Perception Encoder: RoPE on the patches, fused or separate q, k and v."""
     tokens, rope = model._pos_embed(model.patch_embed(images))
     return model.norm_pre(tokens), rope
 
 
 class ModelReader:
-    """A supported model as embedding, blocks and head, made in no time. What it reads stays ``model``'s own."""
+    """A supported timm model as embedding, blocks and head: a ``VitReader``. Cheap to make; it copies nothing of ``model``."""
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self, model: TimmVit) -> None:
+        self.model: TimmVit = model
         self.prefix = int(model.num_prefix_tokens)
         rows, columns = (int(side) for side in model.patch_embed.grid_size)
         self.grid = (rows, columns)
@@ -72,12 +76,23 @@ class ModelReader:
         self.blocks: list[BlockReader] = [read_block(block) for block in model.blocks]
         self.head = HeadReader(model)
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the model's parameters."""
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    @property
+    def refusals(self) -> Refusals:
+        """Post-norm blocks have no closed-form refit; anything else can be asked for."""
+        return {} if all(block.can_refit for block in self.blocks) else _POST_NORM
+
     def embed(self, images: Tensor) -> Tensor:
-        """Images (b, 3, h, w) -> the first block's input (b, N, d), prefix tokens first."""
+        """Return the first block's input (b, N, d), prefix tokens first, of images (b, 3, h, w)."""
         return FAMILIES[type(self.model)](self.model, images)[0]
 
     def ropes(self) -> list[Tensor | None]:
-        """Every block's rotary table over all N tokens, (N, c) or (heads, N, c); prefix tokens rotate by nothing."""
+        """Return every block's rotary table over all N tokens, (N, c) or (heads, N, c); prefix tokens are not rotated."""
         model = self.model
         if getattr(model, "rope", None) is None:
             return [None] * len(self.blocks)
@@ -87,7 +102,7 @@ class ModelReader:
         return [full[block] if model.rope_mixed else full for block in range(len(self.blocks))]
 
     def view(self, read: Tensor, present: Sequence[int], wanted: Sequence[int] | None, rope: Tensor | None) -> AttentionInput:
-        """What a block is given: ``read`` (b, n, d) holds the tokens ``present``, and it computes ``wanted`` (None: all)."""
+        """Return what a block is given: ``read`` (b, n, d) holds the tokens ``present``; it computes ``wanted`` (None: all)."""
         table = rope if rope is None or len(present) == self.tokens else rope[..., list(present), :]
         if wanted is None or len(wanted) == len(present):
             return AttentionInput(read, read, table, table)
@@ -96,7 +111,7 @@ class ModelReader:
         return AttentionInput(read, read[:, rows], table, None if table is None else table[..., rows, :])
 
     def geometry(self) -> Geometry:
-        """The sizes behind the analytic MAC count."""
+        """Return the sizes that MACs are counted with."""
         model, block = self.model, self.blocks[0]
         width = int(model.embed_dim)
         query, key = block.widths
@@ -119,8 +134,11 @@ class ModelReader:
         )
 
 
-def reader_of(model: Any, name: str = "") -> ModelReader:
-    """The reader of a model; raises ``InputRejected`` naming model and reason where its family is not supported."""
+def reader_of(model: nn.Module, name: str = "") -> ModelReader:
+    """Return the reader of a timm model, which messages call ``name``.
+
+    Raises ``InputRejected`` naming model and reason where it is not supported.
+    """
     check_supported(model, name or type(model).__name__)
     return ModelReader(model)
 
@@ -135,7 +153,7 @@ def check_supported(model: nn.Module, name: str) -> None:
         raise InputRejected(f"model {name}: {reason}; supported families are timm's {known}")
 
 
-def _faults(model: Any) -> Iterator[str]:
+def _faults(model: TimmVit) -> Iterator[str]:
     for kind in type(model).__mro__:
         if kind.__name__ in MISFITS:
             yield f"its family {type(model).__name__} cannot be slimmed: {MISFITS[kind.__name__]}"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from patchslim.errors import InputRejected
 from patchslim.plan import SlimPlan
+from slimming.models.blocks import BlockReader
 from slimming.models.reader import ModelReader, reader_of
-from slimming.models.token_cut import cuts_of, split
+from slimming.models.token_cut import Cut, cuts_of, split
 
 
 class SlimViT(nn.Module):
@@ -19,7 +18,7 @@ class SlimViT(nn.Module):
     reference for the graph passes, which do sort. Raises ``InputRejected`` when the plan does not fit the model.
     """
 
-    def __init__(self, model: Any, plan: SlimPlan) -> None:
+    def __init__(self, model: nn.Module, plan: SlimPlan) -> None:
         super().__init__()
         check_fits(model, plan)
         self.model = model
@@ -34,24 +33,25 @@ class SlimViT(nn.Module):
         self.to(next(model.parameters()).device)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (b, 3, h, w) -> logits (b, classes)."""
+        """Return the logits (b, classes) of images (b, 3, h, w)."""
         reader = ModelReader(self.model)  # made anew: a copy of this module must read the copy's layers
         tokens, ropes = reader.embed(images), reader.ropes()
         for block, cut, rope in zip(reader.blocks, self.cuts, ropes, strict=True):
+            assert isinstance(cut, Cut)  # a ModuleList does not know
             tokens = self._block(block, cut, tokens, rope)
         return reader.head.logits(tokens[:, self.head_rows])
 
-    def _block(self, block: Any, cut: Any, tokens: Tensor, rope: Tensor | None) -> Tensor:
-        result: Tensor = block.run(cut.view(tokens, rope))
+    def _block(self, block: BlockReader, cut: Cut, tokens: Tensor, rope: Tensor | None) -> Tensor:
+        result = block.run(cut.view(tokens, rope))
         return tokens.index_copy(1, cut.rows, result) if self.stale and cut.drops else result
 
 
-def check_fits(model: Any, plan: SlimPlan) -> None:
+def check_fits(model: nn.Module, plan: SlimPlan) -> None:
     """Raise ``InputRejected``, naming both sides, unless ``plan`` was made for a model shaped like ``model``."""
     reader = reader_of(model, plan.model)
     geometry = reader.geometry()
     pairs = {
-        "blocks": (plan.depth, len(model.blocks)),
+        "blocks": (plan.depth, len(reader.blocks)),
         "tokens": (plan.tokens, reader.tokens),
         "patch grid": (tuple(plan.grid), reader.grid),
         "prefix tokens": (plan.prefix_tokens, reader.prefix),

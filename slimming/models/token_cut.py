@@ -14,7 +14,7 @@ from slimming.models.attention import AttentionInput, TokenMix
 
 
 def split(present: Sequence[int], kept: Collection[int]) -> tuple[Tensor, Tensor]:
-    """Positions in ``present`` of the tokens in ``kept``, and of the others."""
+    """Return the positions in ``present`` of the tokens in ``kept``, and of the others."""
     wanted = set(kept)
     places = [position for position, token in enumerate(present) if token in wanted]
     others = [position for position, token in enumerate(present) if token not in wanted]
@@ -24,7 +24,7 @@ def split(present: Sequence[int], kept: Collection[int]) -> tuple[Tensor, Tensor
 class Cut(nn.Module):
     """One block's cut: it reads the tokens ``present`` and computes those ``kept``.
 
-    ``mixing`` is how the kept ones take in the dropped ones (``patchslim.plan.mixing_of``), None where those are lost. A token
+    ``mixing`` is how the kept ones take in the dropped ones (``patchslim.token_groups.mixing_of``); None: no merging. A token
     that stands for c of the original ones is read with log(c) added to the logits of its key, so that it weighs as much as c
     copies of it would (proportional attention, after ToMe): ``sizes`` are those of the tokens present.
     """
@@ -56,7 +56,7 @@ class Cut(nn.Module):
         return len(self.dropped) > 0
 
     def view(self, tokens: Tensor, rope: Tensor | None) -> AttentionInput:
-        """What the block is given: ``tokens`` (b, n, d) are those present, ``rope`` is the table of all N (None without)."""
+        """Return what the block is given: ``tokens`` (b, n, d) are those present, ``rope`` the table of all N, if any."""
         table = rope if rope is None or len(self.places) == rope.shape[-2] else rope[..., self.places, :]
         bias = self.bias if isinstance(self.bias, Tensor) else None
         if not self.drops:
@@ -70,7 +70,7 @@ class Cut(nn.Module):
 
 
 def cuts_of(kept: list[list[int]], tokens: int, mode: Mode = "compact", merged_into: list[int] | None = None) -> list[Cut]:
-    """The cut of every block of a plan."""
+    """Return the cut of every block of a plan."""
     everything = list(range(tokens))
     sizes = [[1] * tokens, *sizes_of(kept, tokens, merged_into)]
     found, before = [], everything
@@ -85,7 +85,7 @@ def cuts_of(kept: list[list[int]], tokens: int, mode: Mode = "compact", merged_i
 
 
 def averages_of(kept: list[list[int]], tokens: int, merged_into: list[int] | None) -> list[Tensor]:
-    """For every block the matrix (k, N) that gives each kept token the mean of all original tokens that it stands for."""
+    """Return for every block the matrix (k, N) that gives each kept token the mean of the original tokens it stands for."""
     found = []
     for block, stands in zip(kept, stands_for(kept, tokens, merged_into), strict=True):
         row = {token: number for number, token in enumerate(block)}

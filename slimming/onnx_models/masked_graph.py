@@ -49,7 +49,7 @@ class OnnxExecutor:
         self.types = {given.name: self.model.dtype_of(given) for given in self.model.inputs}
 
     def run(self, names: Sequence[str], images: dict[str, Array], shared: dict[str, Array] | None = None) -> list[Array]:
-        """The outputs ``names`` as float32: ``images`` are inputs with a row per image, ``shared`` the others."""
+        """Return the outputs ``names`` as float32: ``images`` are inputs with a row per image, ``shared`` the others."""
         count = len(next(iter(images.values())))
         size = count if self.batch == UNKNOWN_BATCH else self.batch
         found: list[list[Array]] = []
@@ -89,7 +89,7 @@ class GraphPart:
         return OnnxExecutor(model.to_proto().SerializeToString(), self.graph.name, self.graph.batch)
 
     def run(self, value: Array, masks: dict[str, Array], outputs: Sequence[gs.Variable] | None = None) -> list[Array]:
-        """``outputs`` (default: all) for ``value``, which has a row per image."""
+        """Return ``outputs`` (None: all) for ``value``, which has a row per image."""
         session = self._session
         names = [tensor.name for tensor in (self.outputs if outputs is None else outputs)]
         images = {self.source.name: value}
@@ -209,14 +209,14 @@ class MaskedGraph:
         replace_input(mean, tokens, NodeBuilder(self.graph, mask.name).op("Mul", [tokens, mask], output=scaled))
         return mask
 
-    def _input(self, dtype: Any, shape: list[int]) -> gs.Variable:
+    def _input(self, dtype: np.dtype[Any] | type, shape: list[int]) -> gs.Variable:
         mask = gs.Variable(f"patchslim.mask_{len(self.masks)}", dtype=dtype, shape=shape)
         self.masks.append(mask)
         return mask
 
 
 def _load(path: Path, side: int | None) -> OnnxModel:
-    """The model at ``path``, its open image height and width fixed at ``side``; messages name this door's options."""
+    """The model at ``path``, its open image height and width fixed at ``side``; messages name this command's options."""
     try:
         if side is None:
             return load_model(path)

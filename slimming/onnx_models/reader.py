@@ -1,14 +1,16 @@
-"""An ONNX graph read as ``slimming.models`` reads a timm model: embedding, blocks and head, on PyTorch tensors.
+"""An ONNX graph as embedding, blocks and head on PyTorch tensors: a ``VitReader``, so the search is the one for PyTorch models.
 
-So ``DenseFeatures`` and ``TopDownSearch`` work on it as they are. Tokens are in a plan's order, prefix tokens first.
+Tokens are in a plan's order, prefix tokens first.
 """
 
 from __future__ import annotations
 
+import contextlib
+import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -17,12 +19,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from graph_passes.analysis.axis_map import Attention
+from graph_passes.onnx_io.files import save_model
+from graph_passes.pass_manager import slim
 from patchslim.arrays import Array
+from patchslim.choices import Layout, Pooling
+from patchslim.errors import InputRejected
 from patchslim.macs import Geometry
+from patchslim.plan import SlimPlan
+from slimming.models.abilities import Refusals
 from slimming.models.attention import AttentionInput
+from slimming.onnx_models.abilities import GRAPH_REFUSALS
 from slimming.onnx_models.masked_graph import GraphPart, MaskedGraph, OnnxExecutor
-
-Pooling = Literal["token", "avg", "map"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ class RuntimeModel(nn.Module):
         self.place = nn.Parameter(torch.empty(0), requires_grad=False)  # says that the images belong on the CPU
 
     def forward(self, images: Tensor) -> Tensor:
-        """Answers (b, classes)."""
+        """Return the answers (b, classes) for images (b, 3, h, w)."""
         value = images.permute(0, 2, 3, 1) if self.channels_last else images
         return torch.from_numpy(self.session.run([self.answers], {self.images: value.numpy()})[0]).flatten(1)
 
@@ -62,7 +69,7 @@ class BlockPart:
         self.looks_with_values = GraphPart(graph, block.input, [*self.weights, *self.values])
 
     def run(self, view: AttentionInput) -> Tensor:
-        """The block's output at the wanted tokens (b, k, d); its maps go into the view's sink, if it has one."""
+        """Return the block's output at the wanted tokens (b, k, d); its maps are appended to the view's sink, if it has one."""
         outputs = [self.output, *(self.weights if view.sink is not None else [])]
         result, *weights = self._run(self.whole, view, outputs)
         if view.sink is not None:
@@ -70,11 +77,11 @@ class BlockPart:
         return torch.from_numpy(result)[:, self.reader.places(view.wanted if isinstance(view, MaskedInput) else None)]
 
     def maps(self, view: AttentionInput) -> Tensor:
-        """Softmax matrices P (b, heads, k, n) of the wanted tokens over those present; attentions side by side."""
+        """Return the softmax matrices P (b, heads, k, n) of the wanted tokens over those present; attentions side by side."""
         return torch.cat([self._maps(each, view) for each in self._run(self.looks, view)], dim=1)
 
     def value_norms(self, view: AttentionInput) -> Tensor:
-        """Norms of the values of the tokens present (b, heads, n); attentions side by side."""
+        """Return the norms of the values of the tokens present (b, heads, n); attentions side by side."""
         _, columns = self._rows(view)
         found = self._run(self.looks_with_values, view)
         maps, values = found[: len(self.weights)], found[len(self.weights) :]
@@ -104,9 +111,9 @@ class BlockPart:
 
 
 class HeadPart:
-    """What is behind the last block: as ``slimming.models.heads.HeadReader``.
+    """What follows the last block: a ``VitHead``.
 
-    ``beside`` are the prefix tokens where the head reads single ones beside its pool; those need all of them.
+    ``beside`` are all prefix tokens where the head reads single ones beside its pool: the last block then keeps them.
     """
 
     def __init__(self, reader: GraphReader) -> None:
@@ -131,16 +138,16 @@ class HeadPart:
         return self.pooling == "token"
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """Answers (b, classes) of the tokens that the head is given, (b, k, d), original order."""
+        """Return the answers (b, classes) of the tokens that the head is given (b, k, d), in original order."""
         return torch.from_numpy(self._run(self.answers, tokens)[0]).flatten(1)
 
     def pooled(self, tokens: Tensor) -> Tensor:
-        """The mean, or what the attention pool mixes of its values, of the given tokens (b, k, d): (b, width)."""
+        """Return the mean of the given tokens (b, k, d), or what the attention pool mixes of their values: (b, width)."""
         assert self.pool is not None  # a head that does not pool is never cut
         return torch.from_numpy(self._run(self.pool, tokens)[0]).flatten(1)
 
     def weights(self, tokens: Tensor) -> Tensor:
-        """How the head hangs on each given token (b, k, r): its weight in the pool, and one column per single token."""
+        """Return how the answer depends on each given token (b, k, r): its weight in the pool, a column per single token."""
         slots = self._slots(tokens)
         single = torch.zeros(len(slots), len(self.single))
         for column, token in enumerate(self.single):
@@ -174,7 +181,14 @@ class HeadPart:
 
 
 class GraphReader:
-    """A graph as embedding, blocks and head: as ``slimming.models.reader.ModelReader``. Raises ``InputRejected``."""
+    """The graph in the file ``path`` as embedding, blocks and head: a ``VitReader`` on the CPU.
+
+    ``side`` sets an image height and width that the file leaves open, in pixels. Raises ``InputRejected`` naming the node at
+    which the graph is no Vision Transformer that can be searched.
+    """
+
+    device = torch.device("cpu")
+    refusals: Refusals = GRAPH_REFUSALS
 
     def __init__(self, path: Path, side: int | None = None) -> None:
         self.graph = MaskedGraph(path, side)
@@ -188,7 +202,7 @@ class GraphReader:
         self.model = self.runtime(OnnxExecutor(path, str(path), self.graph.batch))
 
     def runtime(self, session: OnnxExecutor) -> RuntimeModel:
-        """A session with this graph's inputs and outputs, as a model."""
+        """Return ``session``, which has this graph's inputs and outputs, as a model."""
         graph = self.graph
         return RuntimeModel(session, graph.images.name, graph.graph.outputs[0].name, channels_last=graph.channels_last)
 
@@ -199,25 +213,25 @@ class GraphReader:
         return int(shape[-1]) if len(shape) == 2 and isinstance(shape[-1], int) else None
 
     def geometry(self) -> Geometry:
-        """The sizes that MACs are counted with."""
+        """Return the sizes that MACs are counted with."""
         return self.graph.geometry
 
     def embed(self, images: Tensor) -> Tensor:
-        """Images (b, 3, h, w) -> the first block's input (b, N, d), prefix tokens first."""
+        """Return the first block's input (b, N, d), prefix tokens first, of images (b, 3, h, w)."""
         value = images.permute(0, 2, 3, 1) if self.graph.channels_last else images
         return torch.from_numpy(self.stem.run(value.numpy(), {})[0])[:, self.places(None)]
 
     def ropes(self) -> list[Tensor | None]:
-        """None for each block: rotary tables are in the graph."""
+        """Return None for each block: rotary tables are in the graph."""
         return [None] * len(self.blocks)
 
     def view(self, read: Tensor, present: Sequence[int], wanted: Sequence[int] | None, rope: Tensor | None) -> MaskedInput:
-        """What a block is given: ``read`` (b, n, d) holds the tokens ``present``, and it computes ``wanted`` (None: all)."""
+        """Return what a block is given: ``read`` (b, n, d) holds the tokens ``present``; it computes ``wanted`` (None: all)."""
         laid = self.laid(read, present)
         return MaskedInput(laid, laid, present=list(present), wanted=list(present if wanted is None else wanted))
 
     def laid(self, tokens: Tensor, present: Sequence[int]) -> Tensor:
-        """The tokens (b, n, d) in their places among all (b, N, d); the others repeat the first, since norms take no zeros."""
+        """Return tokens (b, n, d) in their places among all (b, N, d); absent ones repeat the first: norms take no zeros."""
         if len(present) == self.tokens:
             return tokens
         every = tokens[:, :1].expand(-1, self.tokens, -1).clone()
@@ -225,10 +239,23 @@ class GraphReader:
         return every
 
     def places(self, tokens: Sequence[int] | None) -> list[int]:
-        """Where tokens (None: all) are in the graph's order."""
+        """Return where tokens (None: all) are in the graph's order."""
         return [self._place[token] for token in (range(self.tokens) if tokens is None else tokens)]
 
     def key_mask(self, attention: Attention, present: Sequence[int]) -> NDArray[np.float32]:
-        """What is added to an attention's scores so that only the tokens ``present`` are read."""
+        """Return what is added to an attention's scores so that only the tokens ``present`` are read: 0 or minus infinity."""
         read = self.graph.structure.indices(attention.read)
         return np.where(np.isin(read, list(present)), 0, -np.inf).astype(np.float32)
+
+    def slimmed(self, plan: SlimPlan, layout: Layout = "split") -> RuntimeModel:
+        """Return the graph with the plan's tokens cut out, in ONNX Runtime. Raises ``InputRejected`` where it cannot be cut."""
+        graph = self.graph
+        try:
+            with contextlib.redirect_stdout(sys.stderr):  # onnx-graphsurgeon logs to stdout, which is kept for the result
+                result = slim(graph.original, plan, layout=layout)
+        except InputRejected as error:
+            raise InputRejected(f"{graph.path}: {error}") from error
+        with tempfile.TemporaryDirectory(prefix="patchslim-") as folder:
+            path = Path(folder) / "slim.onnx"
+            save_model(result.model, path)
+            return self.runtime(OnnxExecutor(path, f"{graph.path}, cut", graph.batch))

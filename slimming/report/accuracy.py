@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from torch import nn
 
-from slimming.data.source import ImageSet, load_tensors
+from patchslim.progress import StageProgress
+from slimming.data.source import ImageSet, Transform, load_tensors
 from slimming.distributed import SINGLE_PROCESS, ProcessGroup, batch_slices
 
 BATCH = 8
@@ -25,14 +26,14 @@ class Accuracy:
 
 @torch.inference_mode()
 def evaluate(
-    models: Sequence[Any],
+    models: Sequence[nn.Module],
     images: ImageSet,
-    transform: Any,
+    transform: Transform | None,
     *,
     process_group: ProcessGroup = SINGLE_PROCESS,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: StageProgress | None = None,
 ) -> list[Accuracy]:
-    """Every model's accuracy on the same ``images``; the first one is what the others are compared with."""
+    """Return every model's accuracy on the same ``images``; the first one is what the others are compared with."""
     places = list(batch_slices(len(images), BATCH))
     own = [index for batch in process_group.own_batches(len(places)) for index in images.indices[places[batch]]]
     device = next(models[0].parameters()).device

@@ -1,4 +1,4 @@
-"""The page of a plan: what it keeps, what that costs and what it loses, as one HTML file that needs nothing else.
+"""The page of a plan: what it keeps, what that costs and the errors it causes, as one HTML file that needs nothing else.
 
 Every mark is inline SVG that the style sheet colours, so that the page is sharp at any size, follows light and dark, prints,
 and is the same bytes for the same input. No JavaScript, no request: a content security policy inside the page forbids both.
@@ -119,7 +119,7 @@ def write_page(
 
 
 def block_macs(plan: SlimPlan, layout: Layout, counts: Sequence[int] | None = None) -> list[int]:
-    """Multiply-accumulates of every block for one image, under the plan's token counts or others; patches and head aside."""
+    """Return the MACs of every block for one image, under the plan's token counts or others; without patches and head."""
     return block_macs_of(list(counts or plan.counts), plan.tokens, plan.geometry, plan.mode, layout, plan.merging)
 
 
@@ -187,7 +187,7 @@ def _maps(plan: SlimPlan, pixels: tuple[int, int] | None) -> dict[str, Any]:
 
 
 def _mask_paths(groups: Sequence[int], alone: set[int], columns: int, high: int) -> dict[str, str]:
-    """SVG paths of one block's mask: the area of lost patches, and the lines around them and around merged groups.
+    """SVG paths of one block's mask: the area of dropped patches, and the lines around them and around merged groups.
 
     ``groups`` name the patch that stands for each one, -1 for none; those ``alone`` stand for themselves and no other.
     """

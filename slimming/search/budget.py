@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from patchslim.choices import Criterion, Fit, Mode, ScoreName
+from patchslim.choices import Criterion
 from patchslim.errors import UsageError
 from patchslim.macs import check_counts
 from slimming.search.costs import Cost
@@ -38,11 +38,11 @@ class Budget:
             raise UsageError(f"{option} {self.value}: must be a number of milliseconds above 0")
 
     def limit(self, cost: Cost) -> float:
-        """The most that a plan may cost."""
+        """Return the most that a plan may cost, in the unit of ``cost``."""
         return self.value if self.criterion == "latency-budget-ms" else (1 - self.value) * cost.dense()
 
     def counts(self, tokens: int, depth: int, prefix: int) -> list[int]:
-        """The token counts asked for; raises ``UsageError`` where no plan of this model has them."""
+        """Return the token counts asked for. Raises ``UsageError`` where no plan of this model has them."""
         try:
             check_counts(self.tokens, tokens, depth)
         except ValueError as error:
@@ -52,40 +52,3 @@ class Budget:
                 f"--tokens: the {prefix} prefix tokens are kept until the last block, so every other count is at least that"
             )
         return list(self.tokens)
-
-
-def check_summary(mode: Mode, fit: Fit) -> None:
-    """Raise ``UsageError`` where a summary of the dropped tokens does not go with the rest of what is asked."""
-    _check_merging("--summary", mode, fit)
-
-
-def check_similarity(mode: Mode, fit: Fit, budget: Budget, *, summary: bool = False) -> None:
-    """Raise ``UsageError`` where merging the most similar tokens does not go with the rest of what is asked."""
-    if summary:
-        raise UsageError("--score similarity merges every token that goes, so there is nothing left for --summary: drop one")
-    if budget.criterion == "tolerance":
-        raise UsageError("--tolerance is the paper's, top-down by its score: pass --score paper, or --macs-reduction")
-    _check_merging("--score similarity", mode, fit)
-
-
-def _check_merging(option: str, mode: Mode, fit: Fit) -> None:
-    if mode == "stale":
-        raise UsageError(f"{option} merges tokens that are gone, and --mode stale keeps them all readable")
-    if fit == "sgd":
-        raise UsageError(f"--fit sgd fits blocks that lose tokens, and {option} merges them: use closed-form")
-
-
-def resolved_score(score: ScoreName, fixed_head: bool, mode: Mode, fit: Fit, budget: Budget, summary: bool) -> ScoreName:
-    """What the score ``auto`` stands for; raises ``UsageError`` where another does not go with a head that pools."""
-    if score == "auto":
-        plain = mode == "compact" and fit != "sgd" and not summary and budget.criterion != "tolerance"
-        return "similarity" if fixed_head and plain else "paper"
-    if not fixed_head and (score == "similarity" or summary):
-        option = "--score similarity" if score == "similarity" else "--summary"
-        raise UsageError(f"{option} merges tokens for heads that read single ones, and this model's pools: pass --score paper")
-    return score
-
-
-def merges(score: ScoreName, fixed_head: bool, mode: Mode, fit: Fit, budget: Budget, summary: bool) -> bool:
-    """Whether plans of this kind merge the tokens that they drop; raises ``UsageError`` as ``resolved_score``."""
-    return resolved_score(score, fixed_head, mode, fit, budget, summary) == "similarity" or summary

@@ -20,10 +20,10 @@ class Cost(Protocol):
         """What the numbers are: ``MACs`` of one image, or ``ms`` of one batch."""
 
     def of(self, counts: Sequence[int]) -> float:
-        """The cost when block l outputs ``counts[l]`` tokens; raises ``ValueError`` for counts that no plan can have."""
+        """Return the cost when block l outputs ``counts[l]`` tokens. Raises ``ValueError`` for counts that no plan can have."""
 
     def dense(self) -> float:
-        """The cost when every block outputs every token."""
+        """Return the cost when every block outputs every token."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class MacsCost:
         return "MACs"
 
     def of(self, counts: Sequence[int]) -> float:
-        """MACs when block l outputs ``counts[l]`` tokens; raises ``ValueError`` for counts that no plan can have."""
+        """Return the MACs when block l outputs ``counts[l]`` tokens. Raises ``ValueError`` for counts that no plan can have."""
         check_counts(counts, self.tokens, self.depth)
         merging = range(self.depth - 1) if self.merged else ()
         return float(macs_of(list(counts), self.tokens, self.geometry, self.mode, self.layout, merging=merging))
 
     def dense(self) -> float:
-        """MACs of the unslimmed model."""
+        """Return the MACs of the dense model."""
         return self.of([self.tokens] * self.depth)
 
 

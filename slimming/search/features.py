@@ -1,4 +1,4 @@
-"""The dense model's features on the calibration images: what the search, the scores and the errors look at."""
+"""The dense model's features on the calibration images, which the search, the scores and the errors are computed from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from patchslim.errors import InputRejected
 from patchslim.progress import StageProgress
 from slimming.distributed import SINGLE_PROCESS, ProcessGroup, batch_slices
 from slimming.models.attention import AttentionInput
-from slimming.models.reader import ModelReader
+from slimming.models.vit_reader import VitReader
 from slimming.search.scores import input_magnitude
 from slimming.tensor_store import TensorStore
 
@@ -33,7 +33,7 @@ class DenseFeatures:
 
     def __init__(
         self,
-        reader: ModelReader,
+        reader: VitReader,
         batches: Iterator[Tensor],
         images: int,
         *,
@@ -45,7 +45,7 @@ class DenseFeatures:
     ) -> None:
         self.reader, self.mode, self.images, self.process_group = reader, mode, images, process_group
         self.store = store or TensorStore()
-        self.device = next(reader.model.parameters()).device
+        self.device = reader.device
         self.progress: StageProgress = progress or (lambda stage, done, total: None)
         self.places = list(batch_slices(images, BATCH))
         self.own = process_group.own_batches(len(self.places))
@@ -86,14 +86,14 @@ class DenseFeatures:
             self.progress("dense features", min(done * self.process_group.size, self.images), self.images)
 
     def rows(self, batches: list[int]) -> Iterator[slice]:
-        """Where this process holds each of its share of ``batches``."""
+        """Yield where this process holds each of its share of ``batches``."""
         for batch in batches:
             if batch % self.process_group.size == self.process_group.rank:
                 start = batch // self.process_group.size * BATCH
                 yield slice(start, start + self.places[batch].stop - self.places[batch].start)
 
     def spread(self, images: int) -> list[int]:
-        """Batches of at least so many images, spread over all of them; the same on every process."""
+        """Return batches of at least ``images`` images, spread over all of them; the same on every process."""
         order = torch.randperm(len(self.places), generator=torch.Generator().manual_seed(0)).tolist()
         return sorted(order[: math.ceil(images / BATCH)])
 
@@ -103,15 +103,15 @@ class DenseFeatures:
         return list(range(len(self.places)))
 
     def count(self, batches: list[int]) -> int:
-        """Images in ``batches``, over all processes."""
+        """Return how many images ``batches`` have, over all processes."""
         return sum(self.places[batch].stop - self.places[batch].start for batch in batches)
 
     def output(self, block: int, rows: slice) -> Tensor:
-        """Block ``block``'s dense output (b, N, d); -1 is the first block's input."""
+        """Return block ``block``'s dense output (b, N, d); -1 is the first block's input."""
         return self.features[block + 1][rows].to(self.device)
 
     def view(self, block: int, rows: slice, kept: list[int], wanted: list[int]) -> AttentionInput:
-        """What block ``block`` + 1 is given when ``block`` keeps ``kept`` and the block above ``wanted``."""
+        """Return what block ``block`` + 1 is given when ``block`` keeps ``kept`` and the block above ``wanted``."""
         output = self.features[block + 1][rows]
         if self.mode == "compact":
             return self.reader.view(output[:, kept].to(self.device), kept, wanted, self.ropes[block + 1])
@@ -121,7 +121,7 @@ class DenseFeatures:
 
     @torch.inference_mode()
     def error(self, block: int, kept: list[int], above: list[int]) -> float:
-        """E of block ``block`` + 1 over its rows ``above`` when ``block`` keeps ``kept``; 0 when it keeps every token.
+        """Return E of block ``block`` + 1 over its rows ``above`` when ``block`` keeps ``kept``; 0 when it keeps every token.
 
         E_{l+1} is ||Z^_{l+1} - Z_{l+1}||_F^2 / ||Z_{l+1}||_F^2 averaged over the images of the sample. Above the last block
         stands the head, and its pooled feature takes the rows' place.
@@ -131,7 +131,7 @@ class DenseFeatures:
         return self.mean_error(block, lambda view: self.reader.blocks[block + 1].run(view), kept, above)
 
     def mean_error(self, block: int, run: Callable[[AttentionInput], Tensor], kept: list[int], above: list[int]) -> float:
-        """``error`` with what stands above the cut given as ``run``; raises ``InputRejected`` where it is not finite."""
+        """Return ``error`` with what stands above the cut given as ``run``. Raises ``InputRejected`` where it is not finite."""
 
         def look(rows: slice) -> tuple[Tensor, Tensor]:
             if block == len(self.reader.blocks) - 1:
@@ -144,7 +144,7 @@ class DenseFeatures:
     def mean_relative(
         self, block: int, look: Callable[[slice], tuple[Tensor, Tensor]], batches: list[int] | None = None
     ) -> float:
-        """Mean over ``batches`` (None: the sample) of ||result - wanted||_F^2 / ||wanted||_F^2, as ``look`` gives both for one.
+        """Return the mean of ||result - wanted||_F^2 / ||wanted||_F^2 over ``batches`` (None: the sample); ``look`` gives both.
 
         Raises ``InputRejected`` where it is not finite; ``block`` is the one that is cut.
         """
@@ -161,6 +161,6 @@ class DenseFeatures:
         return total / self.count(batches)
 
     def close(self) -> None:
-        """Let go of the features; what was spilled of them goes with them."""
+        """Release the features, and what was spilled of them to disk."""
         self.features.clear()
         self.magnitudes.clear()

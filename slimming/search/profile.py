@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from patchslim.errors import BudgetUnreachable
+from patchslim.errors import BudgetUnreachable, UsageError
+from slimming.search.budget import Budget
 from slimming.search.costs import Cost, Rounding, snap
 
 #: Values of p that are tried, from tokens dropped early to tokens dropped late.
@@ -21,7 +22,7 @@ _FIRST = 4
 
 
 class ProfileEvaluator(Protocol):
-    """What a search knows of its model."""
+    """A search, as far as counts are chosen by it: the sizes of its model, and how far counts move the model's answers."""
 
     tokens: int
     depth: int
@@ -29,14 +30,18 @@ class ProfileEvaluator(Protocol):
 
     @property
     def fixed_head(self) -> int | None:
-        """The count of the last block, where the head fixes it."""
+        """The count of the last block, where the head fixes it; else None."""
 
     @property
     def readable(self) -> int:
-        """How many tokens of the last block the head can read."""
+        """How many tokens of the last block the head can read, or pool."""
+
+    @property
+    def beside(self) -> int:
+        """How many tokens the last block keeps on top of its count: those that a head reads one by one beside its pool."""
 
     def divergence(self, counts: Sequence[int]) -> float:
-        """How far a plan of these counts moves the answers."""
+        """Return how far a plan of these counts moves the answers: a mean KL divergence in nats."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +63,57 @@ class _Snapped:
         return self.cost.dense()
 
 
+@dataclass(frozen=True)
+class _WithBeside:
+    """What counts cost once ``beside`` tokens are added to the last one."""
+
+    cost: Cost
+    beside: int
+
+    @property
+    def unit(self) -> str:
+        return self.cost.unit
+
+    def of(self, counts: Sequence[int]) -> float:
+        before = counts[-2] if len(counts) > 1 else counts[-1] + self.beside
+        return self.cost.of([*counts[:-1], min(counts[-1] + self.beside, before)])
+
+    def dense(self) -> float:
+        return self.cost.dense()
+
+
+def counts_within(evaluator: ProfileEvaluator, budget: Budget, cost: Cost, *, uniform: bool = False) -> list[int]:
+    """Return token counts per block that meet ``budget``; ``uniform``: one count for every block but the last.
+
+    Tokens that the evaluator keeps beside its last count are paid for, and a budget in tokens has them in its last count; the
+    counts that are returned do not.
+    Raises ``BudgetUnreachable``, and ``UsageError`` for token counts that no plan of this model has.
+    """
+    if budget.criterion == "tokens":
+        return snapped(evaluator, _asked_counts(evaluator, budget), budget.snap)
+    within = uniform_within if uniform else profile_within
+    paid = _WithBeside(cost, evaluator.beside) if evaluator.beside else cost
+    return within(evaluator, paid, budget.limit(cost), budget.snap)
+
+
+def _asked_counts(evaluator: ProfileEvaluator, budget: Budget) -> list[int]:
+    counts = budget.counts(evaluator.tokens, evaluator.depth, evaluator.prefix)
+    beside = evaluator.beside
+    if counts[-1] <= beside:
+        raise UsageError(f"--tokens: the last block keeps the {beside} prefix tokens and a patch, so at least {beside + 1}")
+    counts[-1] -= beside
+    if evaluator.fixed_head is not None and counts[-1] != evaluator.fixed_head:
+        raise UsageError(f"--tokens: the last block keeps what the head reads, {evaluator.fixed_head}, not {counts[-1]}")
+    if evaluator.fixed_head is None and len(counts) > 1 and counts[-2] < counts[-1] + evaluator.prefix:
+        raise UsageError(
+            f"--tokens: the last block keeps no prefix tokens for a head that pools, the others keep all {evaluator.prefix}: "
+            f"{counts[-1]} in the last block need at least {counts[-1] + evaluator.prefix} in the one before"
+        )
+    return counts
+
+
 def snapped(evaluator: ProfileEvaluator, counts: Sequence[int], multiple: int, rounding: Rounding = "nearest") -> list[int]:
-    """``counts`` rounded by ``slimming.search.costs.snap``.
+    """Return ``counts`` rounded by ``slimming.search.costs.snap``.
 
     The last block of a head that pools needs no prefix tokens, but the blocks below keep them: it is rounded with them counted
     in, so that nesting adds nothing to the others.
@@ -87,7 +141,7 @@ def _least(evaluator: ProfileEvaluator) -> int:
 
 
 def uniform_within(evaluator: ProfileEvaluator, cost: Cost, limit: float, multiple: int = 1) -> list[int]:
-    """The same count in every block but the last, a multiple of ``multiple``, as large as ``limit`` allows.
+    """Return one count for every block but the last, a multiple of ``multiple``, as large as ``limit`` allows.
 
     Raises ``BudgetUnreachable`` naming the nearest reachable point.
     """
@@ -98,7 +152,7 @@ def uniform_within(evaluator: ProfileEvaluator, cost: Cost, limit: float, multip
 
 
 def profile_within(evaluator: ProfileEvaluator, cost: Cost, limit: float, multiple: int = 1) -> list[int]:
-    """The token counts of the profile that diverges least among those that cost at most ``limit``, snapped to ``multiple``.
+    """Return the counts of the profile that diverges least among those that cost at most ``limit``, snapped to ``multiple``.
 
     Raises ``BudgetUnreachable`` naming the nearest reachable point.
     """
@@ -133,7 +187,7 @@ def profile_within(evaluator: ProfileEvaluator, cost: Cost, limit: float, multip
 
 
 def curve(evaluator: ProfileEvaluator, power: float, end: int) -> list[int]:
-    """The token counts of one profile, prefix tokens included, that ends at ``end``."""
+    """Return the token counts of one profile, prefix tokens included, that ends at ``end``."""
     head = evaluator.fixed_head
     free = evaluator.depth - (head is not None)
     counts = [round(evaluator.tokens - (evaluator.tokens - end) * ((block + 1) / free) ** power) for block in range(free)]

@@ -1,7 +1,7 @@
 """Token significance: the paper's score (Eq. 6) by an exact Gram recursion, one block at a time, from the last block down.
 
 The score of token i at block t's output sums, over every path of heads h through the deeper blocks, how strongly the head's
-tokens hang on token i, times how large the token's attention-mixed input is:
+tokens depend on token i, times how large the token's attention-mixed input is:
 
     s_{t,i} = sum_paths ||A e_i||^2 * sum_h ||U_t^h[i, :]||^2,    U_t^h = P_t^h |Z_{t-1}|
 
@@ -31,18 +31,18 @@ class PathGram:
     is_factor: bool
 
     def rows(self, positions: Tensor) -> PathGram:
-        """The Gram over the tokens at ``positions`` only."""
+        """Return the Gram over the tokens at ``positions`` only."""
         value = self.value[:, positions]
         return PathGram(value if self.is_factor else value[:, :, positions], self.is_factor)
 
     @staticmethod
     def of_rows(images: int, rows: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> PathGram:
-        """The start: every kept row of the last block counts once, ``G = I``."""
+        """Return the start ``G = I``: every kept row of the last block counts once."""
         identity = torch.eye(rows, dtype=dtype, device=device)
         return PathGram(identity.expand(images, rows, rows), is_factor=True)
 
     def through(self, attention: Tensor) -> PathGram:
-        """One block further down: ``sum_h P_h^T G P_h`` for ``attention`` (b, heads, rows of this Gram, tokens it read)."""
+        """Return ``sum_h P_h^T G P_h``, a block further down, for ``attention`` (b, heads, rows of this Gram, tokens read)."""
         heads, tokens = attention.shape[1], attention.shape[3]
         if self.is_factor:
             if heads * self.value.shape[2] <= tokens:
@@ -55,20 +55,20 @@ class PathGram:
         return PathGram(attention.flatten(1, 2).transpose(1, 2) @ half, is_factor=False)
 
     def diagonal(self) -> Tensor:
-        """``sum_paths ||A e_i||^2`` of every token: (b, n)."""
+        """Return ``sum_paths ||A e_i||^2`` of every token: (b, n)."""
         if self.is_factor:
             return self.value.square().sum(2)
         return self.value.diagonal(dim1=1, dim2=2)
 
     def diagonal_through(self, attention: Tensor) -> Tensor:
-        """``through(attention).diagonal()`` without the matrix that it is the diagonal of: (b, n)."""
+        """Return ``through(attention).diagonal()`` (b, n) without making the matrix."""
         if self.is_factor:
             return (self.value[:, None].transpose(2, 3) @ attention).square_().flatten(1, 2).sum(1)
         return (self.value[:, None] @ attention).mul_(attention).flatten(1, 2).sum(1)
 
 
 def input_magnitude(attention: Tensor, tokens: Tensor) -> Tensor:
-    """``sum_h ||P_h[i, :] |Z|||^2`` (b, n) from ``attention`` (b, heads, n, n) and the block's input Z (b, n, d).
+    """Return ``sum_h ||P_h[i, :] |Z|||^2`` (b, n) from ``attention`` (b, heads, n, n) and the block's input Z (b, n, d).
 
     Where tokens are few and channels many, the Gram matrix ``|Z| |Z|^T`` is the cheaper way to the same numbers.
     """
@@ -82,7 +82,10 @@ def input_magnitude(attention: Tensor, tokens: Tensor) -> Tensor:
 
 
 def paper_score(diagonal: Tensor, magnitude: Tensor) -> Tensor:
-    """Eq. 6 summed over the batch, (n,) in float64: ``sum_paths ||A e_i||^2`` times ``sum_h ||U_h[i, :]||^2``, each (b, n)."""
+    """Return Eq. 6 summed over the batch, (n,) in float64.
+
+    ``diagonal`` is ``sum_paths ||A e_i||^2`` and ``magnitude`` ``sum_h ||U_h[i, :]||^2``, each (b, n).
+    """
     return (diagonal.double() * magnitude.double()).sum(0)
 
 
@@ -106,7 +109,7 @@ class Seen:
 class SeenByHead:
     """What a score may look at in one batch where a pooling head stands above the cut.
 
-    ``weights`` (b, k, r) say how the pooled feature hangs on the k tokens ``reads`` (k,) of all ``tokens``; ``magnitude``
+    ``weights`` (b, k, r) say how the pooled feature depends on the k tokens ``reads`` (k,) of all ``tokens``; ``magnitude``
     (b, k) is Eq. 6's second factor at them.
     """
 
@@ -122,22 +125,22 @@ Total = Callable[[Sequence[Tensor]], Tensor]
 
 
 class Score(Protocol):
-    """A way to rank tokens, carried down from block to block. Its state belongs to one batch, images first."""
+    """How significant tokens are, computed from the last block down. Its state belongs to one batch, images first."""
 
     needs_magnitude: bool
     needs_values: bool
 
     def start(self, weights: Tensor) -> State:
-        """The state above the last block, from how the head's pooled feature hangs on each token that it reads (b, k, r)."""
+        """Return the state above the last block; ``weights`` (b, k, r): how the head depends on each token it reads."""
 
     def scores(self, block: int, tokens: int, looks: Iterator[tuple[State, Seen]], total: Total) -> Tensor:
-        """Every token's score at ``block``'s output over all images, (n,) in float64. A look costs work when it is taken."""
+        """Return every token's score at ``block``'s output over all images: (n,) float64. Looks are made when taken."""
 
     def head_scores(self, block: int, tokens: int, looks: Iterator[SeenByHead], total: Total) -> Tensor:
-        """The same at the last block's output under a pooling head; only the tokens that it reads count."""
+        """Return the same at the last block's output under a pooling head; only the tokens that it reads count."""
 
     def carry(self, state: State, look: Callable[[], Seen]) -> State:
-        """The state one block further down; what ``look`` gives shows the tokens that were kept, and them alone."""
+        """Return the state one block further down; what ``look`` gives shows the tokens that were kept, and them alone."""
 
 
 class ImageScore(ABC):
@@ -147,14 +150,14 @@ class ImageScore(ABC):
 
     @abstractmethod
     def score(self, state: State, seen: Seen) -> Tensor:
-        """Every token's score summed over the batch: (n,) in float64."""
+        """Return every token's score summed over the batch: (n,) in float64."""
 
     def scores(self, block: int, tokens: int, looks: Iterator[tuple[State, Seen]], total: Total) -> Tensor:
         """See ``Score.scores``."""
         return total([self.score(state, seen) for state, seen in looks])
 
     def head_scores(self, block: int, tokens: int, looks: Iterator[SeenByHead], total: Total) -> Tensor:
-        """The squared weight that the pool gives a token, times Eq. 6's second factor where the score has it."""
+        """Return the squared weight that the pool gives a token, times Eq. 6's second factor where the score has it."""
         return total([_under_head(seen) for seen in looks])
 
 
@@ -171,17 +174,17 @@ class PaperScore(ImageScore):
     needs_magnitude, needs_values = True, False
 
     def start(self, weights: Tensor) -> State:
-        """The Gram over the head's tokens, as its factor."""
+        """Return the Gram over the head's tokens, as its factor."""
         return PathGram(weights, is_factor=True)
 
     def score(self, state: State, seen: Seen) -> Tensor:
-        """``sum_paths ||A e_i||^2 * sum_h ||U^h[i, :]||^2``."""
+        """Return ``sum_paths ||A e_i||^2 * sum_h ||U^h[i, :]||^2``."""
         assert isinstance(state, PathGram)
         assert seen.magnitude is not None
         return paper_score(state.diagonal_through(seen.maps).cpu(), seen.magnitude.cpu())
 
     def carry(self, state: State, look: Callable[[], Seen]) -> State:
-        """The Gram below the block; paths end at tokens that the block below does not compute."""
+        """Return the Gram below the block; paths end at tokens that the block below does not compute."""
         assert isinstance(state, PathGram)
         seen = look()
         return state.through(seen.maps if seen.updated is None else seen.maps[..., seen.updated])
@@ -196,7 +199,7 @@ class ResidualScore(ImageScore):
     needs_magnitude, needs_values = False, True
 
     def start(self, weights: Tensor) -> State:
-        """Relevance of the head's tokens: (b, k)."""
+        """Return the relevance of the head's tokens: (b, k)."""
         return weights.abs().sum(2)
 
     def _flow(self, state: State, seen: Seen) -> Tensor:
@@ -207,11 +210,11 @@ class ResidualScore(ImageScore):
         return moved.index_add(1, seen.above, state)
 
     def score(self, state: State, seen: Seen) -> Tensor:
-        """Relevance, summed over the batch."""
+        """Return the relevance, summed over the batch."""
         return self._flow(state, seen).double().sum(0).cpu()
 
     def carry(self, state: State, look: Callable[[], Seen]) -> State:
-        """Relevance of the tokens read, of unit sum; only tokens that the block below computes hand theirs on."""
+        """Return the relevance of the tokens read, of unit sum; only tokens that the block below computes pass theirs on."""
         seen = look()
         flow = self._flow(state, seen)
         flow = flow / flow.sum(1, keepdim=True).clamp_min(1e-30)
@@ -222,15 +225,15 @@ class AttentionScore(ImageScore):
     """Mean attention that a token receives from the rows that the block above keeps."""
 
     def start(self, weights: Tensor) -> State:
-        """Nothing is carried."""
+        """Return any state: none is used."""
         return weights[:, :, 0]
 
     def score(self, state: State, seen: Seen) -> Tensor:
-        """The mean over heads and rows, summed over the batch."""
+        """Return the mean over heads and rows, summed over the batch."""
         return seen.maps.mean(dim=(1, 2)).double().sum(0).cpu()
 
     def carry(self, state: State, look: Callable[[], Seen]) -> State:
-        """Nothing is carried."""
+        """Return any state: none is used."""
         return state
 
 
@@ -243,19 +246,19 @@ class RandomScore:
         self.seed = seed
 
     def start(self, weights: Tensor) -> State:
-        """Nothing is carried."""
+        """Return any state: none is used."""
         return weights[:, :, 0]
 
     def scores(self, block: int, tokens: int, looks: Iterator[tuple[State, Seen]], total: Total) -> Tensor:
-        """The block's draw."""
+        """Return the block's draw."""
         return self._draw(block, tokens)
 
     def head_scores(self, block: int, tokens: int, looks: Iterator[SeenByHead], total: Total) -> Tensor:
-        """The block's draw."""
+        """Return the block's draw."""
         return self._draw(block, tokens)
 
     def carry(self, state: State, look: Callable[[], Seen]) -> State:
-        """Nothing is carried."""
+        """Return any state: none is used."""
         return state
 
     def _draw(self, block: int, tokens: int) -> Tensor:
@@ -264,7 +267,7 @@ class RandomScore:
 
 
 def score_named(name: ScoreName, seed: int) -> Score:
-    """The score of that name; ``uniform`` ranks as ``paper`` does, it is the counts that differ."""
+    """Return the score of that name; that of ``uniform`` is ``paper``: only its counts differ."""
     if name == "random":
         return RandomScore(seed)
     if name == "residual":

@@ -1,4 +1,4 @@
-"""Static merging: instead of losing a dropped token, a constant mean of it and its like stays.
+"""Static merging: a dropped token is not lost, since a constant mean of it and similar tokens is kept.
 
 Which tokens are alike on average is a property of positions, so the groups can be constants of the plan: by Ward's method
 (1963) on the dense model's features, each step merges the two groups whose mean then differs least from their members, summed
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from slimming.models.token_cut import averages_of, cuts_of
+from slimming.models.token_cut import Cut, averages_of, cuts_of
 from slimming.search.features import ERROR_IMAGES, DenseFeatures
 from slimming.search.top_down import Selection, TopDownSearch, divergence_of
 
@@ -23,31 +23,31 @@ _NEVER = float("inf")
 
 
 class MergeSearch:
-    """Merges, block after block from the first, the groups of patches that are most alike. No score ranks tokens here.
+    """Merges, block after block from the first, the groups of patches that are most alike. No score is computed.
 
     Distances look at every calibration image, errors and divergences at half of them. For heads that read single
-    tokens. A ``slimming.search.profile.ProfileEvaluator``.
+    tokens. A ``ProfileEvaluator``.
     """
 
     def __init__(self, features: DenseFeatures) -> None:
         self.features, self.reader = features, features.reader
         self.depth, self.tokens, self.prefix = len(self.reader.blocks), self.reader.tokens, self.reader.prefix
         self.fixed_head: int | None = len(self.reader.head.tokens)
-        self.readable = len(self.reader.head.tokens)
+        self.readable, self.beside = len(self.reader.head.tokens), 0
         self.sample = features.spread(max(ERROR_IMAGES, round(JUDGED * features.images)))
         self._distances: dict[int, NDArray[np.float64]] = {}
 
     def by_counts(self, counts: Sequence[int]) -> Selection:
-        """``counts[l]`` tokens out of every block l; with the error that each cut causes in the block above."""
+        """Return ``counts[l]`` tokens out of every block l, with the error that each cut causes in the block above."""
         kept, merged_into = self.groups(counts)
         return Selection(kept, self._errors(kept, merged_into), None, merged_into)
 
     def divergence(self, counts: Sequence[int]) -> float:
-        """How far the plan of these counts moves the answer: mean KL divergence to the dense model's, without a fit."""
+        """Return the mean KL divergence (nats) of the plan's answers to the dense model's, without a fit."""
         return divergence_of(self.features, *self.groups(counts), self.sample)
 
     def groups(self, counts: Sequence[int]) -> tuple[list[list[int]], list[int]]:
-        """The tokens that stand for the groups behind every block, and which one took each of the others in."""
+        """Return the tokens that stand for the groups behind every block, and the token that each other one was merged into."""
         merged_into = [-1] * self.tokens
         members = {token: [token] for token in range(self.prefix, self.tokens)}
         kept: list[list[int]] = []
@@ -71,7 +71,7 @@ class MergeSearch:
         np.fill_diagonal(cost, _NEVER)
         result = dict(members)
         for left in range(len(names), max(count, 0), -1):
-            if left == 1:  # no patch is to be kept: the last one is lost
+            if left == 1:  # no patch is to be kept: the last one is dropped
                 result.clear()
                 break
             first, second = divmod(int(cost.argmin()), len(names))
@@ -91,7 +91,7 @@ class MergeSearch:
 
     @torch.inference_mode()
     def distances(self, block: int) -> NDArray[np.float64]:
-        """Squared distances (N, N) between the block's input tokens, summed over all calibration images."""
+        """Return the squared distances (N, N) between the block's input tokens, summed over all calibration images."""
         if block not in self._distances:
             features, parts = self.features, []
             for rows in features.rows(features.all_batches):
@@ -115,9 +115,9 @@ class MergeSearch:
                 continue
             above = cuts[block + 1].to(features.device)
 
-            def look(rows: slice, block: int = block, above: torch.nn.Module = above) -> tuple[torch.Tensor, torch.Tensor]:
+            def look(rows: slice, block: int = block, above: Cut = above) -> tuple[torch.Tensor, torch.Tensor]:
                 read = averages[block] @ features.output(block, rows)
-                result = self.reader.blocks[block + 1].run(above.view(read, features.ropes[block + 1]))  # type: ignore[operator]
+                result = self.reader.blocks[block + 1].run(above.view(read, features.ropes[block + 1]))
                 return result, averages[block + 1] @ features.output(block + 1, rows)
 
             errors[block] = features.mean_relative(block, look, self.sample)
@@ -133,14 +133,14 @@ class SummarySearch:
     def __init__(self, search: TopDownSearch) -> None:
         self.search = search
         self.tokens, self.depth, self.prefix = search.tokens, search.depth, search.prefix + 1
-        self.fixed_head, self.readable = search.fixed_head, search.readable
+        self.fixed_head, self.readable, self.beside = search.fixed_head, search.readable, search.beside
 
     def by_counts(self, counts: Sequence[int]) -> Selection:
-        """The other search's selection with the summary; its errors are those of tokens that are lost."""
+        """Return the other search's selection with the summary; its errors are those without it."""
         return with_summary(self.search.by_counts(self._without(counts)), self.tokens)
 
     def divergence(self, counts: Sequence[int]) -> float:
-        """Mean KL divergence to the dense model's answers, on the sample."""
+        """Return the mean KL divergence to the dense model's answers, on the sample, in nats."""
         return divergence_of(self.search.features, *_summarised(self.search.kept_on_sample(self._without(counts)), self.tokens))
 
     def _without(self, counts: Sequence[int]) -> list[int]:
@@ -148,7 +148,7 @@ class SummarySearch:
 
 
 def with_summary(selection: Selection, tokens: int) -> Selection:
-    """The selection with all that it drops merged into the first patch dropped, which so is one token more."""
+    """Return the selection with all that it drops merged into the first patch dropped, which then is one more token."""
     kept, merged_into = _summarised(selection.kept, tokens)
     return Selection(kept, selection.errors, selection.tolerance, merged_into)
 

@@ -13,7 +13,7 @@ import torch
 from slimming.models.token_cut import cuts_of
 from slimming.search.costs import Cost
 from slimming.search.features import DenseFeatures
-from slimming.search.profile import profile_within
+from slimming.search.profile import profile_within, snapped
 from slimming.search.scores import PathGram, Score, Seen, SeenByHead, State
 
 #: The paper's r': tokens are tried in steps of this many.
@@ -21,18 +21,18 @@ STEP = 10
 
 #: Fits block ``block`` for a trial mask, and gives E of the block above: (block, kept, above) -> E.
 TrialError = Callable[[int, list[int], list[int]], float]
-#: What a block keeps, and the error of it: (block, tokens it must keep, tokens above, ranking) -> (kept, E).
+#: What a block keeps, and the error of it: (block, tokens it must keep, tokens above, all tokens by significance) -> (kept, E).
 Choose = Callable[[int, list[int], list[int], list[int]], tuple[list[int], float]]
 
 
 @dataclass(frozen=True)
 class Selection:
-    """A found plan: the tokens of every block, the error that each cut causes, and the tolerance that led to it."""
+    """The tokens that every block keeps, the error that each cut causes, and the tolerance that led to them."""
 
     kept: list[list[int]]
     errors: list[float]  # E of what stands above each cut; 0 for a last block that keeps the head's tokens, whose cut is exact
     tolerance: float | None
-    merged_into: list[int] | None = None  # see SlimPlan; None where dropped tokens are lost
+    merged_into: list[int] | None = None  # see SlimPlan; None where dropped tokens are not merged
 
 
 class TopDownSearch:
@@ -47,6 +47,7 @@ class TopDownSearch:
         self.reader = features.reader
         self.depth, self.tokens, self.prefix = len(self.reader.blocks), self.reader.tokens, self.reader.prefix
         self.head = self.reader.head
+        self.beside = len(self.head.beside)
         self._errors: dict[tuple[int, tuple[int, ...], tuple[int, ...]], float] = {}
         self._hints: dict[int, int] = {}
 
@@ -57,11 +58,11 @@ class TopDownSearch:
 
     @property
     def readable(self) -> int:
-        """How many tokens of the last block the head can read."""
-        return len(self.head.tokens)
+        """How many tokens of the last block the head can read, or pool."""
+        return len(self.head.tokens) - self.beside
 
     def error(self, block: int, kept: list[int], above: list[int]) -> float:
-        """E above ``block`` when it keeps ``kept`` and what is above needs ``above``; see ``DenseFeatures.error``."""
+        """Return E above ``block`` when it keeps ``kept`` and what is above needs ``above``; see ``DenseFeatures.error``."""
         if self.fit is not None and block < self.depth - 1:  # also without a cut: a trial's weights must not stay
             return self.fit(block, kept, above)
         key = (block, tuple(kept), tuple(above))
@@ -69,19 +70,28 @@ class TopDownSearch:
             self._errors[key] = self.features.error(block, kept, above)
         return self._errors[key]
 
-    def by_tolerance(self, tolerance: float) -> Selection:
-        """The fewest tokens on the r' grid for which every E is at most ``tolerance``."""
-        return self._walk(lambda block, base, above, ranking: self._fewest(block, base, above, ranking, tolerance), tolerance)
+    def by_tolerance(self, tolerance: float, *, snap: int = 1) -> Selection:
+        """Return the fewest tokens on the r' grid for which every E is at most ``tolerance``.
+
+        With ``snap`` the counts are then rounded up to its multiples, so that no error grows.
+        """
+        found = self._walk(lambda block, base, above, order: self._fewest(block, base, above, order, tolerance), tolerance)
+        if snap == 1:
+            return found
+        counts = [len(kept) for kept in found.kept]
+        counts[-1] -= self.beside
+        return self.by_counts(snapped(self, counts, snap, "up"), tolerance)
 
     def by_counts(self, counts: Sequence[int], tolerance: float | None = None) -> Selection:
-        """``counts[l]`` tokens out of every block l, or as few as nesting allows; with the error that each cut causes."""
+        """Return ``counts[l]`` tokens out of every block l, or as few as nesting allows, with the error of each cut."""
         return self._walk(self._chooser(counts, self.error), tolerance)
 
     def _chooser(self, counts: Sequence[int], error: TrialError) -> Choose:
-        """Keeps the top of the ranking up to each block's count."""
+        """A choice of the first tokens of the order, up to each block's count."""
+        counts = [*counts[:-1], counts[-1] + self.beside]
 
-        def choose(block: int, base: list[int], above: list[int], ranking: list[int]) -> tuple[list[int], float]:
-            missing = [token for token in ranking if token not in set(base)]
+        def choose(block: int, base: list[int], above: list[int], order: list[int]) -> tuple[list[int], float]:
+            missing = [token for token in order if token not in set(base)]
             kept = sorted([*base, *missing[: max(0, counts[block] - len(base))]])
             return kept, error(block, kept, above)
 
@@ -105,22 +115,23 @@ class TopDownSearch:
         for block in range(self.depth - 2, -1, -1):
             above = kept[block + 1]
             base = sorted({*above, *range(self.prefix)})
-            kept[block], errors[block] = choose(block, base, above, self._ranking(block, above, states, batches))
+            kept[block], errors[block] = choose(block, base, above, self._by_significance(block, above, states, batches))
             if block:
                 states = self._carried(block, kept[block], above, states, batches)
             self.features.progress("top-down search", self.depth - 1 - block, self.depth - 1)
         return Selection(kept, errors, tolerance)
 
     def _top(self, choose: Choose, batches: list[int]) -> tuple[list[int], float]:
-        """What the last block keeps: all that the head needs, or, where it pools, the tokens that its feature hangs on."""
+        """What the last block keeps: all that the head needs, or, where it pools, the tokens that its feature depends on."""
         reads = list(self.head.tokens)
         if self.head.fixed:
             return reads, 0.0
         total = partial(self.features.process_group.sum_over_batches, batches=batches)
         scores = self.score.head_scores(self.depth - 1, self.tokens, self._head_looks(reads, batches), total)
-        readable = set(reads)
-        ranking = [token for token in torch.argsort(scores, descending=True, stable=True).tolist() if token in readable]
-        kept, _ = choose(self.depth - 1, ranking[:1], reads, ranking)
+        readable, beside = set(reads), self.head.beside
+        order = [token for token in torch.argsort(scores, descending=True, stable=True).tolist() if token in readable]
+        pooled = [token for token in order if token not in set(beside)]
+        kept, _ = choose(self.depth - 1, sorted([*beside, pooled[0]]), reads, pooled)
         kept = [token for token in kept if token in readable]
         return kept, 0.0 if kept == reads else self.error(self.depth - 1, kept, reads)
 
@@ -131,7 +142,7 @@ class TopDownSearch:
             magnitude = self.features.magnitudes[-1][rows][:, reads] if self.score.needs_magnitude else None
             yield SeenByHead(weights, torch.tensor(reads), self.tokens, magnitude)
 
-    def _ranking(self, block: int, above: list[int], states: list[State], batches: list[int]) -> list[int]:
+    def _by_significance(self, block: int, above: list[int], states: list[State], batches: list[int]) -> list[int]:
         """Every token of ``block``'s output, the most significant first."""
         total = partial(self.features.process_group.sum_over_batches, batches=batches)
         scores = self.score.scores(block, self.tokens, self._looks(block, above, states, batches), total)
@@ -176,16 +187,16 @@ class TopDownSearch:
         return PathGram(moved, state.is_factor) if isinstance(state, PathGram) else moved
 
     def _fewest(
-        self, block: int, base: list[int], above: list[int], ranking: list[int], tolerance: float
+        self, block: int, base: list[int], above: list[int], order: list[int], tolerance: float
     ) -> tuple[list[int], float]:
         """Bisect r on the r' grid: E falls as the top r tokens, united with ``base``, grow."""
-        low, high = -1, math.ceil(len(ranking) / self.step)  # E(high) is 0: every token; low is one below the grid
+        low, high = -1, math.ceil(len(order) / self.step)  # E(high) is 0: every token; low is one below the grid
 
         def fits(index: int) -> bool:
             return self.error(block, kept_at(index), above) <= tolerance
 
         def kept_at(index: int) -> list[int]:
-            return sorted({*base, *ranking[: index * self.step]})
+            return sorted({*base, *order[: index * self.step]})
 
         # Where the last walk ended is a good guess: leave it in doubling strides, then bisect what is left.
         guess, stride = min(self._hints.get(block, high // 2), high - 1), 1
@@ -206,19 +217,19 @@ class TopDownSearch:
         return kept, self.error(block, kept, above)
 
     def by_budget(self, cost: Cost, limit: float) -> Selection:
-        """The selection on the best profile of token counts that costs at most ``limit``; see ``slimming.search.profile``."""
+        """Return the selection on the best profile of counts that costs at most ``limit``; see ``slimming.search.profile``."""
         return self.by_counts(profile_within(self, cost, limit))
 
     @torch.inference_mode()
     def divergence(self, counts: Sequence[int]) -> float:
-        """How far the plan of these counts moves the answer: mean KL divergence to the dense model's, on the sample.
+        """Return the mean KL divergence (nats) of the plan's answers to the dense model's, on the sample.
 
         The tokens are those that scores on the sample alone would keep.
         """
         return divergence_of(self.features, self.kept_on_sample(counts))
 
     def kept_on_sample(self, counts: Sequence[int]) -> list[list[int]]:
-        """The tokens that scores on the sample alone would keep."""
+        """Return the tokens that scores on the sample alone would keep, block by block."""
         return self._walk(self._chooser(counts, lambda block, kept, above: 0.0), None, self.features.sample).kept
 
 
@@ -226,7 +237,7 @@ class TopDownSearch:
 def divergence_of(
     features: DenseFeatures, kept: list[list[int]], merged_into: list[int] | None = None, batches: list[int] | None = None
 ) -> float:
-    """Mean KL divergence of the answers under a plan to the dense model's on ``batches`` (None: the sample), without a fit."""
+    """Return the mean KL divergence (nats) of a plan's answers to the dense model's on ``batches`` (None: the sample)."""
     batches = features.sample if batches is None else batches
     reader, last, found = features.reader, len(features.reader.blocks) - 1, []
     cuts = cuts_of(kept, features.tokens, features.mode, merged_into) if merged_into is not None else None

@@ -22,13 +22,14 @@ from benchmarks.accuracy.rows import EVIT_FORMS, FITS, SCORES, Case, TableOption
 from benchmarks.accuracy.tables import main, measure_tables
 from patchslim.errors import InputRejected, UsageError
 from patchslim.plan import load_plan
-from slimming.api import find_plan
+from slimming.api import FinderSettings, find_plan
 from slimming.data.source import calibration_set, evaluation_set, load_tensors
 from slimming.fitting.fitted_weights import load_fitted
 from slimming.models.loading import load_model, state_digest
 from slimming.models.slim_vit import SlimViT
 from slimming.run import SlimmingOptions
 from slimming.search.budget import Budget
+from slimming.search.request import PlanRequest
 from tests.helpers.commands import door_here
 from tests.helpers.timm_models import TINY, build
 
@@ -95,7 +96,12 @@ def test_rows_of_ours_are_what_find_and_the_slim_model_give(
     calibration = calibration_set("digits", options.calibration_images, 1)
     budget = Budget("macs-reduction", 0.4)
     found = find_plan(
-        loaded.module, calibration, name=loaded.architecture, transform=transform, budget=budget, score=score, fit=fit, seed=1
+        loaded.module,
+        calibration,
+        PlanRequest(budget, score, fit),
+        name=loaded.architecture,
+        transform=transform,
+        settings=FinderSettings(seed=1),
     )
     slim, hits, same, divergences = SlimViT(found.model, found.plan).eval(), [], [], []
     with torch.inference_mode():

@@ -16,6 +16,7 @@ from slimming.fitting.block_sgd import BlockFitter
 from slimming.models.reader import ModelReader
 from slimming.search.budget import Budget
 from slimming.search.features import DenseFeatures
+from slimming.search.request import PlanRequest
 from slimming.search.scores import PaperScore
 from slimming.search.top_down import TopDownSearch
 from tests.helpers.timm_models import build, images_for
@@ -34,7 +35,7 @@ def found_by(model: Any, fit: Any, budget: Budget, mode: Any = "compact", **opti
     size = tuple(model.patch_embed.img_size)
     images = calibration_set("digits", 16)
     return find_plan(
-        model, images, name="tiny", transform=create_transform((3, *size)), budget=budget, fit=fit, mode=mode, **options
+        model, images, PlanRequest(budget, fit=fit, mode=mode, **options), name="tiny", transform=create_transform((3, *size))
     )
 
 

@@ -28,6 +28,7 @@ from slimming.models.reader import ModelReader
 from slimming.models.slim_vit import SlimViT
 from slimming.search.budget import Budget
 from slimming.search.features import DenseFeatures
+from slimming.search.request import PlanRequest
 from slimming.tensor_store import TensorStore
 from tests.helpers.timm_models import build, images_for
 from tests.helpers.tolerances import solve_error, sum_error
@@ -327,10 +328,9 @@ def test_blocks_that_end_in_norms_are_not_refitted() -> None:
     found = find_plan(
         model,
         calibration_set("digits", 4),
+        PlanRequest(Budget("macs-reduction", 0.3), fit="closed-form"),
         name="tiny",
         transform=create_transform((3, 48, 48)),
-        budget=Budget("macs-reduction", 0.3),
-        fit="closed-form",
     )
     assert found.fit == "none"
     assert found.model is model
@@ -343,10 +343,9 @@ def test_find_refits_a_copy(kind: str) -> None:
     found = find_plan(
         model,
         calibration_set("digits", 12),
+        PlanRequest(Budget("macs-reduction", 0.4), fit="closed-form"),
         name="tiny",
         transform=create_transform((3, 48, 48)),
-        budget=Budget("macs-reduction", 0.4),
-        fit="closed-form",
     )
     assert found.fit == "closed-form"
     assert changed(model, before) == []

@@ -12,11 +12,12 @@ import pytest
 import torch
 from timm.data import create_transform
 
-from slimming.api import find_plan
+from slimming.api import FinderSettings, find_plan
 from slimming.data.source import calibration_set
 from slimming.distributed import SINGLE_PROCESS, ProcessGroup, batch_slices, close_process_group, open_process_group
 from slimming.fitting import closed_form
 from slimming.search.budget import Budget
+from slimming.search.request import PlanRequest
 from tests.helpers.timm_models import build
 from tests.helpers.two_processes import run_in_two_processes
 
@@ -32,11 +33,10 @@ def find_all(folder: Path, group: ProcessGroup) -> None:
         found = find_plan(
             model or build(**MODEL),
             calibration_set("digits", images),
+            PlanRequest(budget, **options),
             name="tiny",
             transform=create_transform((3, 48, 48)),
-            budget=budget,
-            process_group=group,
-            **options,
+            settings=FinderSettings(process_group=group),
         )
         torch.save(found.model.state_dict(), folder / f"{label}-{group.size}-{group.rank}.pt")
         answers[label] = found.plan.model_dump(mode="json")

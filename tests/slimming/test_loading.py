@@ -10,11 +10,12 @@ import timm
 import torch
 
 from patchslim.errors import InputRejected, Unavailable, UsageError
-from slimming.api import dense_plan, find_plan
+from slimming.api import FinderSettings, dense_plan, find_plan
 from slimming.data.source import calibration_set
 from slimming.models.loading import BUNDLED, PRESETS, load_model, parse_arguments
 from slimming.models.reader import check_supported, reader_of
 from slimming.search.budget import Budget
+from slimming.search.request import PlanRequest
 from tests.helpers.timm_models import KINDS, TINY, build
 
 VIT = "vit_tiny_patch16_224"
@@ -159,8 +160,8 @@ def test_find_is_the_same_twice_and_says_where_the_plan_comes_from() -> None:
     images = calibration_set("digits", 6, seed=2)
     budget = Budget("macs-reduction", 0.3)
     plans = [
-        find_plan(loaded.module, images, name=VIT, transform=transform, budget=budget, bound=bound, seed=2).plan
-        for bound in (1 << 30, 1)
+        find_plan(loaded.module, images, PlanRequest(budget), name=VIT, transform=transform, settings=settings).plan
+        for settings in (FinderSettings(seed=2, bound=1 << 30), FinderSettings(seed=2, bound=1))
     ]
     assert plans[0] == plans[1]
     assert 1 - plans[0].macs() / plans[0].dense_macs() >= 0.3
@@ -168,7 +169,7 @@ def test_find_is_the_same_twice_and_says_where_the_plan_comes_from() -> None:
     assert (origin.score, origin.criterion, origin.value, origin.seed) == ("similarity", "macs-reduction", 0.3, 2)
     assert origin.calibration is not None
     assert (origin.calibration.data, origin.calibration.images) == ("digits (train, all)", 6)
-    found = find_plan(loaded.module, images, name=VIT, transform=transform, budget=Budget("tolerance", 0.05))
+    found = find_plan(loaded.module, images, PlanRequest(Budget("tolerance", 0.05)), name=VIT, transform=transform)
     assert (found.plan.origin.criterion, found.plan.origin.value, found.plan.origin.tolerance) == ("tolerance", 0.05, 0.05)
     assert found.plan.origin.calibration == origin.calibration
     assert (found.fit, found.model) == ("none", loaded.module)
@@ -180,7 +181,7 @@ def test_find_meets_a_budget_closely_in_a_deep_model(asked: float, mode: Any) ->
     loaded = load_model(VIT, weights="random", arguments=TINY | {"depth": 12, "img_size": 160})  # 101 tokens
     transform = timm.data.create_transform(**loaded.data_config, is_training=False)
     images, budget = calibration_set("digits", 8), Budget("macs-reduction", asked)
-    plan = find_plan(loaded.module, images, name=VIT, transform=transform, budget=budget, mode=mode).plan
+    plan = find_plan(loaded.module, images, PlanRequest(budget, mode=mode), name=VIT, transform=transform).plan
     assert asked <= 1 - plan.macs() / plan.dense_macs() <= asked + 0.005
 
 
@@ -192,7 +193,8 @@ def test_find_keeps_a_budget_whatever_the_head_the_counts_and_the_rounding(snap:
     transform = timm.data.create_transform((3, 48, 48))
     for asked in (0.3, 0.7):
         budget = Budget("macs-reduction", asked, snap=snap)
-        plan = find_plan(model, calibration_set("digits", 4), name="tiny", transform=transform, budget=budget, score=score).plan
+        request, images = PlanRequest(budget, score), calibration_set("digits", 4)
+        plan = find_plan(model, images, request, name="tiny", transform=transform).plan
         assert 1 - plan.macs() / plan.dense_macs() >= asked
         assert all(count % snap == 0 or count in (1, plan.tokens) for count in plan.counts[:-1])
 
@@ -201,7 +203,7 @@ def test_find_keeps_the_counts_that_it_is_given() -> None:
     model = build(patch_size=8)
     transform = timm.data.create_transform((3, 48, 48))
     images = calibration_set("digits", 4)
-    plan = find_plan(model, images, name="tiny", transform=transform, budget=Budget("tokens", 0.0, (30, 20, 10, 1))).plan
+    plan = find_plan(model, images, PlanRequest(Budget("tokens", 0.0, (30, 20, 10, 1))), name="tiny", transform=transform).plan
     assert plan.counts == [30, 20, 10, 1]
     assert (plan.origin.criterion, plan.origin.value) == ("tokens", 0.0)
     for tokens, fault in (
@@ -209,7 +211,7 @@ def test_find_keeps_the_counts_that_it_is_given() -> None:
         ((30, 20, 1), "3 token counts for 4"),
     ):
         with pytest.raises(UsageError, match=fault):
-            find_plan(model, images, name="tiny", transform=transform, budget=Budget("tokens", 0.0, tokens))
+            find_plan(model, images, PlanRequest(Budget("tokens", 0.0, tokens)), name="tiny", transform=transform)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +227,7 @@ def test_find_keeps_the_counts_that_it_is_given() -> None:
 )
 def test_find_refuses_budgets_that_mean_nothing(budget: Budget, fault: str) -> None:
     with pytest.raises(UsageError, match=fault) as raised:
-        find_plan(build(), calibration_set("digits", 2), name="tiny", transform=None, budget=budget)
+        find_plan(build(), calibration_set("digits", 2), PlanRequest(budget), name="tiny", transform=None)
     assert raised.value.exit_code == 2
     assert torch.is_inference_mode_enabled() is False
 
@@ -236,8 +238,9 @@ def test_find_refuses_what_does_not_go_together() -> None:
         (Budget("latency-reduction", 0.3), "paper", "--latency-table"),
         (Budget("tolerance", 0.1), "uniform", "--score uniform"),
     ):
+        request = PlanRequest(budget, score)  # type: ignore[arg-type]
         with pytest.raises(UsageError, match=fault):
-            find_plan(build(), calibration_set("digits", 2), name="tiny", transform=transform, budget=budget, score=score)  # type: ignore[arg-type]
+            find_plan(build(), calibration_set("digits", 2), request, name="tiny", transform=transform)
 
 
 def test_a_model_of_any_image_size_is_fixed_at_its_own() -> None:

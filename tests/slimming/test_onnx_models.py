@@ -22,13 +22,15 @@ from torch import Tensor
 from graph_passes import run as graph_passes_run
 from patchslim.errors import BudgetUnreachable, PatchslimError
 from patchslim.plan import SlimPlan, load_plan
-from slimming.api import PlanFinder
+from slimming.api import FinderSettings, PlanFinder
 from slimming.data.source import calibration_set
+from slimming.models.reader import reader_of
+from slimming.models.vit_reader import VitReader
 from slimming.onnx_models.reader import GraphReader
-from slimming.onnx_models.search import GraphPlanFinder, GraphSearch, slim_model
 from slimming.run import SlimmingOptions, run
 from slimming.search.budget import Budget
 from slimming.search.costs import MacsCost
+from slimming.search.request import PlanRequest
 from slimming.search.scores import score_named
 from slimming.search.top_down import TopDownSearch
 from tests.helpers.commands import door_here
@@ -71,11 +73,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return path_of
 
 
-def both(kind: str, path: Path, images: Path, **options: Any) -> tuple[GraphPlanFinder, PlanFinder]:
+def both(kind: str, path: Path, images: Path, mode: Any = "compact") -> list[PlanFinder]:
     """A graph and its PyTorch original, calibrated on the same images."""
-    given: dict[str, Any] = {"name": "tiny", "transform": TRANSFORM, **options}
-    chosen = calibration_set(str(images), 20)
-    return GraphPlanFinder(GraphReader(path), chosen, **given), PlanFinder(dense(kind)[0], chosen, **given)
+    chosen, settings = calibration_set(str(images), 20), FinderSettings(mode=mode)
+    readers: list[VitReader] = [GraphReader(path), reader_of(dense(kind)[0])]
+    return [PlanFinder(reader, chosen, name="tiny", transform=TRANSFORM, settings=settings) for reader in readers]
 
 
 def pixels(count: int = 3) -> Tensor:
@@ -110,7 +112,7 @@ def masked(reader: GraphReader, plan: SlimPlan, images: Tensor) -> Tensor:
 def test_the_plan_is_the_one_found_from_the_pytorch_model(kind: str, score: Any, mode: Any, files: Any, images: Path) -> None:
     graph, original = both(kind, files(kind), images, mode=mode)
     budget = Budget("tokens", tokens=COUNTS[kind])
-    found, expected = (each.find_plan(budget, score=score).plan for each in (graph, original))
+    found, expected = (each.find_plan(PlanRequest(budget, score, mode=mode)).plan for each in (graph, original))
     assert found.kept == expected.kept
     assert found.counts == list(COUNTS[kind])
     assert found.model_copy(update={"origin": expected.origin}) == expected
@@ -121,7 +123,10 @@ def test_the_plan_is_the_one_found_from_the_pytorch_model(kind: str, score: Any,
 @pytest.mark.parametrize("mode", ["compact", "stale"])
 def test_errors_and_tolerance_are_those_of_the_pytorch_model(mode: Any, files: Any, images: Path) -> None:
     graph, original = both("plain", files("plain"), images, mode=mode)
-    searches = (GraphSearch(graph.features, score_named("paper", 0)), TopDownSearch(original.features, score_named("paper", 0)))
+    searches = (
+        TopDownSearch(graph.features, score_named("paper", 0)),
+        TopDownSearch(original.features, score_named("paper", 0)),
+    )
     compared = []
     for block, kept, above in [(0, range(12), [0, 3]), (1, [0, 2, 9], [0]), (2, [0, 16], [0]), (2, [0, 1, 2, 3], [0, 1])]:
         found, expected = (search.error(block, list(kept), above) for search in searches)
@@ -129,7 +134,9 @@ def test_errors_and_tolerance_are_those_of_the_pytorch_model(mode: Any, files: A
         compared.append(expected)
     assert min(compared) > 0
     tolerance = sorted(compared)[1]
-    found, expected = (each.find_plan(Budget("tolerance", tolerance)).plan for each in (graph, original))
+    found, expected = (
+        each.find_plan(PlanRequest(Budget("tolerance", tolerance), mode=mode)).plan for each in (graph, original)
+    )
     assert found.kept == expected.kept
     assert not found.is_dense
     assert all(error <= tolerance for error in found.origin.errors)
@@ -164,7 +171,7 @@ def test_a_masked_graph_answers_as_the_cut_one_and_as_pytorch(kind: str, mode: s
     plan = plan_for(model, [[*prefix, *sorted(patches[:count])] for count in (14, 9, 4)] + [[0]], mode)
     reader = GraphReader(files(kind))
     with torch.inference_mode():
-        found, cut = masked(reader, plan, pixels()), slim_model(reader, plan)(pixels())
+        found, cut = masked(reader, plan, pixels()), reader.slimmed(plan)(pixels())
     np.testing.assert_allclose(found, reference(model, plan, pixels()), rtol=0, atol=1e-4)
     np.testing.assert_allclose(cut, found, rtol=0, atol=1e-4)
 
@@ -190,8 +197,8 @@ def test_a_masked_graph_answers_as_the_cut_one_and_as_pytorch(kind: str, mode: s
 def test_any_exporters_graph_is_searched_and_its_plan_means_what_pytorch_says(name: str, files: Any, images: Path) -> None:
     subject, case = built_case(by_name(name)), by_name(name)
     reader = GraphReader(files(name))
-    graph = GraphPlanFinder(reader, calibration_set(str(images), 8), name="foreign", transform=TRANSFORM)
-    found = graph.find_plan(Budget("macs-reduction", 0.3)).plan
+    graph = PlanFinder(reader, calibration_set(str(images), 8), name="foreign", transform=TRANSFORM)
+    found = graph.find_plan(PlanRequest(Budget("macs-reduction", 0.3))).plan
     assert (found.tokens, found.grid, found.prefix_tokens) == (subject.tokens, subject.grid, subject.prefix)
     assert found.macs() <= 0.7 * found.dense_macs()
     assert set(subject.head_tokens) <= set(found.kept[-1])
@@ -209,7 +216,9 @@ def test_any_exporters_graph_is_searched_and_its_plan_means_what_pytorch_says(na
 def test_a_macs_budget_is_met_and_used(layout: Any, mode: Any, files: Any, images: Path) -> None:
     graph, original = both("plain", files("plain"), images, mode=mode)
     budget = Budget("macs-reduction", 0.4)
-    found, expected = (each.find_plan(budget, layout=layout, score="paper").plan for each in (graph, original))
+    found, expected = (
+        each.find_plan(PlanRequest(budget, "paper", mode=mode, layout=layout)).plan for each in (graph, original)
+    )
     assert found.kept == expected.kept
     dense_macs = found.dense_macs()
     step = MacsCost(17, 4, found.geometry, mode, layout)
@@ -218,31 +227,31 @@ def test_a_macs_budget_is_met_and_used(layout: Any, mode: Any, files: Any, image
 
 
 def test_a_head_that_reads_and_pools_stays_within_its_budget(files: Any, images: Path) -> None:
-    graph = GraphPlanFinder(
+    graph = PlanFinder(
         GraphReader(files("hf_dinov2_registers-dynamo20-unfused")),
         calibration_set(str(images), 8),
         name="d",
         transform=TRANSFORM,
     )
     for reduction in (0.2, 0.5):
-        found = graph.find_plan(Budget("macs-reduction", reduction)).plan
+        found = graph.find_plan(PlanRequest(Budget("macs-reduction", reduction))).plan
         assert found.pooling == "avg"
         assert found.kept[-1][:5] == [0, 1, 2, 3, 4]
         assert len(found.kept[-1]) > 5
         assert 1 - reduction - 0.05 < found.macs() / found.dense_macs() <= 1 - reduction
-    assert graph.find_plan(Budget("tokens", tokens=(16, 12, 9))).plan.counts == [16, 12, 9]
-    assert all(error <= 0.01 for error in graph.find_plan(Budget("tolerance", 0.01)).plan.origin.errors)
+    assert graph.find_plan(PlanRequest(Budget("tokens", tokens=(16, 12, 9)))).plan.counts == [16, 12, 9]
+    assert all(error <= 0.01 for error in graph.find_plan(PlanRequest(Budget("tolerance", 0.01))).plan.origin.errors)
     with pytest.raises(PatchslimError, match="at least 6"):
-        graph.find_plan(Budget("tokens", tokens=(16, 12, 5)))
+        graph.find_plan(PlanRequest(Budget("tokens", tokens=(16, 12, 5))))
     with pytest.raises(BudgetUnreachable, match="nearest reachable"):
-        graph.find_plan(Budget("macs-reduction", 0.99))
+        graph.find_plan(PlanRequest(Budget("macs-reduction", 0.99)))
 
 
 def test_counts_are_snapped_and_uniform_where_that_is_asked(files: Any, images: Path) -> None:
-    graph = GraphPlanFinder(GraphReader(files("plain")), calibration_set(str(images), 8), name="t", transform=TRANSFORM)
-    snapped = graph.find_plan(Budget("macs-reduction", 0.3, snap=4)).plan
+    graph = PlanFinder(GraphReader(files("plain")), calibration_set(str(images), 8), name="t", transform=TRANSFORM)
+    snapped = graph.find_plan(PlanRequest(Budget("macs-reduction", 0.3, snap=4))).plan
     assert all(count % 4 == 0 or count == 17 for count in snapped.counts[:-1])
-    assert len(set(graph.find_plan(Budget("macs-reduction", 0.3), score="uniform").plan.counts[:-1])) == 1
+    assert len(set(graph.find_plan(PlanRequest(Budget("macs-reduction", 0.3), "uniform")).plan.counts[:-1])) == 1
 
 
 # Through the doors
@@ -282,7 +291,7 @@ def test_two_doors_from_a_file_to_a_slim_file_and_no_pytorch_model_in_between(
     plan = load_plan(plan_path)
     assert plan.model == path.stem.replace(":", "_")
     size: dict[str, Any] = {} if side is None else {"image_size": str(side)}
-    assert graph_passes_run.run(graph_passes_run.PassOptions(path, plan_path, slim, **size)) == 0
+    assert graph_passes_run.run(graph_passes_run.PassOptions(model=path, plan=plan_path, output=slim, **size)) == 0
     given = pixels(1).numpy()
     if name == "plain":
         expected = reference(dense("plain")[0], plan, pixels(1))

@@ -278,9 +278,9 @@ def test_the_searchs_scores_are_those_written_out(head: str, mode: Any, score: S
     found: dict[int, Tensor] = {}
 
     class Spied(TopDownSearch):
-        def _ranking(self, block: int, above: list[int], states: list[State], batches: list[int]) -> list[int]:
+        def _by_significance(self, block: int, above: list[int], states: list[State], batches: list[int]) -> list[int]:
             found[block] = self.score.scores(block, self.tokens, self._looks(block, above, states, batches), sum)
-            ranking = super()._ranking(block, above, states, batches)
+            ranking = super()._by_significance(block, above, states, batches)
             assert ranking == found[block].argsort(descending=True, stable=True).tolist()
             return ranking
 

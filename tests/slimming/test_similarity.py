@@ -18,12 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from patchslim.errors import UsageError
 from patchslim.plan import SlimPlan, load_plan
-from slimming.api import PlanFinder, find_plan, make_plan
+from slimming.api import FinderSettings, PlanFinder, find_plan, make_plan
 from slimming.data.source import calibration_set
 from slimming.fitting.closed_form import compensate
 from slimming.models.attention import AttentionInput
 from slimming.models.fused_attention import unfused_attention
-from slimming.models.reader import ModelReader
+from slimming.models.reader import ModelReader, reader_of
 from slimming.models.slim_vit import SlimViT
 from slimming.models.token_cut import averages_of
 from slimming.options import ModelOptions
@@ -31,6 +31,7 @@ from slimming.search.budget import Budget
 from slimming.search.costs import MacsCost
 from slimming.search.features import ERROR_IMAGES, DenseFeatures
 from slimming.search.profile import profile_within
+from slimming.search.request import PlanRequest
 from slimming.search.similarity import MergeSearch
 from tests.helpers.timm_models import ALL_KINDS, build, images_for, pools, without_fused_attention
 
@@ -192,7 +193,9 @@ def test_a_pooled_head_takes_no_merged_tokens() -> None:
         make_plan(model, "tiny", [list(range(10))] * 4, merged_into=[-1] * 10)
     images, transform = calibration_set("digits", 8), create_transform((3, 48, 48))
     with pytest.raises(UsageError, match="this model's pools"):
-        find_plan(model, images, name="tiny", transform=transform, score="similarity")
+        find_plan(model, images, PlanRequest(score="similarity"), name="tiny", transform=transform)
+    with pytest.raises(UsageError, match="this model's pools"):
+        find_plan(model, images, PlanRequest(summary=True), name="tiny", transform=transform)
     assert find_plan(model, images, name="tiny", transform=transform).plan.origin.score == "paper"
 
 
@@ -244,12 +247,9 @@ def test_find_meets_the_budget_with_the_merging_counted(layout: Any, more: dict[
     found = find_plan(
         model,
         calibration_set("digits", 24),
+        PlanRequest(Budget("macs-reduction", 0.4), fit="closed-form", layout=layout, **more),
         name="tiny",
         transform=create_transform((3, 48, 48)),
-        budget=Budget("macs-reduction", 0.4),
-        fit="closed-form",
-        layout=layout,
-        **more,
     )
     plan = found.plan
     assert plan.merged_into is not None
@@ -267,10 +267,10 @@ def test_find_meets_the_budget_with_the_merging_counted(layout: Any, more: dict[
 
 def test_auto_is_similarity_and_its_plan_is_the_same_again() -> None:
     model = build(patch_size=8)
-    calibrated = PlanFinder(
-        model, calibration_set("digits", 24), name="tiny", transform=create_transform((3, 48, 48)), magnitudes=False
-    )
-    first, second = (calibrated.find_plan(Budget("macs-reduction", 0.4), score=score).plan for score in ("auto", "similarity"))
+    settings, transform = FinderSettings(magnitudes=False), create_transform((3, 48, 48))
+    finder = PlanFinder(reader_of(model), calibration_set("digits", 24), name="tiny", transform=transform, settings=settings)
+    requests = [PlanRequest(Budget("macs-reduction", 0.4), score) for score in ("auto", "similarity")]  # type: ignore[arg-type]
+    first, second = (finder.find_plan(request).plan for request in requests)
     assert first == second
     assert first.origin.score == "similarity"
 
@@ -363,6 +363,8 @@ def test_counts_of_a_pooled_head_that_would_lose_prefix_tokens_are_refused() -> 
     model = build("avg_with_class")
     images, transform = calibration_set("digits", 8), create_transform((3, 48, 48))
     with pytest.raises(UsageError, match="4 in the last block need at least 5 in the one before"):
-        find_plan(model, images, name="tiny", transform=transform, budget=Budget("tokens", tokens=(4, 4, 4, 4)))
-    found = find_plan(model, images, name="tiny", transform=transform, budget=Budget("tokens", tokens=(5, 5, 5, 4)))
+        find_plan(model, images, name="tiny", transform=transform, request=PlanRequest(Budget("tokens", tokens=(4, 4, 4, 4))))
+    found = find_plan(
+        model, images, name="tiny", transform=transform, request=PlanRequest(Budget("tokens", tokens=(5, 5, 5, 4)))
+    )
     assert found.plan.counts == [5, 5, 5, 4]

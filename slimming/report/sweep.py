@@ -1,0 +1,66 @@
+"""A sweep over MAC reductions: further plans from the same features, and how each of them answers on held-out images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from patchslim.choices import Layout
+from patchslim.errors import BudgetUnreachable
+from patchslim.progress import StageProgress
+from slimming.api import FoundPlan, PlanFinder
+from slimming.data.source import ImageSet
+from slimming.distributed import ProcessGroup
+from slimming.models.vit_reader import LoadedVit
+from slimming.report.accuracy import evaluate
+from slimming.report.page import SweepPoint
+from slimming.search.budget import Budget
+from slimming.search.request import PlanRequest
+from slimming.session import SlimmingSession
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Measured plans, and the top-1 of the dense model in percent; empty and None where there are no images or no labels."""
+
+    points: list[SweepPoint] = field(default_factory=list)
+    dense_top1: float | None = None
+
+
+def plans_at(finder: PlanFinder, request: PlanRequest, reductions: Iterable[float]) -> list[FoundPlan]:
+    """Return a plan for each MAC reduction (a fraction) that can be reached, otherwise as ``request``."""
+    found = []
+    for reduction in reductions:
+        budget = Budget("macs-reduction", reduction, snap=request.budget.snap)
+        try:
+            found.append(finder.find_plan(replace(request, budget=budget)))
+        except BudgetUnreachable:
+            continue
+    return found
+
+
+def measure_plans(
+    session: SlimmingSession[LoadedVit],
+    plans: Sequence[FoundPlan],
+    layout: Layout,
+    images: ImageSet,
+    process_group: ProcessGroup,
+    progress: StageProgress,
+) -> Sweep:
+    """Measure the dense model and every plan on ``images``, shared out over the processes."""
+    loaded = session.loaded
+    models = [loaded.reader.model, *(loaded.slimmed(each.model, each.plan, layout) for each in plans)]
+    dense, *slim = evaluate(models, images, session.transform, process_group=process_group, progress=progress)
+    labelled = bool(images.labels)
+    points = [
+        SweepPoint(
+            reduction=1 - each.plan.macs(layout) / each.plan.dense_macs(),
+            macs=each.plan.macs(layout),
+            counts=each.plan.counts,
+            top1=accuracy.top1 if labelled else None,
+            agreement=accuracy.agreement,
+            errors=each.plan.origin.errors,
+        )
+        for each, accuracy in zip(plans, slim, strict=True)
+    ]
+    return Sweep(points, dense.top1 if labelled else None)
