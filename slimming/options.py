@@ -79,7 +79,7 @@ class BudgetGroup:
     mode: Mode = "compact"
     """What later blocks see of a dropped token: nothing (compact), or its last value (stale)."""
     summary: bool = False
-    """With a score that loses tokens: keep their mean as one more token (measure first: it helps some checkpoints only)."""
+    """With a score that drops tokens: keep their mean as one more token (measure first: it helps some checkpoints only)."""
 
 
 @dataclass(frozen=True)

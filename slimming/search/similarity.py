@@ -1,4 +1,4 @@
-"""Static merging: a dropped token is not lost, since a constant mean of it and similar tokens is kept.
+"""Static merging: a dropped token leaves a constant mean of itself and similar tokens behind.
 
 Which tokens are alike on average is a property of positions, so the groups can be constants of the plan: by Ward's method
 (1963) on the dense model's features, each step merges the two groups whose mean then differs least from their members, summed
