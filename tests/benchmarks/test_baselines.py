@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -231,20 +232,30 @@ def test_head_only_is_exact_and_costs_what_a_plan_does() -> None:
     torch.testing.assert_close(cut(images), whole(images))
 
 
+@functools.cache
+def costs_of_every_schedule(head_only: bool) -> tuple[list[int], list[int]]:
+    """MACs of ToMe under all constant schedules and those between, and of EViT at every keep rate of three digits."""
+    model = unfused(depth=6)
+    schedules = [[r + 1] * j + [r] * (6 - j) for r in range(19) for j in range(6)]
+    rates = [step / 1000 for step in range(1, 1001)]
+    return (
+        [ToMeViT(model, schedule, head_only=head_only).macs() for schedule in schedules],
+        [EViT(model, rate, head_only=head_only).macs() for rate in rates],
+    )
+
+
 @pytest.mark.parametrize("head_only", [False, True])
 @pytest.mark.parametrize("share", [1.0, 0.97, 0.8, 0.61, 0.5])
 def test_budgets_are_met_from_below_as_closely_as_the_schedule_allows(share: float, head_only: bool) -> None:
     model = unfused(depth=6)
     budget = int(share * dense_plan(model, "tiny").dense_macs())
     tome, evit = tome_for_macs(model, budget, head_only=head_only), evit_for_macs(model, budget, head_only=head_only)
-    schedules = [[r + 1] * j + [r] * (6 - j) for r in range(19) for j in range(6)]
-    costs = [ToMeViT(model, schedule, head_only=head_only).macs() for schedule in schedules]
+    costs, evit_costs = costs_of_every_schedule(head_only)
     assert tome.macs() == max(cost for cost in costs if cost <= budget)
     assert evit.keep_rate == round(evit.keep_rate, 3)  # so few tokens need no more digits
     for cost in {*costs[:3], *costs[7::13]}:  # each schedule is found by its own cost
         assert tome_for_macs(model, cost, head_only=head_only).macs() == cost
-    rates = [step / 1000 for step in range(1, 1001)]
-    assert evit.macs() == max(cost for rate in rates if (cost := EViT(model, rate, head_only=head_only).macs()) <= budget)
+    assert evit.macs() == max(cost for cost in evit_costs if cost <= budget)
 
 
 def test_a_budget_below_the_least_is_refused_with_the_least() -> None:

@@ -41,18 +41,18 @@ def test_a_tiny_model_is_measured(tiny: tuple[Path, SlimPlan], mode: Any, layout
         path,
         plan,
         TimingConditions(layout, mode, precision=precision, batch=2, threads=1),
-        grid=[9, 13],
+        grid=[9],
         rounds=2,
         progress=lambda *report: seen.append(report),
     )
     assert (found.model, found.tokens, found.depth, found.batch, found.threads) == ("tiny", plan.tokens, 4, 2, 1)
     assert (found.mode, found.layout, found.precision, found.engine, found.repeats) == (mode, layout, precision, "ort", 2)
-    counts = sorted({plan.tokens, 13, 9, plan.prefix_tokens})
+    counts = sorted({plan.tokens, 9, plan.prefix_tokens})
     reads = [plan.tokens] if mode == "stale" else counts
     wanted = {(n, k) for n in reads for k in {*counts, 1} if k <= n}
     assert {(point.tokens_in, point.tokens_out) for point in found.points} == wanted
     assert found.of([plan.tokens] * 4) == pytest.approx(found.dense_ms)
-    assert found.of([13, 9, 9, 1]) <= found.dense()
+    assert found.of([13, 9, 9, 1]) <= found.dense()  # 13: between two that were measured
     assert {stage for stage, _, _ in seen} == {"cutting blocks to time", "timing blocks"}
     assert seen[-1][1] == seen[-1][2]
     found.save(tmp_path / "table.json")

@@ -80,7 +80,7 @@ def test_it_is_refused_without_crash_hang_or_all_the_memory(case: Attack, tmp_pa
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", [*range(10), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(10, 30))])
 def test_flipped_bytes_are_refused_or_give_a_model_that_can_be_cut(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -94,7 +94,13 @@ def exported(kind: str) -> tuple[Any, onnx.ModelProto]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", ["plain", "distilled", "registers", "layer_scale", *FAMILIES])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *["plain", "distilled", "registers", "layer_scale", "parallel_scaling", "eva02_rope"],
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("gated", "res_post", "parallel_things", "grouped_query")),
+    ],
+)
 def test_merging_in_the_export_equals_the_merging_module(kind: str, layout: Layout) -> None:
     model, graph = exported(kind)
     seed = LAYOUTS.index(layout)
@@ -242,9 +248,9 @@ def _blocks(family: str, model: Any) -> tuple[list[nn.Module], list[nn.Module]]:
         ("timm_class-rewritten:gemm", "split"),
         ("timm_class-rewritten:gather-qkv", "packed"),
         ("hf_vit-dynamo20", "split"),
-        ("hf_vit-script17-unfused-unfolded", "packed"),
-        ("torchvision-dynamo20", "packed"),
-        ("torchvision-script17", "split"),
+        pytest.param("hf_vit-script17-unfused-unfolded", "packed", marks=pytest.mark.slow),
+        pytest.param("torchvision-dynamo20", "packed", marks=pytest.mark.slow),
+        pytest.param("torchvision-script17", "split", marks=pytest.mark.slow),
         ("torchvision-dynamo23", "split"),
     ],
 )
