@@ -20,6 +20,7 @@ from export.source import ExportSource
 from patchslim.errors import InputRejected, Unavailable
 from slimming.data.digits import render
 from tests.helpers.exports import ARGUMENTS, MODEL, ROOT, command, digests, read, stages_in, tiny
+from tests.helpers.forks import start_command
 from validate import check_bundle
 
 if TYPE_CHECKING:
@@ -244,36 +245,40 @@ def test_what_changes_during_a_run_is_not_kept(tmp_path: Path, monkeypatch: pyte
     assert not (tmp_path / "facts").exists()
 
 
-def interrupt(arguments: list[str], when: Callable[[], bool], *, transient: bool = False) -> tuple[int, str]:
+def interrupt(arguments: list[str], when: Callable[[], bool], folder: Path, *, transient: bool = False) -> tuple[int, str]:
     """Start a command, press Ctrl-C as soon as ``when`` holds, and return its exit code and what it wrote to stderr."""
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(arguments, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    stdout, stderr = folder / "stdout.txt", folder / "stderr.txt"
+    process = start_command(arguments, stdout, stderr)
+    assert process.pid is not None
     try:
         deadline = time.monotonic() + 120
         while not when():
-            assert process.poll() is None, process.communicate()[1]
+            assert process.is_alive(), stderr.read_text(encoding="utf-8")
             assert time.monotonic() < deadline
             time.sleep(0.01)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the command
         if transient:  # a Ctrl-C that meets a fork can be swallowed by it (CPython ignores it there): press again meanwhile
             time.sleep(0.3)
-            while process.poll() is None and when():
+            while process.is_alive() and when():
                 os.killpg(process.pid, signal.SIGINT)
                 time.sleep(0.3)
-        stdout, stderr = process.communicate(timeout=60)
+        process.join(60)
+        code = process.exitcode
     finally:
-        if process.poll() is None:
-            process.kill()
-    assert stdout == ""
-    return process.returncode, stderr
+        process.kill()
+    assert stdout.read_text(encoding="utf-8") == ""
+    assert code is not None
+    return code, stderr.read_text(encoding="utf-8")
 
 
-def test_an_interrupted_run_leaves_nothing_half_done_and_continues(tmp_path: Path) -> None:
-    work = tmp_path / "work"
+def test_an_interrupted_run_leaves_nothing_half_done_and_continues(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    work, said = tmp_path / "work", tmp_path_factory.mktemp("said")
     many = ("--calibration-images", "240", "--eval-images", "200")
     arguments = command(work, "bundle", *many)
 
-    code, stderr = interrupt(arguments, lambda: any(work.glob(".plan-*")), transient=True)
+    code, stderr = interrupt(arguments, lambda: any(work.glob(".plan-*")), said, transient=True)
     assert code == 130, stderr
     assert "interrupted; nothing was half-written, and the same command resumes" in stderr  # a finaliser may grumble after it
     assert not list(work.iterdir())
@@ -282,7 +287,7 @@ def test_an_interrupted_run_leaves_nothing_half_done_and_continues(tmp_path: Pat
     def measuring() -> bool:
         return any(work.glob("engine-*")) and any((time.time() - path.stat().st_mtime) > 0.3 for path in work.glob("engine-*"))
 
-    code, stderr = interrupt(arguments, measuring)
+    code, stderr = interrupt(arguments, measuring, said)
     assert code == 130, stderr
     assert "interrupted; nothing was half-written, and the same command resumes" in stderr
     assert f'File "{ROOT}/export' not in stderr, stderr  # threads of multiprocessing may grumble, our own code may not

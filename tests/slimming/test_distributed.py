@@ -18,8 +18,8 @@ from slimming.distributed import SINGLE_PROCESS, ProcessGroup, batch_slices, clo
 from slimming.fitting import closed_form
 from slimming.search.budget import Budget
 from slimming.search.request import PlanRequest
+from tests.helpers.forks import run_in_two_processes
 from tests.helpers.timm_models import build
-from tests.helpers.two_processes import run_in_two_processes
 
 #: One batch is less than two processes, and the last of three is not whole.
 MODEL: dict[str, Any] = {"patch_size": 8, "depth": 3}

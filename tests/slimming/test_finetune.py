@@ -22,8 +22,8 @@ from slimming.fitting.finetune_data import Draws, train_transform
 from slimming.fitting.recipe import Recipe
 from slimming.models.loading import state_digest
 from tests.helpers.finetuning import CLASSES, DATA_CONFIG, IMAGES, RECIPE, equal, images, models, run, state, stop_after
+from tests.helpers.forks import run_in_two_processes
 from tests.helpers.timm_models import KINDS, build, images_for
-from tests.helpers.two_processes import run_in_two_processes
 
 
 @pytest.mark.parametrize(("kind", "mode"), [("class_token", "compact"), ("distilled", "stale"), ("registers", "compact")])
