@@ -1,6 +1,6 @@
 """Images as files: which are read, from which class folders, and how they become 8 bits. One rule for every door.
 
-- Read are the suffixes in ``IMAGE_SUFFIXES``, in any letter case. Other files are counted (``ClassFolders.left_out``), not read.
+- Read are the suffixes in ``IMAGE_SUFFIXES``, in any letter case. Others are counted (``ClassFolders.left_out``), not read.
 - A class is the name of the folder in which an image lies, at any depth, as timm reads folders.
 - Grey pictures of 16 bits keep their high byte, as Pillow keeps it of colours of 16 bits. Pictures of 32 bits or of fractions
   have no range that a file states, and are refused.
@@ -66,7 +66,7 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
 
 
 def scan_class_folders(root: Path) -> ClassFolders:
-    """Find the images under ``root``, each in a folder that is named after its class. Hidden files and folders are not looked at.
+    """Find the images under ``root``, each in a folder named after its class; hidden files and folders are passed over.
 
     Images that lie in ``root`` itself are of the class "" where there are no others, else left out.
     Raises ``InputRejected`` for a folder that cannot be read, one whose name is no UTF-8, and one whose files are all left out.
