@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from patchslim.errors import EXIT_DONE, EXIT_USAGE, did_you_mean
+from patchslim.interrupts import end_when_interrupted
 from patchslim.packages import DISTRIBUTION, installed_version
+from patchslim.streams import lenient_streams
+from patchslim.text import printable
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,12 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The console command's entry point; returns the exit code."""
+    end_when_interrupted()
+    with lenient_streams():
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given:
         print(usage(), file=sys.stderr)
@@ -46,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_DONE
     if name not in COMMANDS:
         hint = did_you_mean(name, COMMANDS) or f"; there are {', '.join(COMMANDS)}"
-        print(f"patchslim: no command {name}{hint}", file=sys.stderr)
+        print(f"patchslim: no command {printable(name)}{hint}", file=sys.stderr)
         return EXIT_USAGE
     prog = f"patchslim {name}"
     sys.argv = [prog, *rest]  # what a door reads, and writes into its page

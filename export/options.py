@@ -11,14 +11,21 @@ import tyro
 
 from export.engines.base import ENGINES
 from patchslim.choices import EngineName, Layout, Precision
+from patchslim.environment import processes
 from patchslim.errors import UsageError
 from slimming.options import ModelOptions
 
 
 def default_work() -> Path:
     """Where stages are cached: ``$PATCHSLIM_WORK``, else ``patchslim`` in the user's cache folder."""
-    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(os.environ.get("PATCHSLIM_WORK") or Path(cache) / "patchslim")
+    if work := os.environ.get("PATCHSLIM_WORK"):
+        return Path(work)
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache) / "patchslim"
+    try:
+        return Path.home() / ".cache" / "patchslim"
+    except RuntimeError as error:
+        raise UsageError("this user has no home directory to keep stages in", next_step="pass --work FOLDER") from error
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ class ExportOptions(OutputGroup, GateGroup, EngineGroup, PlanGroup, ModelOptions
             raise UsageError(f"--max-top1-drop {self.max_top1_drop}: must be from 0 to 100 points")
         if self.batch_size < 1:
             raise UsageError(f"--batch-size {self.batch_size}: must be at least 1")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if processes() > 1:
             raise UsageError("export.run is one process: run slimming.run under torchrun, then export.run with its --plan")
         if self.target and not ENGINES[self.engine].has_targets:
             raise UsageError("--target needs --engine trt")

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
+import json
 import os
-import signal
 import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
-from patchslim.errors import EXIT_INTERRUPTED, EXIT_UNAVAILABLE, EXIT_USAGE, PatchslimError, did_you_mean
+from patchslim.errors import EXIT_INTERRUPTED, EXIT_USAGE, Interrupted, PatchslimError, Unavailable, UsageError, did_you_mean
+from patchslim.interrupts import ignore_interrupts, raise_when_interrupted, was_interrupted
 from patchslim.packages import extra_for, install_command
+from patchslim.streams import lenient_streams
+from patchslim.system_errors import as_error_of_ours
+from patchslim.text import printable, printable_message
 
 OptionsT = TypeVar("OptionsT")
-
-#: As a shell reports a process that SIGPIPE ended.
-EXIT_BROKEN_PIPE = 128 + 13
 
 #: An options class may be put together from classes of this name's ending, one for each group of its ``--help``.
 GROUP = "Group"
@@ -34,30 +37,103 @@ def run_command(
     """Parse the command line into ``options``, run ``main`` and return the exit code.
 
     ``extra`` is the extra of the distribution that the command needs, ``examples`` are its arguments as ``--help`` shows them.
-    Errors go to stderr as one message; anything that is not a ``PatchslimError`` is a bug and keeps its traceback.
+    Errors go to stderr as one message, and with ``--json`` to stdout as one object. What is neither a ``PatchslimError`` nor
+    something that the system refused is a bug and keeps its traceback. Whoever reads stdout or stderr may leave: the work goes
+    on, and its exit code stays.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
-    parsed = parse(options, sys.argv[1:], prog=prog, description=description, examples=examples)
-    try:
-        code = main(parsed)
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:  # as in ``patchslim doctor | head``: whoever reads has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains again when it flushes at exit
-        return EXIT_BROKEN_PIPE
-    except PatchslimError as error:
-        print(f"{prog}: {error}", file=sys.stderr)
-        return error.exit_code
-    except ModuleNotFoundError as error:
-        brings = extra_for(error.name or "", extra)
-        if brings is None:
+    frame = _Frame(prog, extra, as_json="--json" in sys.argv[1:])
+    with lenient_streams() as (stdout, _):
+        try:
+            try:
+                raise_when_interrupted()
+                ensure_readable(sys.argv[1:])
+                code = main(frame.parse(options, sys.argv[1:], description, examples))
+            except BaseException as error:
+                code = frame.exit_code(error)
+            ignore_interrupts()
+        except KeyboardInterrupt as error:  # between the lines above
+            ignore_interrupts()
+            code = frame.exit_code(error)
+        stdout.flush()
+        if stdout.fault is not None and not isinstance(stdout.fault, BrokenPipeError):  # a pipe's reader has read enough
+            print(f"{prog}: stdout cannot be written: {stdout.fault.strerror}; the rest is done", file=sys.stderr)
+            code = code or EXIT_USAGE
+    return code
+
+
+@dataclasses.dataclass(frozen=True)
+class _Frame:
+    """How a command's failures are told."""
+
+    prog: str
+    extra: str
+    as_json: bool
+
+    def parse(self, options: type[OptionsT], arguments: Sequence[str], description: str, examples: Sequence[str]) -> OptionsT:
+        """``parse``; what cannot be read is printed as JSON too where that was asked for."""
+        if not self.as_json:
+            return parse(options, arguments, prog=self.prog, description=description, examples=examples)
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(said):
+                return parse(options, arguments, prog=self.prog, description=description, examples=examples)
+        except SystemExit as end:
+            if end.code == EXIT_USAGE:
+                self._print_json(UsageError(_without_frame(said.getvalue()), next_step=f"see {self.prog} --help"))
             raise
-        print(f"{prog}: {error.name} is not installed; install it: {install_command(brings)}", file=sys.stderr)
-        return EXIT_UNAVAILABLE
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted; nothing was half-written, and the same command resumes", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        finally:
+            print(said.getvalue(), end="", file=sys.stderr)
+
+    def exit_code(self, error: BaseException) -> int:
+        """Say what went wrong and return the exit code; raises ``error`` again where it is a bug."""
+        if isinstance(error, SystemExit):
+            return error.code if isinstance(error.code, int) else int(error.code is not None)
+        if isinstance(error, KeyboardInterrupt) or was_interrupted():  # libraries turn the one into something else
+            return self._tell(Interrupted("interrupted; nothing was half-written, and the same command resumes"))
+        if (ours := as_error_of_ours(error)) is not None:
+            return self._tell(ours)
+        if isinstance(error, ModuleNotFoundError) and (brings := extra_for(error.name or "", self.extra)) is not None:
+            return self._tell(Unavailable(f"{error.name} is not installed; install it: {install_command(brings)}"))
+        if self.as_json:
+            self._print_json(PatchslimError(f"{type(error).__name__}: {error}", next_step="report it: this is a bug"))
+        raise error
+
+    def _tell(self, error: PatchslimError) -> int:
+        print(f"{self.prog}: {printable_message(str(error))}", file=sys.stderr)
+        if self.as_json:
+            self._print_json(error)
+        return error.exit_code
+
+    def _print_json(self, error: PatchslimError) -> None:
+        print(json.dumps({**(error.found or {}), "error": error_record(error, self.prog)}))
+
+
+def error_record(error: PatchslimError, prog: str) -> dict[str, object]:
+    """An error as ``--json`` prints it: its exit code, its kind, what is wrong, and the next step."""
+    otherwise = {EXIT_USAGE: f"see {prog} --help", EXIT_INTERRUPTED: "give the same command again: it resumes"}
+    step = error.next_step or otherwise.get(error.exit_code)
+    return {"code": error.exit_code, "kind": error.kind, "message": error.message, "next": step}
+
+
+def ensure_readable(arguments: Sequence[str]) -> None:
+    """Raise ``UsageError`` for what no command could work with: arguments that are no text, no working directory."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"argument {printable(argument)}: is not UTF-8", next_step="give the file another name") from None
+        if "\0" in argument:
+            raise UsageError(f"argument {printable(argument)}: holds a zero byte", next_step="leave it out")
+    try:
+        os.getcwd()
+    except OSError:
+        raise UsageError("the working directory is gone", next_step="cd to one that exists") from None
+
+
+def _without_frame(text: str) -> str:
+    """What tyro says in a box, on one line."""
+    words = (word for line in text.splitlines() for word in line.strip("│╭╰╮╯─├┤ ").split())
+    return " ".join(word for word in words if word.strip("─"))
 
 
 def parse(
@@ -113,18 +189,3 @@ def _choices(hint: Any) -> Iterator[str]:
         return
     for part in typing.get_args(hint):
         yield from _choices(part)
-
-
-_interrupted = False
-
-
-def _interrupt(signum: int, frame: object) -> None:
-    global _interrupted
-    _interrupted = True
-    raise KeyboardInterrupt
-
-
-def raise_if_interrupted() -> None:
-    """Raise the ``KeyboardInterrupt`` of an earlier Ctrl-C again: CPython drops one that falls into a fork or a finaliser."""
-    if _interrupted:
-        raise KeyboardInterrupt

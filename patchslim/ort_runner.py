@@ -11,6 +11,7 @@ import numpy as np
 
 from patchslim.arrays import Array
 from patchslim.errors import InputRejected, Unavailable, did_you_mean
+from patchslim.packages import install_command
 from patchslim.runner import BatchLimits
 
 CPU: Final = "CPUExecutionProvider"
@@ -125,7 +126,7 @@ def _open(model: Path | bytes, name: str, provider: str, threads: int) -> Any:
     try:
         import onnxruntime as ort
     except ImportError as error:
-        raise Unavailable('ONNX Runtime is not installed; install it: pip install "patchslim[edge]"') from error
+        raise Unavailable(f"ONNX Runtime is not installed; install it: {install_command('edge')}") from error
     if provider not in ort.get_available_providers():
         here = ort.get_available_providers()
         raise Unavailable(f"ONNX Runtime has no {provider} here; it has {', '.join(here)}{did_you_mean(provider, here)}")

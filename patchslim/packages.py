@@ -1,9 +1,10 @@
-"""The packages that patchslim can use, and the extra of ``pip install "patchslim[EXTRA]"`` that brings each. Imports none."""
+"""The packages that patchslim can use, the extra that brings each, and how that is installed. Imports none."""
 
 from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from pathlib import Path
 
 #: The distribution whose extras these are.
 DISTRIBUTION = "patchslim"
@@ -67,8 +68,16 @@ def installed_version(distribution: str) -> str | None:
 
 
 def install_command(extra: str) -> str:
-    """The pip command that installs an extra."""
-    return f'pip install "{DISTRIBUTION}[{extra}]"'
+    """The pip command that installs an extra: in the checkout that this code is part of, else from the wheels' files.
+
+    No package index has these distributions.
+    """
+    if (Path(__file__).parents[1] / "pyproject.toml").is_file():
+        ours, digits = ".", "./weights"
+    else:
+        ours, digits = f"./patchslim-{installed_version(DISTRIBUTION)}-py3-none-any.whl", "./patchslim_digits-*.whl"
+    both = any(package.module == "patchslim_digits" and extra in package.extras for package in PACKAGES)
+    return " ".join(["pip install", *([digits] if both else []), f'"{ours}[{extra}]"'])
 
 
 def extra_for(module: str, preferred: str) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-from patchslim.cli import raise_if_interrupted
+from patchslim.interrupts import raise_if_interrupted
 
 _UNITS = {"top-down search": "blocks", "compensating": "blocks", "fitting": "steps", "fine-tuning": "steps"}
 #: Called as work goes on: (done, total).

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+
+from patchslim.environment import processes, whole_number
+from patchslim.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -85,14 +87,19 @@ SINGLE_PROCESS = ProcessGroup()
 
 
 def open_process_group(device: str = "cpu") -> ProcessGroup:
-    """Join the job that torchrun started this process in (nccl on ``cuda``, else gloo); ``SINGLE_PROCESS`` without torchrun."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    """Join the job that torchrun started this process in (nccl on ``cuda``, else gloo); ``SINGLE_PROCESS`` without torchrun.
+
+    Raises ``UsageError`` where torchrun's environment variables cannot be read.
+    """
+    if processes() == 1:
         return SINGLE_PROCESS
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(whole_number("LOCAL_RANK", 0))
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        try:
+            dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        except ValueError as error:  # a variable that is missing or no number
+            raise UsageError(f"the environment is not as torchrun makes it: {error}", next_step="unset WORLD_SIZE") from error
     return ProcessGroup(dist.get_rank(), dist.get_world_size())
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from patchslim.arrays import Array
 from patchslim.errors import InputRejected, Unavailable
+from patchslim.packages import install_command
 from validate.manifest import Manifest, Preprocessing
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def batches(images: list[tuple[Path, int]], spec: Preprocessing, size: int) -> I
     try:
         from PIL import Image
     except ImportError as error:
-        raise Unavailable("Pillow is not installed: install patchslim[edge]") from error
+        raise Unavailable(f"Pillow is not installed; install it: {install_command('edge')}") from error
 
     for start in range(0, len(images), size):
         chunk = images[start : start + size]

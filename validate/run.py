@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from patchslim.interrupts import end_when_interrupted
+
+    end_when_interrupted()
+
 import dataclasses
 import sys
 from pathlib import Path

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from patchslim.choices import Precision
 from patchslim.errors import InputRejected, Unavailable
+from patchslim.packages import install_command
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def read_onnx(path: Path) -> OnnxFacts:
     try:
         import onnx
     except ModuleNotFoundError as error:
-        raise Unavailable('building an engine needs onnx: pip install "patchslim[export]"') from error
+        raise Unavailable(f"building an engine needs onnx: {install_command('export')}") from error
     try:
         graph = onnx.load(str(path), load_external_data=False).graph
     except OSError as error:

@@ -13,6 +13,7 @@ from export.engines.onnx_info import OnnxFacts
 from patchslim.choices import Precision
 from patchslim.errors import Unavailable
 from patchslim.ort_runner import CPU, OrtRunner
+from patchslim.packages import install_command
 
 _CUDA = "CUDAExecutionProvider"
 
@@ -63,5 +64,5 @@ def has_cuda() -> bool:
     try:
         import onnxruntime
     except ModuleNotFoundError as error:
-        raise Unavailable('the ort engine needs onnxruntime: pip install "patchslim[export]"') from error
+        raise Unavailable(f"the ort engine needs onnxruntime: {install_command('export')}") from error
     return _CUDA in onnxruntime.get_available_providers()

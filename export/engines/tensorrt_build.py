@@ -31,12 +31,13 @@ from export.engines.onnx_info import OnnxFacts
 from export.engines.tensorrt_worker import BuildRequest
 from patchslim.choices import Precision
 from patchslim.errors import InputRejected, Unavailable, UsageError, did_you_mean
+from patchslim.packages import install_command
 
 _GRACE = 5.0  # seconds that a cancelled build has to end by itself
 _NAMES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 _INSTALL = (
-    'install one of them: pip install "patchslim[rtx]" (TensorRT-RTX: builds for RTX GPUs, also on a machine without one) or '
-    'pip install "patchslim[trt]" (TensorRT: builds for the GPU of this machine)'
+    f"install one of them: {install_command('rtx')} (TensorRT-RTX: builds for RTX GPUs, also on a machine without one) or "
+    f"{install_command('trt')} (TensorRT: builds for the GPU of this machine)"
 )
 
 
@@ -72,7 +73,7 @@ def choose_backend(targets: Sequence[str] | None = None, precision: Precision | 
     if not full:
         raise Unavailable(f"neither tensorrt nor tensorrt_rtx is installed; {_INSTALL}")
     here = f"only for this machine's {local}" if local else "nothing on a machine without a GPU"
-    raise Unavailable(f'tensorrt is installed, but builds {here}; for RTX GPUs elsewhere: pip install "patchslim[rtx]"')
+    raise Unavailable(f"tensorrt is installed, but builds {here}; for RTX GPUs elsewhere: {install_command('rtx')}")
 
 
 def build(onnx_path: Path, output_dir: Path, facts: OnnxFacts, options: BuildOptions) -> EngineResult:

@@ -19,7 +19,7 @@ from export.engines import cuda
 from export.engines.base import TARGETS
 from export.engines.support import Status, engine_support
 from patchslim.choices import EngineName, Precision
-from patchslim.packages import PACKAGES
+from patchslim.packages import PACKAGES, install_command
 from tests.helpers.commands import door_here
 
 ROOT = Path(__file__).parents[2]
@@ -81,12 +81,12 @@ def test_it_imports_nothing_that_takes_long() -> None:
 def test_tables_name_every_package_engine_and_command(capsys: pytest.CaptureFixture[str]) -> None:
     found = examine()
     found["packages"][0]["version"] = None
-    found["extras"]["export"] = {"missing": ["torch"], "install": 'pip install "patchslim[export]"', "note": None}
+    found["extras"]["export"] = {"missing": ["torch"], "install": install_command("export"), "note": None}
     print_report(found)
     text = capsys.readouterr().out
     assert all(package.distribution in text for package in PACKAGES)
     assert all(target in text for target in TARGETS)
-    assert '  pip install "patchslim[export]": torch\n' in text
+    assert f"  {install_command('export')}: torch\n" in text
     for row in found["engines"]:
         assert " ".join(row["reason"].split()) in " ".join(text.split())
 

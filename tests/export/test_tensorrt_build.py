@@ -20,11 +20,12 @@ from export.engines.build import build_engine
 from export.engines.tensorrt_build import choose_backend
 from export.engines.tensorrt_runner import TrtRunner, can_execute
 from patchslim.errors import InputRejected, Unavailable, UsageError
+from patchslim.packages import install_command
 
 DEPTH = 2
 ROOT = Path(__file__).resolve().parents[2]
 needs_rtx = pytest.mark.skipif(
-    importlib.util.find_spec("tensorrt_rtx") is None, reason='tensorrt_rtx is not installed: pip install "patchslim[rtx]"'
+    importlib.util.find_spec("tensorrt_rtx") is None, reason=f"tensorrt_rtx is not installed: {install_command('rtx')}"
 )
 ahead_of_time = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt") is not None and cuda.local_target() is not None,
@@ -179,8 +180,8 @@ def test_without_any_tensorrt_the_install_line_is_given() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 4, run.stderr
-    assert 'pip install "patchslim[rtx]"' in run.stdout
-    assert 'pip install "patchslim[trt]"' in run.stdout
+    assert install_command("rtx") in run.stdout
+    assert install_command("trt") in run.stdout
 
 
 def test_importing_engines_loads_no_backend() -> None:

@@ -190,7 +190,7 @@ def test_a_missing_package_names_the_extra_that_brings_it(
         raise ModuleNotFoundError(f"No module named {module!r}", name=module)
 
     assert command(main, extra=extra) == 4
-    assert f'{module} is not installed; install it: pip install "patchslim[{brings}]"' in capsys.readouterr().err
+    assert f"{module} is not installed; install it: {install_command(brings)}" in capsys.readouterr().err
 
 
 def test_a_missing_module_that_no_extra_brings_is_a_bug() -> None:
@@ -216,7 +216,11 @@ def test_versions_are_read_from_metadata() -> None:
     assert installed_version("pytest") == pytest.__version__
     assert installed_version("no-such-distribution") is None
     assert extra_for("no_such_module", "edge") is None
-    assert install_command("edge") == 'pip install "patchslim[edge]"'
+
+
+def test_what_to_install_is_in_the_checkout_since_no_index_has_it() -> None:
+    assert install_command("edge") == 'pip install ".[edge]"'
+    assert install_command("export") == 'pip install ./weights ".[export]"'
 
 
 def test_every_choice_of_a_door_is_spelt_in_its_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -162,6 +162,6 @@ def test_the_ground_needs_no_onnxruntime_until_a_model_is_opened(path: Path) -> 
         "try:\n"
         f"    OrtRunner(Path({str(path)!r}))\n"
         "except Unavailable as error:\n"
-        "    sys.exit('patchslim[edge]' not in str(error))\n"
+        "    sys.exit('.[edge]' not in str(error))\n"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
