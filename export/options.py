@@ -88,6 +88,9 @@ class ExportOptions(OutputGroup, GateGroup, EngineGroup, PlanGroup, ModelOptions
         super().check()
         if self.plan is not None and self.dense:
             raise UsageError("--plan and --dense contradict each other")
+        if (self.plan is not None or self.dense) and self.given_budgets:
+            chosen = "--dense" if self.dense else "--plan"
+            raise UsageError(f"{chosen} and {self.given_budgets[0]} contradict each other", next_step="leave one of them out")
         if self.eval_images != "all" and self.eval_images < 1:
             raise UsageError(f"--eval-images {self.eval_images}: must be at least 1, or all")
         if not 0 <= self.max_top1_drop <= 100:
@@ -98,6 +101,14 @@ class ExportOptions(OutputGroup, GateGroup, EngineGroup, PlanGroup, ModelOptions
             raise UsageError("export.run is one process: run slimming.run under torchrun, then export.run with its --plan")
         if self.target and not ENGINES[self.engine].has_targets:
             raise UsageError("--target needs --engine trt")
+
+    def check_inputs(self) -> None:
+        """Raise ``InputRejected`` where what the options name is not there, or is no plan. Quick: nothing is loaded."""
+        super().check_inputs()
+        if self.plan is not None:
+            from patchslim.plan import load_plan
+
+            load_plan(self.plan)
 
     @property
     def targets(self) -> tuple[str, ...]:

@@ -134,6 +134,7 @@ def begin(options: ExportOptions) -> tuple[EngineRequest, ExportSource, Workspac
     """Check what the options ask for before anything slow: the bundle's place, the engine, the model and the images."""
     options.check()
     check_place(options.bundle)
+    options.check_inputs()
     work = Workspace(StageCache(options.work_folder), Reporter())
     backend = choose_backend(options.engine, options.targets, options.engine_precision)
     request = EngineRequest(options.engine, backend, options.engine_precision)

@@ -32,9 +32,8 @@ def run(options: ExportOptions) -> int:
     try:
         outcome = export_bundle(options)
     except GateFailed as error:  # whoever reads the output needs the numbers all the more
-        if options.json:
-            print(json.dumps(as_json(error.outcome)))
-        else:
+        error.found = as_json(error.outcome)
+        if not options.json:
             print_summary(error.outcome)
         raise
     if options.json:

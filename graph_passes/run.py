@@ -258,7 +258,9 @@ def _publish(options: PassOptions, plan: SlimPlan | None, outcome: _Outcome) -> 
     if options.report is not None:
         with atomic_path(options.report) as part:
             part.write_text(text + "\n", encoding="utf-8")
-    if options.json:
+    if options.json and outcome.error is not None:
+        outcome.error.found = report.model_dump(mode="json")  # printed with the error
+    elif options.json:
         print(text)
     else:
         print_report(report)

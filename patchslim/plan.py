@@ -40,10 +40,14 @@ class Origin(StrictRecord):
     )
 
 
+#: The name of a file beside a plan: none that leads elsewhere, or that a shell or a URL reads as something else.
+FILE_NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]*$"
+
+
 class FittedWeights(StrictRecord):
     """The weights that go with a plan, where they are not the original's: refitted to the cut, or fine-tuned under it."""
 
-    file: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=200)] = Field(
+    file: Annotated[str, Field(pattern=FILE_NAME, max_length=200)] = Field(
         description="safetensors file beside the plan: a whole state dict of the model"
     )
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] = Field(description="digest over names, types, shapes and values")

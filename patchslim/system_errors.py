@@ -35,9 +35,7 @@ def as_error_of_ours(error: BaseException) -> PatchslimError | None:
             what, step = _PLACES[number]
             return UsageError(f"{_name(cause) or 'a file could not be written'}: {what}", next_step=step)
     if isinstance(error, PermissionError) and _name(error):
-        return Unavailable(
-            f"{_name(error)}: permission denied", next_step="name another place, or change its rights"
-        )
+        return Unavailable(f"{_name(error)}: permission denied", next_step="name another place, or change its rights")
     return error if isinstance(error, PatchslimError) else None
 
 

@@ -12,10 +12,14 @@ import tyro
 from patchslim.choices import Fit, Layout, Mode, ScoreName
 from patchslim.errors import UsageError
 from slimming.fitting.recipe import Recipe
+from slimming.inputs import check_data, check_file, check_weights
+from slimming.models.timm_names import check_model_name
 from slimming.search.budget import Budget
 from slimming.search.request import PlanRequest
 
-_INSTEAD = ("tolerance", "tokens", "latency-reduction", "latency-budget-ms")
+#: Of the MACs, where no budget is given.
+DEFAULT_REDUCTION = 0.45
+_BUDGETS = ("macs-reduction", "tolerance", "tokens", "latency-reduction", "latency-budget-ms")
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,8 @@ class ImageGroup:
 class BudgetGroup:
     """How much is dropped, and which tokens go."""
 
-    macs_reduction: float = 0.45
-    """Fraction of the model's multiply-accumulates to remove."""
+    macs_reduction: float | None = None
+    """Fraction of the model's multiply-accumulates to remove. Default: 0.45, where none of the next four is given."""
     tolerance: float | None = None
     """Instead of --macs-reduction: the relative error that each cut may cause in the block above (the paper: 0.01, 0.02)."""
     tokens: str | None = None
@@ -132,7 +136,13 @@ class ModelOptions(FittingGroup, BudgetGroup, ImageGroup, ModelGroup):
         for name in ("tolerance", "latency-reduction", "latency-budget-ms"):
             if (value := getattr(self, name.replace("-", "_"))) is not None:
                 return Budget(name, value, snap=self.snap)
-        return Budget("macs-reduction", self.macs_reduction, snap=self.snap)
+        asked = DEFAULT_REDUCTION if self.macs_reduction is None else self.macs_reduction
+        return Budget("macs-reduction", asked, snap=self.snap)
+
+    @property
+    def given_budgets(self) -> list[str]:
+        """The options that say how much is dropped, as far as they were given."""
+        return [f"--{name}" for name in _BUDGETS if getattr(self, name.replace("-", "_")) is not None]
 
     def request(self, layout: Layout = "split") -> PlanRequest:
         """Return what is asked of the plan, its cut projections laid as ``layout``."""
@@ -168,9 +178,8 @@ class ModelOptions(FittingGroup, BudgetGroup, ImageGroup, ModelGroup):
         """Raise ``UsageError`` for values that no run could use."""
         if self.calibration_images < 1:
             raise UsageError(f"--calibration-images {self.calibration_images}: must be at least 1")
-        asked = [name for name in _INSTEAD if getattr(self, name.replace("-", "_")) is not None]
-        if len(asked) > 1:
-            raise UsageError(f"{' and '.join(f'--{name}' for name in asked)} contradict each other")
+        if len(self.given_budgets) > 1:
+            raise UsageError(f"{' and '.join(self.given_budgets)} contradict each other", next_step="give one of them")
         self.request().check()
         if self.finetune_epochs:
             self.recipe.check()
@@ -190,3 +199,13 @@ class ModelOptions(FittingGroup, BudgetGroup, ImageGroup, ModelGroup):
             raise UsageError(f"--seed {self.seed}: must be from 0 to below 2^63")
         if not self.data or self.calibration_data == "":
             raise UsageError("--data and --calibration-data must not be empty")
+
+    def check_inputs(self) -> None:
+        """Raise ``InputRejected`` where what the options name is not there. Quick: nothing is loaded."""
+        check_model_name(self.model)
+        check_weights(self.weights)
+        for address in (self.data, self.calibration_data, self.train_data if self.finetune_epochs else None):
+            if address is not None:
+                check_data(address)
+        if self.latency_table is not None:
+            check_file(self.latency_table, "latency table")

@@ -10,6 +10,7 @@ if __name__ == "__main__":
 import dataclasses
 import json
 import os
+import re
 import shlex
 import sys
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ import tyro
 from patchslim.choices import Layout
 from patchslim.cli import run_command
 from patchslim.errors import EXIT_DONE, UsageError
-from patchslim.plan import SlimPlan
+from patchslim.plan import FILE_NAME, SlimPlan
+from slimming.inputs import check_file
 from slimming.models.abilities import check_abilities
 from slimming.onnx_models.abilities import GRAPH_REFUSALS
 from slimming.options import ModelOptions
@@ -30,6 +32,8 @@ from slimming.search.budget import LATENCY
 if TYPE_CHECKING:
     from slimming.pipeline import SavedPlan
 
+#: Bytes of a plan's name: with the endings of what lies beside it, it must stay below the 255 of most file systems.
+MAX_NAME = 180
 #: Held-out images that a sweep is measured on.
 SWEEP_IMAGES = 1000
 
@@ -96,6 +100,19 @@ class SlimmingOptions(OutputGroup, MeasureGroup, GraphGroup, ModelOptions):
             raise UsageError(f"--output {self.output}: not a file that can be written")
         if self.output.suffix in (".html", ".safetensors", ".checkpoint"):
             raise UsageError(f"--output {self.output}: the plan's page and weights take that ending; name it plan.json")
+        name = self.output.name
+        if len(os.fsencode(name)) > MAX_NAME:
+            raise UsageError(f"--output {self.output}: its name has over {MAX_NAME} bytes", next_step="name it plan.json")
+        fitted = self.onnx is None and (self.fit != "none" or self.finetune_epochs > 0)
+        if fitted and not re.match(FILE_NAME, name):
+            wrong = f"--output {self.output}: its weights are named after it, and {name!r} has other than A-Z a-z 0-9 . _ -"
+            raise UsageError(wrong, next_step="name it plan.json")
+
+    def check_inputs(self) -> None:
+        """Raise ``InputRejected`` where what the options name is not there. Quick: nothing is loaded."""
+        super().check_inputs()
+        if self.onnx is not None:
+            check_file(self.onnx, "--onnx")
 
     def check(self) -> None:
         """Raise ``UsageError`` for values that no run could use."""
@@ -126,6 +143,7 @@ def run(options: SlimmingOptions) -> int:
     """Find and save the plan; returns the exit code. Raises ``PatchslimError``."""
     options.check()
     options.check_output()
+    options.check_inputs()
     from slimming.distributed import close_process_group, open_process_group
     from slimming.pipeline import PlanJob, save_plan
 
@@ -170,12 +188,13 @@ def _print(saved: SavedPlan, options: SlimmingOptions) -> None:
         print(json.dumps(summary))
         return
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table("block", "tokens kept", "E above the cut", title=f"{plan.model}, {plan.mode}, of {plan.tokens} tokens")
-    for block, (count, error) in enumerate(zip(plan.counts, plan.origin.errors, strict=True), start=1):
-        table.add_row(str(block), str(count), f"{error:.2e}" if error else "exact")
-    Console().print(table)
+    from slimming.report.tables import plan_table, sweep_table
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(plan_table(plan))
+    if saved.sweep is not None and options.sweep is not None:
+        console.print(sweep_table(saved.sweep.points, saved.sweep.dense_top1))
     dense, slim = plan.dense_macs(), plan.macs(options.layout)
     print(f"{saved.path}: {slim / 1e9:.3f} of {dense / 1e9:.3f} GMACs, {1 - slim / dense:.1%} removed")
     for what, path in (("weights", saved.weights), ("page", saved.page)):

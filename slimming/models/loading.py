@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patchslim.choices import Layout
-from patchslim.errors import InputRejected, Unavailable, UsageError, did_you_mean
+from patchslim.errors import InputRejected, Unavailable, UsageError
 from patchslim.packages import install_command
+from slimming.models.timm_names import PRESETS, check_model_name
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -24,14 +25,6 @@ if TYPE_CHECKING:
     from patchslim.plan import SlimPlan
     from slimming.models.reader import ModelReader, TimmVit
 
-PRESETS = {
-    "vit_ti": "vit_tiny_patch16_224",
-    "vit_s": "vit_small_patch16_224",
-    "vit_b": "vit_base_patch16_224",
-    "deit_ti": "deit_tiny_patch16_224",
-    "deit_s": "deit_small_patch16_224",
-    "deit_b": "deit_base_patch16_224",
-}
 BUNDLED = {"vit_ti": "vit_ti_digits.safetensors"}
 """Files of the package ``patchslim_digits``, a distribution of its own (``weights/`` in a checkout)."""
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
@@ -112,10 +105,7 @@ def load_model(
     if weights == "bundled" and name in BUNDLED:  # the classes that they know, where nothing else says
         arguments.setdefault("num_classes", len(read_weights(bundled_weights(name))[1]["labels"]))
     if not timm.is_model(architecture.split(".")[0]):
-        near = did_you_mean(name.split(".")[0], [*PRESETS, *timm.list_models()])
-        raise InputRejected(
-            f"model {name}: not a preset ({', '.join(PRESETS)}) and not a model of timm {timm.__version__}{near}"
-        )
+        check_model_name(name)
     torch.manual_seed(seed)
     try:
         module = timm.create_model(architecture, pretrained=weights == "pretrained", **arguments)

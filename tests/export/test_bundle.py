@@ -12,6 +12,7 @@ from PIL import Image
 
 from export import ExportOptions
 from patchslim.plan import load_plan
+from slimming.search.budget import Budget
 from tests.helpers.exports import CALIBRATION, DEPTH, EVALUATION, MODEL, TOKENS, read
 from validate import check_bundle
 
@@ -30,7 +31,7 @@ def test_the_defaults() -> None:
     options = ExportOptions()
     assert (options.model, options.engine, options.weights, options.data) == ("vit_ti", "ort", "bundled", "digits")
     assert (options.calibration_images, options.eval_images) == (256, 2000)
-    assert (options.macs_reduction, options.tolerance, options.mode) == (0.45, None, "compact")
+    assert (options.budget, options.mode) == (Budget("macs-reduction", 0.45), "compact")
     assert (options.max_top1_drop, options.seed) == (0.2, 0)
     assert (options.engine_precision, options.layout, options.bundle) == ("fp32", "split", Path("bundles/vit_ti-ort"))
     trt = ExportOptions(model="deit_s", engine="trt")

@@ -114,7 +114,9 @@ def test_a_refused_site_is_in_the_report_of_the_run_that_failed(
     assert code == 3
     out, error = capsys.readouterr()
     written = read(report)
-    assert Report.model_validate(json.loads(out) | {"before": written.before}) == written
+    printed = json.loads(out)
+    assert (printed["error"]["code"], printed["error"]["kind"]) == (3, "InputRejected")
+    assert Report.model_validate(printed | {"before": written.before, "error": written.error}) == written
     assert (written.output, written.after, written.modified, written.nodes) == (None, None, False, None)
     assert len(written.refused) == 1
     assert "already cut" in written.refused[0].reason
