@@ -46,7 +46,7 @@ from slimming.fitting.finetune_checkpoint import as_found, resume, save
 from slimming.fitting.finetune_data import Draws, identity_of, loader_of, read, train_transform
 from slimming.fitting.recipe import FinetuneReport, Recipe
 from slimming.models.fused_attention import unfused_attention
-from slimming.models.loading import state_digest
+from slimming.models.weights import state_digest
 
 _LEAST_LR, _WARMUP_LR = 1 / 50, 1 / 500  # of the learning rate, as in DeiT
 _EMA_SHARE = 25_000 / 375_000  # of the steps, as in DeiT

@@ -10,7 +10,8 @@ from patchslim.choices import Fit
 from patchslim.errors import InputRejected
 from patchslim.plan import FittedWeights, SlimPlan
 from patchslim.records import atomic_path
-from slimming.models.loading import apply_weights, read_weights, state_digest
+from slimming.models.checkpoint import read_checkpoint
+from slimming.models.weights import apply_weights, state_digest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,7 +49,7 @@ def load_fitted(plan: SlimPlan, path: Path, model: nn.Module) -> nn.Module:
         raise InputRejected(
             f"{path}: its weights were fitted to the cut and belong beside it, as {plan.weights.file}; there are none"
         )
-    state, _ = read_weights(file)
+    state = read_checkpoint(file).state
     if state_digest(state) != plan.weights.sha256:
         raise InputRejected(f"{file}: not the weights that {path.name} was made with (their digest differs)")
     fitted = copy.deepcopy(model)

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import ast
-import hashlib
 import importlib.util
-import json
-import math
 import os
-import pickle
-from collections.abc import Mapping
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,16 +13,21 @@ from typing import TYPE_CHECKING, Any
 from patchslim.choices import Layout
 from patchslim.errors import InputRejected, Unavailable, UsageError
 from patchslim.packages import install_command
+from slimming.models.checkpoint import Checkpoint, first_line, read_checkpoint, read_labels
 from slimming.models.timm_names import PRESETS, check_model_name
+from slimming.models.weights import apply_weights, converted, state_digest
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from patchslim.plan import SlimPlan
     from slimming.models.reader import ModelReader, TimmVit
 
 BUNDLED = {"vit_ti": "vit_ti_digits.safetensors"}
 """Files of the package ``patchslim_digits``, a distribution of its own (``weights/`` in a checkout)."""
+_LARGEST = sys.float_info.max
+_SOURCES = ("bundled", "pretrained", "random")
+_TRAINED = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # what a record may say of the preprocessing
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
@@ -39,9 +40,10 @@ class LoadedModel:
     arguments: dict[str, Any]  # given to timm.create_model
     module: TimmVit
     data_config: dict[str, Any]  # timm's: input_size, interpolation, mean, std, crop_pct, crop_mode
-    weights: str  # bundled, pretrained, random or the file's name
+    weights: str  # bundled, pretrained, random or the file's name, and which of its weights where it holds several
     weights_sha256: str  # over names, shapes and values of the state dict
-    record: dict[str, Any]  # what a bundled file says of its own training; else empty
+    record: dict[str, Any]  # what a bundled file or a config.json says of the weights' training; else empty
+    notes: tuple[str, ...] = ()  # what was done to make the weights fit, for the user
 
     @property
     def reader(self) -> ModelReader:
@@ -79,12 +81,14 @@ def load_model(
     preprocessing: dict[str, Any] | None = None,
     classes: int | None = None,
     seed: int = 0,
+    ema: bool = False,
 ) -> LoadedModel:
     """Create a timm model and give it its weights.
 
     ``name`` is a preset or a timm name, ``weights`` one of ``bundled``, ``pretrained`` (the only one that may use the network),
-    ``random`` (drawn from ``seed``) or a path; ``classes`` sizes the head unless ``arguments`` do or weights are pretrained;
-    ``preprocessing`` overrides the model's data config (timm's names).
+    ``random`` (drawn from ``seed``) or a path to a file or to a folder of ``save_pretrained``; ``ema`` takes the averaged
+    weights that a trainer kept beside the others. ``classes`` sizes the head unless ``arguments`` or a ``config.json`` do or
+    weights are pretrained; ``preprocessing`` overrides the model's data config (timm's names).
     Raises ``UsageError``, ``InputRejected`` (unknown model, unusable file) or ``Unavailable`` (no such weights here).
     """
     if weights != "pretrained":
@@ -100,12 +104,18 @@ def load_model(
     overrides = {key: value for key, value in (preprocessing or {}).items() if value is not None}
     if "img_size" in overrides:
         arguments.setdefault("img_size", overrides["img_size"])
-    if classes is not None and weights != "pretrained":
-        arguments.setdefault("num_classes", classes)
-    if weights == "bundled" and name in BUNDLED:  # the classes that they know, where nothing else says
-        arguments.setdefault("num_classes", len(read_weights(bundled_weights(name))[1]["labels"]))
     if not timm.is_model(architecture.split(".")[0]):
         check_model_name(name)
+    checkpoint: Checkpoint | None = None
+    if (path := weights_path(name, weights)) is not None:
+        checkpoint = read_checkpoint(path, ema=ema)
+        if weights == "bundled":  # the classes that they know, where nothing else says
+            arguments.setdefault("num_classes", len(checkpoint.record["labels"]))
+        _take_config(checkpoint, name, architecture, arguments)
+    elif ema:
+        raise UsageError(f"--ema takes averaged weights from a file: --weights {weights} has none")
+    if classes is not None and weights != "pretrained":
+        arguments.setdefault("num_classes", classes)
     torch.manual_seed(seed)
     try:
         module = timm.create_model(architecture, pretrained=weights == "pretrained", **arguments)
@@ -116,13 +126,13 @@ def load_model(
             module = timm.create_model(architecture, pretrained=weights == "pretrained", **arguments)
     except (OSError, RuntimeError) as error:
         if weights != "pretrained":
-            raise InputRejected(f"model {name}: timm cannot create it: {_first_line(error)}") from error
+            raise InputRejected(f"model {name}: timm cannot create it: {first_line(error)}") from error
         raise Unavailable(
-            f"the pretrained weights of {name} cannot be fetched from here ({_first_line(error)}): "
+            f"the pretrained weights of {name} cannot be fetched from here ({first_line(error)}): "
             "pass --weights PATH with a safetensors file, or --weights random to try the pipeline"
         ) from error
     except Exception as error:  # --model-arg reaches any line of timm; after OSError: a hub's "not found" may be both
-        fault = f"{type(error).__name__}: {_first_line(error)}"
+        fault = f"{type(error).__name__}: {first_line(error)}"
         raise InputRejected(f"model {name}: timm refuses {arguments or 'it'}: {fault}") from error
     if weights == "bundled" and name not in BUNDLED:
         check_supported(module, name)  # first what no weights could change
@@ -130,11 +140,15 @@ def load_model(
             f"no weights are bundled for {name} (only for {', '.join(BUNDLED)}): pass --weights PATH, pretrained or random"
         )
     record: dict[str, Any] = {}
-    if weights not in ("pretrained", "random"):
-        path = bundled_weights(name) if weights == "bundled" else Path(weights)
-        state, record = read_weights(path)
-        apply_weights(module, state, path)
-    config = resolve_data_config(args=overrides, pretrained_cfg={**module.pretrained_cfg, **record.get("data_config", {})})
+    notes: list[str] = []
+    if checkpoint is not None:
+        state, notes = converted(module, checkpoint.state, checkpoint.path)
+        apply_weights(module, state, checkpoint.path)
+        record = checkpoint.record
+    trained = {key: value for key, value in record.get("data_config", {}).items() if key in _TRAINED}
+    if fault := _preprocessing_fault(trained):
+        raise InputRejected(f"model {name} with weights {weights}: its preprocessing cannot be used: {fault}")
+    config = resolve_data_config(args=overrides, pretrained_cfg={**module.pretrained_cfg, **trained})
     side = getattr(getattr(module, "patch_embed", None), "img_size", None)
     if isinstance(side, tuple):  # the model's own, whatever the overrides and the record say
         config["input_size"] = (config["input_size"][0], *side)
@@ -147,10 +161,41 @@ def load_model(
         arguments=arguments,
         module=module.eval().requires_grad_(False),
         data_config=config,
-        weights=weights if weights in ("bundled", "pretrained", "random") else Path(weights).name,
+        weights=weights if weights in _SOURCES or checkpoint is None else checkpoint.source,
         weights_sha256=state_digest(module.state_dict()),
         record=record,
+        notes=(*(checkpoint.notes if checkpoint else ()), *notes),
     )
+
+
+def weights_path(name: str, weights: str) -> Path | None:
+    """The file or folder that ``--weights`` names for the model ``name``; None where there is none. Raises ``Unavailable``."""
+    if weights == "bundled":
+        return bundled_weights(name) if name in BUNDLED else None
+    return None if weights in _SOURCES else Path(weights)
+
+
+def class_names(name: str, weights: str) -> list[str]:
+    """The names of the classes that the weights know, in their order; empty where their file does not say.
+
+    Raises ``InputRejected`` and ``Unavailable``.
+    """
+    path = weights_path(name, weights)
+    return [] if path is None else read_labels(path)
+
+
+def _take_config(checkpoint: Checkpoint, name: str, architecture: str, arguments: dict[str, Any]) -> None:
+    """Fill ``arguments`` with what timm's own config beside the weights says. Raises ``InputRejected`` for another model's."""
+    config = checkpoint.config
+    if config is None or not config.architecture:
+        return
+    if config.architecture.split(".")[0] != architecture.split(".")[0]:
+        raise InputRejected(
+            f"{config.path}: these are weights of {config.architecture[:100]}, not of {name}: "
+            f"pass --model {config.architecture[:100]}"
+        )
+    for key, value in config.arguments.items():
+        arguments.setdefault(key, value)
 
 
 def bundled_weights(name: str) -> Path:
@@ -164,94 +209,23 @@ def bundled_weights(name: str) -> Path:
     return Path(package.origin).with_name(BUNDLED[name])
 
 
-def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return a state dict, and the training record of a bundled file, from safetensors or a ``weights_only`` pickle.
-
-    Raises ``InputRejected`` naming the file and the fault.
-    """
-    import torch
-    from safetensors import safe_open
-
-    if not path.is_file():
-        raise InputRejected(f"{path}: no such weights file; --weights takes bundled, pretrained, random or a file")
-    if path.stat().st_size == 0:
-        raise InputRejected(f"{path}: the weights file is empty")
-    record: Any = {}
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                record = json.loads((file.metadata() or {}).get("patchslim", "{}"))
-                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputRejected(f"{path}: not a plain weights pickle: {_first_line(error)}; save it as safetensors") from error
-    except Exception as error:  # on damaged bytes PyTorch's unpickler raises whatever its stack machine runs into
-        raise InputRejected(f"{path}: truncated or corrupt weights: {_first_line(error)}") from error
-    for wrapper in ("state_dict_ema", "model_ema", "state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if (
-        not isinstance(state, dict)
-        or not state
-        or not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items())
-    ):
-        raise InputRejected(f"{path}: holds no state dict of tensors")
-    state = {key.removeprefix("module."): value for key, value in state.items()}
-    for key, value in state.items():
-        if value.is_floating_point() and not bool(value.float().isfinite().all()):
-            raise InputRejected(f"{path}: {key} holds NaN or Inf")
-    if not isinstance(record, dict) or not isinstance(record.get("data_config", {}), dict):
-        raise InputRejected(f"{path}: its training record is not a JSON object, or its data_config is not one")
-    return state, record
-
-
-def apply_weights(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Load ``state`` into ``module``. Raises ``InputRejected`` listing the tensors missing, unknown or of another shape."""
-    expected = module.state_dict()
-    faults = [f"{key}: missing" for key in expected if key not in state]
-    faults += [f"{key}: not in the model" for key in state if key not in expected]
-    faults += [
-        f"{key}: shape {tuple(state[key].shape)} in the file, {tuple(expected[key].shape)} in the model"
-        for key in expected
-        if key in state and state[key].shape != expected[key].shape
-    ]
-    if faults:
-        shown = "\n  ".join(faults[:12]) + (f"\n  and {len(faults) - 12} more" if len(faults) > 12 else "")
-        raise InputRejected(f"{path}: these weights do not fit the model:\n  {shown}")
-    module.load_state_dict({key: state[key].to(expected[key].dtype) for key in expected})
-
-
-def state_digest(state: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 over names, types, shapes and values, whatever file format they came in."""
-    digest = hashlib.sha256()
-    for key in sorted(state):
-        value = state[key].detach().cpu().contiguous()
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.flatten().view(-1).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _preprocessing_fault(config: dict[str, Any]) -> str:
     """What is wrong with a resolved data config, which a weights file may have had a say in; "" where nothing is."""
     for key, known in (("interpolation", INTERPOLATIONS), ("crop_mode", ("center", "squash", "border"))):
-        if config[key] not in known:
-            return f"{key} {config[key]!r} is none of {', '.join(known)}"
+        if config.get(key, known[0]) not in known:
+            return f"{key} {config[key]!r:.100} is none of {', '.join(known)}"
     for key in ("mean", "std"):
-        values = config[key]
-        if not isinstance(values, list) or len(values) != 3 or not all(_is_finite(value) for value in values):
-            return f"{key} {values!r} is not three finite numbers"
-    if min(config["std"]) <= 0:
-        return f"std {config['std']} is not above 0"
-    if not _is_finite(config["crop_pct"]) or not 0 < config["crop_pct"] <= 4:
-        return f"crop_pct {config['crop_pct']!r} is not a share above 0, at most 4"
+        values = config.get(key, [0.5, 0.5, 0.5])
+        if not isinstance(values, (list, tuple)) or len(values) != 3 or not all(_is_finite(value) for value in values):
+            return f"{key} {values!r:.100} is not three finite numbers"
+        if key == "std" and min(values) <= 0:
+            return f"std {values!r:.100} is not above 0"
+    share = config.get("crop_pct", 1.0)
+    if not _is_finite(share) or not 0 < share <= 4:
+        return f"crop_pct {share!r:.100} is not a share above 0, at most 4"
     return ""
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__
+    """Whether it is a number that a float can hold; ``true`` is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGEST

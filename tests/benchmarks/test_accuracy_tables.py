@@ -25,8 +25,9 @@ from patchslim.plan import load_plan
 from slimming.api import FinderSettings, find_plan
 from slimming.data.source import calibration_set, evaluation_set, load_tensors
 from slimming.fitting.fitted_weights import load_fitted
-from slimming.models.loading import load_model, state_digest
+from slimming.models.loading import load_model
 from slimming.models.slim_vit import SlimViT
+from slimming.models.weights import state_digest
 from slimming.run import SlimmingOptions
 from slimming.search.budget import Budget
 from slimming.search.request import PlanRequest

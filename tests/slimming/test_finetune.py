@@ -20,7 +20,7 @@ from patchslim.errors import InputRejected, UsageError
 from slimming.fitting import finetune_checkpoint as finetune_state
 from slimming.fitting.finetune_data import Draws, train_transform
 from slimming.fitting.recipe import Recipe
-from slimming.models.loading import state_digest
+from slimming.models.weights import state_digest
 from tests.helpers.finetuning import CLASSES, DATA_CONFIG, IMAGES, RECIPE, equal, images, models, run, state, stop_after
 from tests.helpers.forks import run_in_two_processes
 from tests.helpers.timm_models import KINDS, build, images_for

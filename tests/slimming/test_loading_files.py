@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from patchslim.errors import InputRejected
-from slimming.models.loading import load_model, read_weights
+from slimming.models.checkpoint import read_checkpoint
+from slimming.models.loading import load_model
 from tests.helpers.timm_models import TINY, build
 
 VIT = "vit_tiny_patch16_224"
@@ -38,7 +39,7 @@ def refused(path: Path, fault: str) -> str:
     return str(raised.value)
 
 
-@pytest.mark.parametrize("form", ["safetensors", "pickle", "wrapped", "averaged", "parallel", "old pickle"])
+@pytest.mark.parametrize("form", ["safetensors", "pickle", "wrapped", "averaged alone", "parallel", "old pickle"])
 def test_every_ordinary_form_is_read(tmp_path: Path, form: str) -> None:
     tensors, path = state(), tmp_path / ("w.safetensors" if form == "safetensors" else "w.pth")
     if form == "safetensors":
@@ -46,12 +47,12 @@ def test_every_ordinary_form_is_read(tmp_path: Path, form: str) -> None:
     else:
         content: dict[str, Any] = {
             "wrapped": {"model": tensors, "epoch": 3},
-            "averaged": {"state_dict_ema": tensors, "state_dict": {key: value * 0 for key, value in tensors.items()}},
+            "averaged alone": {"state_dict_ema": tensors, "epoch": 3},
             "parallel": {f"module.{key}": value for key, value in tensors.items()},
         }.get(form, tensors)
         torch.save(content, path, _use_new_zipfile_serialization=form != "old pickle")
     loaded = load(path)
-    assert loaded.weights == path.name
+    assert loaded.weights == (f"{path.name} (state_dict_ema)" if form == "averaged alone" else path.name)
     for key, value in loaded.module.state_dict().items():
         assert torch.equal(value, tensors[key])
 
@@ -117,7 +118,7 @@ def test_any_bytes_are_refused_and_never_crash(tmp_path: Path, suffix: str, cont
     path = tmp_path / f"w.{suffix}"
     path.write_bytes(content)
     with pytest.raises(InputRejected):
-        read_weights(path)
+        read_checkpoint(path)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -130,7 +131,7 @@ def test_a_flipped_pickle_is_read_or_refused_and_never_crashes(tmp_path: Path, d
     content[place] ^= data.draw(st.integers(1, 255))
     path.write_bytes(content)
     with contextlib.suppress(InputRejected):
-        assert all(isinstance(value, Tensor) for value in read_weights(path)[0].values())
+        assert all(isinstance(value, Tensor) for value in read_checkpoint(path).state.values())
 
 
 def test_shapes_names_and_gaps_are_listed(tmp_path: Path) -> None:
