@@ -84,7 +84,7 @@ class ExportSource:
         self._options, self._facts = options, facts
         self._files = _files_behind(options)
         self._named = {
-            "model": (options.model, options.model_arg, options.weights, options.preprocessing()),
+            "model": (options.model, options.model_arg, options.weights, options.ema, options.preprocessing()),
             "images": (options.data, options.eval_images, options.calibration_data, options.calibration_images),
             "seed": options.seed,
             "device": (options.device, cuda.local_target(), os.environ.get("CUDA_VISIBLE_DEVICES")),
@@ -193,7 +193,7 @@ def _files_behind(options: ExportOptions) -> list[Path] | None:
     if options.weights == "bundled":
         weights = [bundled_weights(options.model)] if options.model in BUNDLED else []
     elif options.weights != "random":
-        weights = [Path(options.weights)]
+        weights = [Path(options.weights), Path(options.weights).with_name("config.json")]
     images = [_data_files(address) for address in (options.data, options.calibration_data or options.data)]
     if any(files is None for files in images):
         return None

@@ -31,7 +31,10 @@ class ModelGroup:
     model_arg: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = ()
     """Passed on to timm.create_model; may be given several times."""
     weights: str = "bundled"
-    """bundled, pretrained (from timm's hub: the only option that uses the network), random, or a safetensors or .pth file."""
+    """bundled, pretrained (from timm's hub: the only option that uses the network), random, a safetensors or .pth file,
+    or a folder that save_pretrained wrote."""
+    ema: bool = False
+    """Take the averaged weights that the file holds beside the others (state_dict_ema or model_ema)."""
 
 
 @dataclass(frozen=True)

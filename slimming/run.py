@@ -129,7 +129,7 @@ class SlimmingOptions(OutputGroup, MeasureGroup, GraphGroup, ModelOptions):
 
     def _check_graph(self, path: Path) -> None:
         """Raise ``UsageError`` for options that contradict ``--onnx PATH``, or that no plan for an ONNX file can have."""
-        for name in ("model", "weights", "model_arg"):
+        for name in ("model", "weights", "model_arg", "ema"):
             if getattr(self, name) != getattr(ModelOptions, name):
                 raise UsageError(f"--onnx {path} and --{name.replace('_', '-')} contradict each other: the file is the model")
         check_abilities(self.request().asks, GRAPH_REFUSALS)

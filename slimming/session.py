@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from patchslim.choices import Layout
 from patchslim.errors import InputRejected, Unavailable
-from patchslim.progress import StageProgress
+from patchslim.progress import Reporter, StageProgress
 from slimming.models.vit_reader import LoadedVit
 from slimming.options import ModelOptions
 
@@ -66,7 +66,11 @@ def open_session(
         preprocessing=options.preprocessing(),
         classes=len(labels) or None,
         seed=options.seed,
+        ema=options.ema,
     )
+    reporter = Reporter(quiet=process_group is not None and not process_group.is_primary)
+    for note in loaded.notes:
+        reporter.say(note)
     check_supported(loaded.module, options.model)
     classes = int(loaded.module.num_classes)
     if labels and len(labels) != classes:

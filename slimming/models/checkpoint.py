@@ -79,9 +79,7 @@ def weights_file(path: Path) -> Path:
         if (path / name).is_file():
             return path / name
     if parts := sorted(path.glob("*.index.json")):
-        raise InputRejected(
-            f"{parts[0]}: weights in several files: save them again as one, save_pretrained(max_shard_size='100GB')"
-        )
+        raise InputRejected(f"{parts[0]}: weights in several files: save them as one, save_pretrained(max_shard_size='100GB')")
     raise InputRejected(f"{path}: no such weights file: it is a folder without {' or '.join(SAVED_NAMES)}")
 
 
@@ -221,7 +219,8 @@ def _unwrapped(state: Mapping[str, Tensor], file: Path) -> tuple[dict[str, Tenso
 
 def _wrapped(state: Mapping[str, Tensor], prefix: str) -> bool:
     """Whether ``prefix`` stands before all names, or before those of a ViT among others (Lightning keeps its losses beside)."""
-    return all(key.startswith(prefix) for key in state) or f"{prefix}patch_embed.proj.weight" in state
+    inner = "patch_embed.proj.weight"
+    return all(key.startswith(prefix) for key in state) or (f"{prefix}{inner}" in state and inner not in state)
 
 
 def _tensor_fault(value: Tensor) -> str:
