@@ -10,13 +10,13 @@ from export.cache import tool_versions
 from export.engines.base import EngineResult
 from export.logits import PYTORCH, PYTORCH_SLIM, Measured
 from export.onnx_export import INPUT, OUTPUT
-from export.parity import FP16_TOLERANCE, fp32_tolerance
 from export.source import ModelFacts
 from export.stages import ONNX_FP16, ONNX_SLIM, EngineRequest
 from patchslim.plan import SlimPlan
 from validate import manifest as schema
 from validate.bundle import digest, record_files, write_parity
 from validate.golden import Golden, write_golden
+from validate.parity import FP16_MIN_AGREEMENT, fp16_tolerance, fp32_tolerance
 
 #: The files of the ONNX stages.
 ONNX_FILES = {ONNX_SLIM: "model.onnx", ONNX_FP16: "model.fp16.onnx"}
@@ -115,9 +115,9 @@ def _manifest(contents: BundleContents, folder: Path) -> schema.Manifest:
 
 
 def _onnx_records(contents: BundleContents) -> list[schema.OnnxRecord]:
-    tolerance = fp32_tolerance(contents.measured.logits[PYTORCH_SLIM])
-    records = [schema.OnnxRecord(path=ONNX_FILES[ONNX_SLIM], stage=ONNX_SLIM, max_error=tolerance)]
+    logits = contents.measured.logits[PYTORCH_SLIM]
+    records = [schema.OnnxRecord(path=ONNX_FILES[ONNX_SLIM], stage=ONNX_SLIM, max_error=fp32_tolerance(logits))]
     if ONNX_FP16 in contents.graphs:
-        path = ONNX_FILES[ONNX_FP16]
-        records.append(schema.OnnxRecord(path=path, stage=ONNX_FP16, max_error=FP16_TOLERANCE, min_agreement=90.0))
+        path, tolerance = ONNX_FILES[ONNX_FP16], fp16_tolerance(logits)
+        records.append(schema.OnnxRecord(path=path, stage=ONNX_FP16, max_error=tolerance, min_agreement=FP16_MIN_AGREEMENT))
     return records

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from export.engines.base import EngineResult
 from export.logits import ENGINE, PYTORCH, PYTORCH_SLIM, Measured
 from export.stages import ONNX_FP16, ONNX_SLIM
-from patchslim.arrays import Array
 from patchslim.choices import Layout
 from patchslim.plan import SlimPlan
 from validate import manifest as schema
-from validate.parity import gate, not_executed, rung
-
-#: Largest difference of a logit that FP16 may show against float32.
-FP16_TOLERANCE = 0.1
-
-
-def fp32_tolerance(logits: Array) -> float:
-    """Largest difference of a logit that ONNX Runtime in float32 may show: 1e-4, of the largest logit where that is above 1."""
-    finite = np.abs(logits[np.isfinite(logits)])
-    return 1e-4 * max(1.0, float(finite.max(initial=0.0)))
+from validate.parity import fp16_tolerance, fp32_tolerance, gate, not_executed, rung
 
 
 def parity_report(
@@ -60,7 +48,7 @@ def ladder(measured: Measured, engine: EngineResult) -> list[schema.Rung]:
     rungs = [rung(PYTORCH, original, targets)]
     chain = [(PYTORCH_SLIM, PYTORCH, None), (ONNX_SLIM, PYTORCH_SLIM, fp32_tolerance(logits[PYTORCH_SLIM]))]
     if ONNX_FP16 in logits:
-        chain.append((ONNX_FP16, ONNX_SLIM, FP16_TOLERANCE))
+        chain.append((ONNX_FP16, ONNX_SLIM, fp16_tolerance(logits[ONNX_SLIM])))
     for stage, before, tolerance in chain:
         rungs.append(rung(stage, logits[stage], targets, original, logits[before], compared_to=before, tolerance=tolerance))
     source = chain[-1][0]
@@ -70,7 +58,7 @@ def ladder(measured: Measured, engine: EngineResult) -> list[schema.Rung]:
             rung(ENGINE, logits[source], targets, original, logits[source], compared_to=source, tolerance=0.0, note=note)
         )
     elif ENGINE in logits:
-        tolerance = FP16_TOLERANCE if engine.precision == "fp16" else fp32_tolerance(logits[source])
+        tolerance = (fp16_tolerance if engine.precision == "fp16" else fp32_tolerance)(logits[source])
         rungs.append(rung(ENGINE, logits[ENGINE], targets, original, logits[source], compared_to=source, tolerance=tolerance))
     else:
         rungs.append(not_executed(ENGINE, f"{engine.status}: {engine.reason}" if engine.reason else engine.status))

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
 
 from patchslim.errors import InputRejected
 
 _BLOCK = 1 << 20  # bytes per read
 
 
-def open_regular(path: Path, *, follow: bool = True) -> BinaryIO:
+def open_regular(path: Path, *, follow: bool = True) -> io.BufferedReader:
     """Open a regular file for reading; ``follow`` False refuses a link in its place.
 
     A pipe does not block, and a device is not touched. Raises ``InputRejected`` for what is not a regular file, ``OSError``.

@@ -27,21 +27,27 @@ class Geometry(StrictRecord):
 
     embed_dim: Count = Field(description="token width d")
     mlp_hidden_dim: Count = Field(description="width d' of the MLP's hidden layer")
-    patch_macs: Annotated[int, Field(ge=0)] = Field(description="MACs of the patch embedding, whole image")
-    head_macs: Annotated[int, Field(ge=0)] = Field(description="MACs of the classifier head or heads, once per image")
+    patch_macs: Annotated[int, Field(ge=0, le=1 << 53)] = Field(description="MACs of the patch embedding, whole image")
+    head_macs: Annotated[int, Field(ge=0, le=1 << 53)] = Field(
+        description="MACs of the classifier head or heads, once per image"
+    )
     attn_dim: Count | None = Field(default=None, description="width of all queries, where it is not embed_dim")
     key_dim: Count | None = Field(default=None, description="width of all keys and of all values, where it is not attn_dim")
     mlp_macs: Count | None = Field(default=None, description="MACs of the MLP per token, where they are not 2 d d'")
     gate: bool = Field(default=False, description="whether the attention's output is gated")
     packed_qkv: bool = Field(default=True, description="whether queries, keys and values come from one projection")
-    packed_mlp_dim: Annotated[int, Field(ge=0)] = Field(
+    packed_mlp_dim: Annotated[int, Field(ge=0, le=1 << 53)] = Field(
         default=0, description="width of that projection which goes to the MLP's hidden layer"
     )
-    attention_norms: Annotated[int, Field(ge=0)] = Field(
+    attention_norms: Annotated[int, Field(ge=0, le=1 << 53)] = Field(
         default=1, description="norms in front of a block's attentions: none where they come after, several side by side"
     )
-    pool_macs: Annotated[int, Field(ge=0)] = Field(default=0, description="MACs of an attention pool per token that it reads")
-    pool_tokens: Annotated[int, Field(ge=0)] = Field(default=0, description="tokens that the attention pool can read")
+    pool_macs: Annotated[int, Field(ge=0, le=1 << 53)] = Field(
+        default=0, description="MACs of an attention pool per token that it reads"
+    )
+    pool_tokens: Annotated[int, Field(ge=0, le=1 << 53)] = Field(
+        default=0, description="tokens that the attention pool can read"
+    )
 
 
 def macs_of(

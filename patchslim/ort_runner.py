@@ -122,7 +122,8 @@ class OrtRunner(OrtModel):
         return np.asarray(logits, dtype=np.float32)
 
 
-def _open(model: Path | bytes, name: str, provider: str, threads: int) -> Any:
+def ensure_provider(provider: str) -> Any:
+    """Return the module ``onnxruntime``; raises ``Unavailable`` where it is not installed or was built without ``provider``."""
     try:
         import onnxruntime as ort
     except ImportError as error:
@@ -130,6 +131,11 @@ def _open(model: Path | bytes, name: str, provider: str, threads: int) -> Any:
     if provider not in ort.get_available_providers():
         here = ort.get_available_providers()
         raise Unavailable(f"ONNX Runtime has no {provider} here; it has {', '.join(here)}{did_you_mean(provider, here)}")
+    return ort
+
+
+def _open(model: Path | bytes, name: str, provider: str, threads: int) -> Any:
+    ort = ensure_provider(provider)
     if isinstance(model, Path) and not model.is_file():
         raise InputRejected(f"{name}: is not a file")
     options = ort.SessionOptions()

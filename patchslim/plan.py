@@ -19,7 +19,7 @@ class Calibration(StrictRecord):
     """What the plan was found on."""
 
     data: str
-    images: Annotated[int, Field(ge=0)]
+    images: Annotated[int, Field(ge=0, le=1 << 53)]
     fingerprint: str = Field(description="SHA-256 over the preprocessed calibration tensors, in order")
 
 
@@ -65,7 +65,7 @@ class SlimPlan(StrictRecord):
     model: str
     tokens: Count = Field(description="N, prefix tokens included")
     grid: tuple[Count, Count] = Field(description="patch rows and columns")
-    prefix_tokens: Annotated[int, Field(ge=0)]
+    prefix_tokens: Annotated[int, Field(ge=0, le=1 << 53)]
     pooling: Pooling = Field(description="timm's global_pool; map is an attention pool")
     head_tokens: list[TokenIndex] = Field(
         description="tokens that the head reads one by one: class, and distillation where there is one; none where it pools"

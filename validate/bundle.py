@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 from pathlib import Path
-from typing import TypeVar
 
 from patchslim.errors import InputRejected
-from patchslim.records import StrictRecord, load_record, save_record
+from patchslim.files import open_regular, read_bounded, read_verified
+from patchslim.records import parse_record, save_record
 from validate.manifest import FileRecord, Manifest, ParityReport, plain_path
 
 MANIFEST = "manifest.json"
 PARITY = "parity.json"
 PLAN = "plan.json"
 GOLDEN = "golden.npz"
+#: A manifest or parity report of more bytes is refused.
+MAX_RECORD_BYTES = 8 << 20
 _MAX_FILES = 10_000
-_Record = TypeVar("_Record", bound=StrictRecord)
 
 
 def digest(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal; raises ``OSError``."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -72,20 +72,32 @@ def write_parity(folder: Path, report: ParityReport) -> None:
 
 def load_manifest(folder: Path) -> Manifest:
     """Read and check ``manifest.json``; raises ``InputRejected`` naming the file and the fault."""
-    return _load(folder / MANIFEST, Manifest, "manifest")
+    return read_manifest(folder)[0]
+
+
+def read_manifest(folder: Path) -> tuple[Manifest, str]:
+    """``load_manifest``, and the SHA-256 of the bytes that it was read from."""
+    path = folder / MANIFEST
+    data = read_bounded(path, MAX_RECORD_BYTES, "manifest", follow=False)
+    return parse_record(data, Manifest, "manifest", path), hashlib.sha256(data).hexdigest()
 
 
 def load_parity(folder: Path) -> ParityReport:
     """Read and check ``parity.json``; raises ``InputRejected`` naming the file and the fault."""
-    return _load(folder / PARITY, ParityReport, "parity report")
+    return parse_parity(folder, read_bounded(folder / PARITY, MAX_RECORD_BYTES, "parity report", follow=False))
 
 
-def _load(path: Path, kind: type[_Record], what: str) -> _Record:
-    """Read a record of the bundle itself: no link out of it, and nothing that blocks the reader."""
-    try:
-        is_file = stat.S_ISREG(path.lstat().st_mode)
-    except OSError:
-        is_file = True  # missing, which ``load_record`` says
-    if not is_file:
-        raise InputRejected(f"{path}: is not a regular file")
-    return load_record(path, kind, what)
+def parse_parity(folder: Path, data: bytes) -> ParityReport:
+    """``load_parity`` of bytes that were read already."""
+    return parse_record(data, ParityReport, "parity report", folder / PARITY)
+
+
+def read_file(folder: Path, manifest: Manifest, name: str, limit: int) -> bytes:
+    """The bytes of a file of the bundle, if they are those that the manifest lists and at most ``limit``.
+
+    Raises ``InputRejected`` naming the file and the fault.
+    """
+    record = next(file for file in manifest.files if file.path == name)
+    if record.size > limit:
+        raise InputRejected(f"{folder / name}: has {record.size} bytes, more than the {limit} allowed")
+    return read_verified(folder / name, record.size, record.sha256)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from patchslim.errors import (
@@ -15,17 +15,20 @@ from patchslim.errors import (
     ParityFailed,
     PatchslimError,
 )
-from patchslim.plan import load_plan
-from patchslim.records import StrictRecord
+from patchslim.plan import SlimPlan
+from patchslim.records import MAX_JSON_BYTES, StrictRecord, parse_record
 from validate import bundle as files
-from validate.bundle import list_files, load_manifest, load_parity
-from validate.manifest import Manifest, OnnxRecord, Status, TensorSpec
+from validate.bundle import list_files, parse_parity, read_file, read_manifest
+from validate.engine_file import check_engine
+from validate.isolated import IsolatedRunner, Limits
+from validate.manifest import Manifest, OnnxRecord, ParityReport, Status, TensorSpec
 
 if TYPE_CHECKING:
     from patchslim.ort_runner import TensorInfo
     from validate.golden import Golden
 
 Progress = Callable[[str], None]
+_MAX_TOTAL = 64 << 30  # bytes of a bundle: a file may be as large as it says and hold nothing, but it would be hashed
 _CHUNK = 8  # images per run of a model with a free batch axis
 _ORT_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "bfloat16": "tensor(bfloat16)"}
 
@@ -70,29 +73,44 @@ class BundleVerdict(StrictRecord):
 
 
 def check_bundle(
-    folder: Path, *, provider: str = "CPUExecutionProvider", threads: int = 0, progress: Progress | None = None
+    folder: Path,
+    *,
+    provider: str = "CPUExecutionProvider",
+    threads: int = 0,
+    progress: Progress | None = None,
+    limits: Limits | None = None,
+    expect_manifest_sha256: str | None = None,
+    require_executed: bool = False,
 ) -> BundleVerdict:
-    """Check the bundle in ``folder``: records, files, digests, graphs, and the golden logits in ONNX Runtime.
+    """Check the bundle in ``folder``: records, files, digests, figures, graphs, and the golden logits in ONNX Runtime.
 
     A fault of the bundle is in the verdict and never raised; later checks are left out when an earlier one makes them
-    meaningless or unsafe. ``progress`` is told what is looked at next. Raises ``Unavailable`` where ONNX Runtime or
-    ``provider`` is not here.
+    meaningless or unsafe. Models run in processes of their own, within ``limits``. ``progress`` is told what is looked at next.
+
+    The digests prove that the files are those of the manifest, and nothing against one who can write the folder: with
+    ``expect_manifest_sha256``, which came another way, they do. ``require_executed`` fails a bundle whose engine never ran where
+    it was built. Raises ``Unavailable`` where ONNX Runtime or ``provider`` is not here.
     """
     say = progress or (lambda _: None)
+    limits = limits or Limits()
     checks: list[Check] = []
     manifest: Manifest | None = None
     say("manifest.json")
     try:
         if not folder.is_dir():
             raise InputRejected(f"{folder}: is not a folder")
-        manifest = load_manifest(folder)
-        checks.append(Check(name="manifest", subject=files.MANIFEST, status="passed", detail="valid, version 1"))
+        manifest, sha256 = read_manifest(folder)
+        if expect_manifest_sha256 is not None and sha256 != expect_manifest_sha256.lower():
+            raise InputRejected(f"{folder / files.MANIFEST}: its SHA-256 is {sha256}, not {expect_manifest_sha256.lower()}")
+        known = "of the digest expected" if expect_manifest_sha256 else f"SHA-256 {sha256}"
+        checks.append(Check(name="manifest", subject=files.MANIFEST, status="passed", detail=f"valid, version 1, {known}"))
         for stage in (_check_files, _check_records):
             found = list(stage(folder, manifest, say))
             checks += found
             if any(check.exit_code for check in found):
                 return BundleVerdict(folder=str(folder), checks=checks, manifest=manifest)
-        checks += _check_graphs(folder, manifest, provider, threads, say)
+        checks += _check_engine_ran(manifest, require_executed)
+        checks += _check_graphs(folder, manifest, say, limits, provider, threads)
     except InputRejected as error:
         checks.append(_failed("manifest" if manifest is None else "bundle", str(folder), error))
     return BundleVerdict(folder=str(folder), checks=checks, manifest=manifest)
@@ -103,56 +121,110 @@ def _failed(name: str, subject: str, fault: PatchslimError | str, code: Literal[
 
 
 def _check_files(folder: Path, manifest: Manifest, say: Progress) -> Iterator[Check]:
-    """Every listed file is there with its size and digest, and nothing else is. Sizes are looked at before hashing."""
+    """Every listed file is there with its size and digest, and nothing else is. All sizes are looked at before any hashing."""
     present = set(list_files(folder)) - {files.MANIFEST}
     listed = {record.path for record in manifest.files}
-    for name in sorted(present - listed):
-        yield _failed("files", name, f"{folder / name}: is not listed in manifest.json")
+    faults = [_failed("files", name, f"{folder / name}: is not listed in manifest.json") for name in sorted(present - listed)]
     for record in manifest.files:
         path = folder / record.path
         if record.path not in present:
-            yield _failed("files", record.path, f"{path}: is missing, but manifest.json lists it")
-        elif (size := path.stat().st_size) != record.size:
-            yield _failed("files", record.path, f"{path}: has {size} bytes, not {record.size}: truncated or replaced")
-        else:
-            say(record.path)
-            if files.digest(path) != record.sha256:
-                yield _failed("files", record.path, f"{path}: its SHA-256 is not the one in manifest.json: corrupt or replaced")
-    if present == listed:
-        total = sum(record.size for record in manifest.files)
+            faults.append(_failed("files", record.path, f"{path}: is missing, but manifest.json lists it"))
+        elif (size := path.lstat().st_size) != record.size:
+            fault = f"{path}: has {size} bytes, not {record.size}: truncated or replaced"
+            faults.append(_failed("files", record.path, fault))
+    total = sum(record.size for record in manifest.files)
+    if total > _MAX_TOTAL:
+        faults.append(_failed("files", "all", f"{folder}: its files have {total} bytes, more than the {_MAX_TOTAL} allowed"))
+    yield from faults
+    if total > _MAX_TOTAL:
+        return
+    for record in manifest.files:
+        if any(fault.subject == record.path for fault in faults):
+            continue
+        say(record.path)
+        if files.digest(folder / record.path) != record.sha256:
+            fault = f"{folder / record.path}: its SHA-256 is not the one in manifest.json: corrupt or replaced"
+            faults.append(_failed("files", record.path, fault))
+            yield faults[-1]
+    if not faults:
         yield Check(name="files", subject="all", status="passed", detail=f"{len(listed)} listed, {total} bytes")
 
 
 def _check_records(folder: Path, manifest: Manifest, say: Progress) -> Iterator[Check]:
-    """``plan.json`` and ``parity.json`` say what the manifest says, and the build's own gate was passed."""
+    """``plan.json``, ``parity.json``, ``golden.npz`` and engines are what the manifest says; the build's gate was passed."""
+    from validate.figures import contradictions, failed_stages
+
     say(files.PLAN)
-    plan = folder / files.PLAN
     try:
-        _check_plan(plan, manifest)
+        _check_plan(folder, manifest)
         yield Check(name="plan", subject=files.PLAN, status="passed", detail=f"{manifest.tokens_per_block} tokens per block")
     except InputRejected as error:
         yield _failed("plan", files.PLAN, error)
+    for name in manifest.engine.files:
+        try:
+            if name not in [record.path for record in manifest.onnx]:
+                check_engine(folder / name, manifest.engine.backend)
+                yield Check(name="engine", subject=name, status="passed", detail=f"the header is {manifest.engine.backend}'s")
+        except InputRejected as error:
+            yield _failed("engine", name, error)
     path = folder / files.PARITY
     try:
-        report = load_parity(folder)
+        report = parse_parity(folder, read_file(folder, manifest, files.PARITY, files.MAX_RECORD_BYTES))
         for field in ("macs", "rungs", "engine", "evaluation"):
             if getattr(report, field) != getattr(manifest, field):
                 raise InputRejected(f"{path}: {field} is not what manifest.json says")
+        for fault in contradictions(report):
+            raise InputRejected(f"{path}: {fault}")
     except InputRejected as error:
         yield _failed("parity report", files.PARITY, error)
         return
-    if report.passed:
-        yield Check(name="parity report", subject=files.PARITY, status="passed", detail=f"{len(report.rungs)} stages")
+    gate = f"gate of {report.gate.max_top1_drop:g} points"
+    if failed := failed_stages(report):
+        yield _failed(
+            "parity report", files.PARITY, f"{path}: the build did not pass its {gate}: {', '.join(failed)}", EXIT_PARITY
+        )
+        return
+    detail = f"{len(report.rungs)} stages, {gate}, recomputed"
+    yield Check(name="parity report", subject=files.PARITY, status="passed", detail=detail)
+    yield _check_golden(folder, manifest, report, say)
+
+
+def _check_golden(folder: Path, manifest: Manifest, report: ParityReport, say: Progress) -> Check:
+    """``golden.npz`` is well formed, and what it shows is not more than what the report admits and the manifest allows."""
+    from validate.figures import golden_contradictions, overgenerous
+
+    say(files.GOLDEN)
+    try:
+        golden = _read_golden(folder, manifest)
+        for fault in golden_contradictions(report, golden):
+            raise InputRejected(f"{folder / files.PARITY}: {fault}")
+        for fault in overgenerous(manifest, golden):
+            raise InputRejected(f"{folder / files.MANIFEST}: {fault}")
+    except InputRejected as error:
+        return _failed("golden", files.GOLDEN, error)
+    return Check(
+        name="golden", subject=files.GOLDEN, status="passed", detail=f"{len(golden.labels)} images, as the figures say"
+    )
+
+
+def _check_engine_ran(manifest: Manifest, required: bool) -> Iterator[Check]:
+    engine = manifest.engine
+    if engine.status != "not executed":
+        return
+    detail = f"the engine ({engine.backend} for {', '.join(engine.targets) or 'no target'}) never ran where it was built"
+    if required:
+        yield _failed("engine ran", "engine", f"{detail}, and --require-executed asks for that", EXIT_PARITY)
     else:
-        stages = ", ".join(rung.stage for rung in report.rungs if rung.status == "failed") or "every stage after the original"
-        yield _failed("parity report", files.PARITY, f"{path}: the build did not pass its gate: {stages}", EXIT_PARITY)
+        yield Check(name="engine ran", subject="engine", status="not executed", detail=detail)
 
 
-def _check_plan(path: Path, manifest: Manifest) -> None:
+def _check_plan(folder: Path, manifest: Manifest) -> None:
     """Raise ``InputRejected`` unless the plan is valid and all that the manifest says of it follows from it."""
-    if files.digest(path) != manifest.plan_digest:
+    path = folder / files.PLAN
+    data = read_file(folder, manifest, files.PLAN, MAX_JSON_BYTES)
+    if next(file.sha256 for file in manifest.files if file.path == files.PLAN) != manifest.plan_digest:
         raise InputRejected(f"{path}: its SHA-256 is not manifest.json's plan_digest")
-    plan = load_plan(path)
+    plan = parse_record(data, SlimPlan, "plan", path)
     calibration = plan.origin.calibration
     derived: dict[str, tuple[object, object]] = {
         "model": (plan.model, manifest.model),
@@ -170,42 +242,46 @@ def _check_plan(path: Path, manifest: Manifest) -> None:
             raise InputRejected(f"{path}: {field} of the plan: {of_plan}, and manifest.json says {of_manifest}")
 
 
-def _check_graphs(folder: Path, manifest: Manifest, provider: str, threads: int, say: Progress) -> Iterator[Check]:
-    """Every ONNX file has the manifest's interface and answers the golden inputs as declared."""
-    from validate.golden import read_golden
+def _read_golden(folder: Path, manifest: Manifest) -> Golden:
+    from validate.golden import most_bytes, parse_golden
 
-    say(files.GOLDEN)
-    try:
-        golden = read_golden(folder / files.GOLDEN, manifest.preprocessing.input_size, manifest.classes)
-        yield Check(name="golden", subject=files.GOLDEN, status="passed", detail=f"{len(golden.labels)} images")
-    except InputRejected as error:
-        yield _failed("golden", files.GOLDEN, error)
-        return
+    size, classes = manifest.preprocessing.input_size, manifest.classes
+    data = read_file(folder, manifest, files.GOLDEN, most_bytes(size, classes))
+    return parse_golden(data, folder / files.GOLDEN, size, classes)
+
+
+def _check_graphs(
+    folder: Path, manifest: Manifest, say: Progress, limits: Limits, provider: str, threads: int
+) -> Iterator[Check]:
+    """Every ONNX file has the manifest's interface and answers the golden inputs as declared."""
+    from patchslim.ort_runner import ensure_provider
+
+    ensure_provider(provider)
+    golden = _read_golden(folder, manifest)
     for record in manifest.onnx:
         say(record.path)
         try:
-            yield from _check_graph(folder, manifest, record, golden, provider, threads)
+            yield from _check_graph(folder, manifest, record, golden, limits, provider, threads)
         except InputRejected as error:
             yield _failed("graph", record.path, error)
 
 
 def _check_graph(
-    folder: Path, manifest: Manifest, record: OnnxRecord, golden: Golden, provider: str, threads: int
+    folder: Path, manifest: Manifest, record: OnnxRecord, golden: Golden, limits: Limits, provider: str, threads: int
 ) -> Iterator[Check]:
-    from patchslim.ort_runner import OrtRunner
     from patchslim.runner import infer_in_batches
-    from validate.onnx_file import check_onnx
+    from validate.onnx_file import MAX_ONNX_BYTES, beside, check_onnx_bytes
     from validate.parity import rung
 
     path = folder / record.path
-    base = PurePosixPath(record.path).parent
-    check_onnx(path, {str(PurePosixPath(f.path).relative_to(base)) for f in manifest.files if _inside(f.path, base)})
     if record.max_error is None:
+        allowed = set(beside(record.path, [file.path for file in manifest.files]))
+        check_onnx_bytes(read_file(folder, manifest, record.path, MAX_ONNX_BYTES), path, allowed)
         yield Check(
             name="golden parity", subject=record.path, status="not executed", detail="declared not to run in ONNX Runtime"
         )
         return
-    with OrtRunner(path, provider=provider, threads=threads) as runner:
+    with IsolatedRunner(folder, manifest, record.path, limits, provider=provider, threads=threads) as runner:
         expected = [_described(spec, record) for spec in [*manifest.inputs, *manifest.outputs]]
         if (found := [*runner.inputs, *runner.outputs]) != expected:
             here, wanted = ("; ".join(map(str, tensors)) for tensors in (found, expected))
@@ -243,7 +319,3 @@ def _described(spec: TensorSpec, record: OnnxRecord) -> TensorInfo:
     from patchslim.ort_runner import TensorInfo
 
     return TensorInfo(spec.name, _ORT_TYPES[record.dtype], tuple(spec.shape))
-
-
-def _inside(path: str, base: PurePosixPath) -> bool:
-    return PurePosixPath(path).is_relative_to(base)

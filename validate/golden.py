@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 
 from patchslim.arrays import Array
 from patchslim.errors import InputRejected
+from patchslim.files import read_bounded
 from patchslim.records import atomic_path
 
-#: No bundle needs more; it also bounds the memory that a hostile one can ask for.
+#: An export writes 8 images; more than these are refused, which bounds the memory that a hostile bundle can ask for.
+MAX_IMAGES = 256
 MAX_BYTES = 1 << 30
 _HEADER_BYTES = 4096
+_DIRECTORY_BYTES = 4096  # four entries need 400
+_END = b"PK\x05\x06"  # of a zip archive's directory
 _NAMES = ("inputs", "labels", "original_logits", "slim_logits")
 
 
@@ -46,20 +50,33 @@ def write_golden(path: Path, golden: Golden) -> None:
         )
 
 
+def most_bytes(input_size: tuple[int, int, int], classes: int) -> int:
+    """Bytes that no ``golden.npz`` of a model of ``input_size`` (channels, height, width) and ``classes`` has more than."""
+    return min(MAX_BYTES, MAX_IMAGES * (4 * math.prod(input_size) + 8 + 2 * 4 * classes) + len(_NAMES) * 2 * _HEADER_BYTES)
+
+
 def read_golden(path: Path, input_size: tuple[int, int, int], classes: int) -> Golden:
     """Read ``golden.npz`` for a model of ``input_size`` (channels, height, width) and ``classes``.
 
     Every array's header is checked before its data is read, and no more is read than the header says: pickles and zip bombs are
     refused. Raises ``InputRejected`` naming the file and the fault.
     """
+    return parse_golden(read_bounded(path, most_bytes(input_size, classes), "golden.npz"), path, input_size, classes)
+
+
+def parse_golden(data: bytes, path: Path, input_size: tuple[int, int, int], classes: int) -> Golden:
+    """``read_golden`` of bytes that were read from ``path`` already."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        _check_directory(data)
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
             entries = archive.infolist()
             if sorted(entry.filename for entry in entries) != sorted(f"{name}.npy" for name in _NAMES):
                 raise InputRejected(f"{path}: must hold the arrays {', '.join(_NAMES)} and nothing else")
             arrays = {name: _read(archive, name, input_size, classes) for name in _NAMES}
-    except (OSError, EOFError, RuntimeError, NotImplementedError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputRejected(f"{path}: is not a readable golden.npz: {error}") from error
+    except InputRejected:
+        raise
+    except Exception as error:  # what the parsers of zip, deflate and npy raise is not documented, and their input is foreign
+        raise InputRejected(f"{path}: is not a readable golden.npz: {error or type(error).__name__}") from error
     golden = Golden(**arrays)
     counts = {name: len(array) for name, array in arrays.items()}
     if len(set(counts.values())) != 1:
@@ -70,6 +87,16 @@ def read_golden(path: Path, input_size: tuple[int, int, int], classes: int) -> G
     if golden.labels.min() < -1 or golden.labels.max() >= classes:
         raise InputRejected(f"{path}: labels must be in [0, {classes}), or -1 where unknown")
     return golden
+
+
+def _check_directory(data: bytes) -> None:
+    """Refuse an archive whose directory, which ``zipfile`` reads whole, is larger than four entries need."""
+    end = data.rfind(_END)
+    if end < 0:
+        raise ValueError("it is no zip archive, or a truncated one")
+    size = int.from_bytes(data[end + 12 : end + 16], "little")
+    if size > _DIRECTORY_BYTES or data[max(0, end - 20) : end].startswith(b"PK\x06\x07"):
+        raise ValueError(f"its directory has {size} bytes, and four arrays need fewer than {_DIRECTORY_BYTES}")
 
 
 def _read(archive: zipfile.ZipFile, name: str, input_size: tuple[int, int, int], classes: int) -> Array:
@@ -84,6 +111,8 @@ def _read(archive: zipfile.ZipFile, name: str, input_size: tuple[int, int, int],
             raise ValueError(f"{name}: is {dtype}{' in Fortran order' if fortran else ''}, not {expected_dtype} in C order")
         if len(shape) != 1 + len(expected_tail) or shape[1:] != expected_tail or shape[0] < 1:
             raise ValueError(f"{name}: has shape {shape}, not (images, {', '.join(map(str, expected_tail))})")
+        if shape[0] > MAX_IMAGES:
+            raise ValueError(f"{name}: {shape[0]} images are more than the {MAX_IMAGES} allowed")
         size = math.prod(shape) * dtype.itemsize
         if size > MAX_BYTES:
             raise ValueError(f"{name}: {size} bytes are more than the {MAX_BYTES} allowed")

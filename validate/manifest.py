@@ -15,7 +15,7 @@ Status = Literal["passed", "failed", "not executed"]
 #: The stages of a parity report in order; an export may add others, such as ``onnx-slim-int8``.
 STAGES = ("pytorch", "pytorch-slim", "onnx-slim", "onnx-slim-fp16", "engine")
 
-_Count = Annotated[int, Field(ge=0)]
+_Count = Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
 _Size = Annotated[int, Field(ge=1, le=1 << 24)]
 _Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 _Points = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
@@ -24,6 +24,7 @@ _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Stage = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,63}$")]
 _Text = Annotated[str, Field(max_length=4096)]
 _Name = Annotated[str, Field(min_length=1, max_length=1024)]
+_MAX_PIXELS = 1 << 26  # that a picture is resized to: 8192 x 8192
 _ROUNDING = 1e-6  # points and percentages are written as floats; the integer counts beside them are the truth
 
 
@@ -194,6 +195,9 @@ class Preprocessing(StrictRecord):
     def _check(self) -> Preprocessing:
         if not self.input_size[0] == len(self.mean) == len(self.std):
             raise ValueError(f"mean, std: need one value for each of {self.input_size[0]} channels")
+        _, height, width = self.input_size
+        if height * width / min(1.0, self.crop_pct) ** 2 > _MAX_PIXELS:
+            raise ValueError(f"input_size, crop_pct: ask for images of more than {_MAX_PIXELS} pixels")
         return self
 
 
@@ -263,7 +267,7 @@ class Manifest(_Results):
         for path in [*graphs, *self.engine.files, "plan.json", "golden.npz", "parity.json"]:
             if path not in names:
                 raise ValueError(f"files: lacks {path}")
-        if unrecorded := [name for name in names if name.endswith(".onnx") and name not in graphs]:
+        if unrecorded := [name for name in names if name.casefold().endswith(".onnx") and name not in graphs]:
             raise ValueError(f"onnx: lacks {unrecorded[0]}")
         if all(record.max_error is None for record in self.onnx):
             raise ValueError("onnx: no file has a max_error, so nothing could be checked")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from patchslim.errors import InputRejected
+from patchslim.files import read_bounded
 from validate.manifest import plain_path
+
+#: A protobuf message cannot be larger; weights beyond that are in files beside it.
+MAX_ONNX_BYTES = (1 << 31) - 1
 
 
 def check_onnx(path: Path, allowed_data: set[str] | None = None) -> None:
@@ -16,13 +20,19 @@ def check_onnx(path: Path, allowed_data: set[str] | None = None) -> None:
     ``allowed_data`` are names relative to the ONNX file's folder, None for any file below it.
     Raises ``InputRejected`` naming the file and the fault.
     """
+    check_onnx_bytes(read_bounded(path, MAX_ONNX_BYTES, "ONNX file"), path, allowed_data)
+
+
+def check_onnx_bytes(data: bytes, path: Path, allowed_data: set[str] | None = None) -> set[str]:
+    """``check_onnx`` of bytes that were read from ``path`` already; returns the names of the files that its weights are in."""
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
-        model = onnx.load(path, load_external_data=False)
-    except (DecodeError, OSError, ValueError) as error:
+        model = onnx.load_model_from_string(data)
+    except (DecodeError, ValueError) as error:
         raise InputRejected(f"{path}: is not a readable ONNX file: {error}") from error
+    needed: set[str] = set()
     if not model.graph.node:
         raise InputRejected(f"{path}: is empty or truncated: its graph has no nodes")
     for tensor in _tensors(model):
@@ -35,6 +45,15 @@ def check_onnx(path: Path, allowed_data: set[str] | None = None) -> None:
             raise InputRejected(f"{path}: weight {tensor.name!r} is stored outside the bundle: {error}") from error
         if allowed_data is not None and location not in allowed_data:
             raise InputRejected(f"{path}: weight {tensor.name!r} is stored in {location}, which the manifest does not list")
+        needed.add(location)
+    return needed
+
+
+def beside(onnx: str, files: Iterable[str]) -> dict[str, str]:
+    """The ``files`` of a bundle that the weights of its file ``onnx`` may be in, by their names as that file gives them."""
+    base = PurePosixPath(onnx).parent
+    paths = [PurePosixPath(file) for file in files]
+    return {str(path.relative_to(base)): str(path) for path in paths if path.is_relative_to(base)}
 
 
 def _tensors(message: Any) -> Iterator[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -12,6 +12,26 @@ from patchslim.arrays import Array
 from validate.manifest import Rung, ladder_passed
 
 _Z95 = 1.959963984540054  # the standard normal's 97.5 % point
+#: Largest difference of a logit that a stage may show, as a fraction of the largest logit (of 1 where that is smaller).
+FP32_TOLERANCE, FP16_TOLERANCE = 1e-4, 1e-2
+#: Percent of images on which an FP16 graph must have float32's top-1: FP16 may turn near ties.
+FP16_MIN_AGREEMENT = 90.0
+
+
+def fp32_tolerance(logits: Array) -> float:
+    """Largest difference of a logit that float32 in another program may show, against ``logits``."""
+    return FP32_TOLERANCE * _scale(logits)
+
+
+def fp16_tolerance(logits: Array) -> float:
+    """Largest difference of a logit that FP16 may show against float32, for a model that answers ``logits`` in that."""
+    return FP16_TOLERANCE * _scale(logits)
+
+
+def _scale(logits: Array) -> float:
+    """The largest finite logit, by its absolute value, or 1 where none is above that."""
+    finite = np.abs(logits[np.isfinite(logits)])
+    return max(1.0, float(finite.max(initial=0.0)))
 
 
 def rung(
@@ -116,6 +136,49 @@ def drop_interval(lost: int, gained: int, images: int) -> tuple[float, float]:
     centre = (b - c) / n
     half = _Z95 * math.sqrt(b + c - (b - c) ** 2 / n) / n
     return max(-100.0, 100 * (centre - half)), min(100.0, 100 * (centre + half))
+
+
+def images_needed(lost: int, gained: int, images: int, points: float) -> int | None:
+    """About how many images have a 95 % interval of no more than +- ``points``, if the models differ on as many of them.
+
+    ``drop_interval`` solved for the number of images, rounded up to two digits; None for 0 points, which no number resolves.
+    """
+    if points <= 0:
+        return None
+    rate, a = (lost + gained) / images, (points / (100 * _Z95)) ** 2
+    exact = max(100 / points, (rate + math.sqrt(rate**2 + 4 * a)) / (2 * a) - 2)
+    unit: int = 10 ** max(0, math.floor(math.log10(exact)) - 1)
+    return math.ceil(exact / unit) * unit
+
+
+def what_it_proves(rungs: Sequence[Rung], max_top1_drop: float) -> list[str]:
+    """What a verdict rests on, a sentence each: the worst drop with its interval, and whether so few images can tell.
+
+    The original is the first of ``rungs``. Without labels images that disagree with it count as lost.
+    """
+    ran = [(_lost_and_gained(one), one) for one in rungs[1:] if one.images]
+    if not ran:
+        return [f"gate: at most {max_top1_drop:g} points of top-1 lost; no stage after the original was run"]
+    (lost, gained), worst = max(ran, key=lambda each: each[0][0] - each[0][1])
+    images, one_image = worst.images, 100 / worst.images
+    low, high = drop_interval(lost, gained, images)
+    said = [
+        f"gate: at most {max_top1_drop:g} points of top-1 lost; {worst.stage} lost {100 * (lost - gained) / images:.2f} "
+        f"on {images} images, 95 % CI {low:.2f} to {high:.2f}"
+    ]
+    needed = images_needed(lost, gained, images, max_top1_drop)
+    others = "no number of images resolves 0 points" if needed is None else f"about {needed} could"
+    if one_image > max_top1_drop:
+        said.append(f"one image of {images} is {one_image:.3g} points and decides this gate alone: it proves nothing; {others}")
+    elif high > max_top1_drop:
+        said.append(f"{images} images cannot tell this from a drop above the gate; {others}")
+    return said
+
+
+def _lost_and_gained(one: Rung) -> tuple[int, int]:
+    if one.lost is None or one.gained is None:
+        return one.images - (one.agreeing or 0), 0
+    return one.lost, one.gained
 
 
 def gate(rungs: Iterable[Rung], max_top1_drop: float) -> tuple[list[Rung], bool]:

@@ -1,0 +1,158 @@
+"""A model of a bundle run in a process of its own, which is ended when it takes too long and may have only so much memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from patchslim.arrays import Array
+from patchslim.errors import EXIT_UNAVAILABLE, InputRejected, Unavailable
+from patchslim.ort_runner import CPU, TensorInfo
+from patchslim.runner import BatchLimits
+from validate.manifest import Manifest
+from validate.worker import receive, send
+
+_GIB = 1 << 30
+_BASE_MEMORY = 4 * _GIB  # Python, ONNX Runtime, activations of a batch
+_MEMORY_PER_BYTE = 6  # of weights: read, parsed, loaded, laid out anew; a ViT-L of 1.2 GB took 4.1 times its file
+_REPLY_BYTES = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What one model may take: ``timeout`` seconds for loading and the golden inputs, or for a batch of other images.
+
+    ``memory`` is in bytes: 0 for no bound, None for 4 GiB and six times the model's files. Other execution providers than the
+    CPU's have no bound of memory, since theirs is not the process's.
+    """
+
+    timeout: float = 300.0
+    memory: int | None = None
+
+
+class IsolatedRunner:
+    """An ONNX file of a bundle in ONNX Runtime, as ``OrtRunner`` is, but in another process, which reads and checks it.
+
+    It loads exactly the bytes that the manifest has the digests of. Use it in a ``with`` block. Raises ``InputRejected`` where
+    the file is not those, does not run, or takes more than ``limits``; ``Unavailable`` as ``OrtRunner`` does.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, path: str, limits: Limits, *, provider: str = CPU, threads: int = 0):
+        self.name = str(folder / path)
+        self._limits = limits
+        self._private = tempfile.TemporaryDirectory(prefix="patchslim-validate-")
+        sizes = sum(file.size for file in manifest.files if not file.path.endswith(".engine"))
+        memory = _BASE_MEMORY + _MEMORY_PER_BYTE * sizes if limits.memory is None else limits.memory
+        self._memory = memory if provider == CPU else 0
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "validate.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(place for place in sys.path if place)},
+        )
+        task = {
+            "folder": str(folder.absolute()),
+            "path": path,
+            "files": [(file.path, file.size, file.sha256) for file in manifest.files],
+            "private": self._private.name,
+            "provider": provider,
+            "threads": threads,
+            "memory": self._memory,
+        }
+        self.renew()
+        try:
+            opened, _ = self._ask(task)
+        except BaseException:
+            self.close()
+            raise
+        self.inputs, self.outputs = (_tensors(opened[key]) for key in ("inputs", "outputs"))
+        fewest, most = opened["limits"]
+        self.batch_limits: BatchLimits = (fewest, most)
+
+    def renew(self) -> None:
+        """Give the model its whole time again, from now."""
+        self._deadline = time.monotonic() + self._limits.timeout
+
+    def infer(self, images: Array) -> Array:
+        """Return logits (b, classes) float32 for ``images`` (b, channels, height, width); raises as the class does."""
+        values = np.ascontiguousarray(images, dtype=np.float32)
+        header, payload = self._ask({"shape": values.shape}, values.tobytes())
+        shape = tuple(header["shape"])
+        if len(shape) != 2 or shape[0] != len(images) or math.prod(shape) * 4 != len(payload):
+            raise InputRejected(f"{self.name}: answers with shape {shape} for {len(images)} images, not (images, classes)")
+        return np.frombuffer(payload, dtype=np.float32).reshape(shape)
+
+    def _ask(self, header: dict[str, Any], payload: bytes = b"") -> tuple[dict[str, Any], bytes]:
+        process, late = self._process, threading.Event()
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def end() -> None:
+            late.set()
+            process.kill()
+
+        timer = threading.Timer(max(0.0, self._deadline - time.monotonic()), end)
+        timer.daemon = True
+        timer.start()
+        try:
+            send(process.stdin, header, payload)
+            reply, answer = receive(process.stdout, _REPLY_BYTES)
+        except (EOFError, OSError) as error:
+            code = None if late.is_set() else _ended(process)
+            raise InputRejected(f"{self.name}: {self._fault(code)}") from error
+        finally:
+            timer.cancel()
+        if "error" in reply:
+            kind = Unavailable if reply["exit_code"] == EXIT_UNAVAILABLE else InputRejected
+            raise kind(str(reply["error"]))
+        return reply, answer
+
+    def _fault(self, code: int | None) -> str:
+        """Why the process ended: ``code`` is what it ended with, None where it was late."""
+        if code is None:
+            return f"did not answer within {self._limits.timeout:g} s; a slow machine needs a larger --timeout"
+        bound = f"it may have {self._memory / _GIB:.3g} GiB of memory (--memory)" if self._memory else "its memory has no bound"
+        return f"the process that ran it ended with {'signal' if code < 0 else 'code'} {abs(code)}; {bound}"
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            try:
+                if stream is not None:
+                    stream.close()
+            except OSError:  # what was not sent is not wanted any more
+                pass
+        self._private.cleanup()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+
+def _ended(process: subprocess.Popen[bytes]) -> int:
+    try:
+        return process.wait(timeout=5)
+    except subprocess.TimeoutExpired:  # it answers nonsense
+        process.kill()
+        return process.wait()
+
+
+def _tensors(described: Sequence[Sequence[Any]]) -> list[TensorInfo]:
+    return [TensorInfo(name, kind, tuple(shape)) for name, kind, shape in described]

@@ -1,0 +1,114 @@
+"""The process that runs one model of a bundle for ``validate.isolated``, with a bound on its memory: ``-m validate.worker``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from patchslim.errors import PatchslimError
+
+_HEADER_BYTES = 1 << 20
+
+
+def send(stream: IO[bytes], header: dict[str, Any], payload: bytes | memoryview = b"") -> None:
+    """Write one message: a line of JSON that says how many bytes follow it, and those."""
+    stream.write(json.dumps(header | {"bytes": len(payload)}).encode() + b"\n")
+    stream.write(payload)
+    stream.flush()
+
+
+def receive(stream: IO[bytes], limit: int) -> tuple[dict[str, Any], bytes]:
+    """Read what ``send`` wrote; raises ``EOFError`` where it ends early or is longer than ``limit`` bytes."""
+    line = stream.readline(_HEADER_BYTES)
+    if not line.endswith(b"\n"):
+        raise EOFError
+    header: dict[str, Any] = json.loads(line)
+    size = int(header["bytes"])
+    payload = stream.read(size) if size <= limit else b""
+    if len(payload) != size:
+        raise EOFError
+    return header, payload
+
+
+def limit_memory(most: int) -> None:
+    """Let this process have at most ``most`` bytes of memory of its own; no core file is written if that ends it."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for kind in (resource.RLIMIT_DATA,):  # not the address space, of which threads reserve far more than they use
+        hard = resource.getrlimit(kind)[1]
+        bound = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(kind, (bound, hard))
+
+
+def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
+    """Open the model that the first message names, and answer every further one, images, with logits."""
+    task, _ = receive(requests, 0)
+    try:
+        if task["memory"]:
+            limit_memory(task["memory"])
+        runner = _open(task)
+        send(replies, {"inputs": runner.inputs, "outputs": runner.outputs, "limits": runner.batch_limits})
+        import numpy as np
+
+        while True:
+            header, payload = receive(requests, sys.maxsize)
+            logits = runner.infer(np.frombuffer(payload, dtype=np.float32).reshape(header["shape"]))
+            send(replies, {"shape": logits.shape}, np.ascontiguousarray(logits).tobytes())
+    except EOFError:  # the parent is done
+        return
+    except PatchslimError as error:
+        send(replies, {"error": str(error), "exit_code": error.exit_code})
+    except MemoryError:
+        send(replies, {"error": f"{task['path']}: needs more memory than it may have", "exit_code": 3})
+
+
+def _open(task: dict[str, Any]) -> Any:
+    """The model in ONNX Runtime, from the bytes that were checked: in memory, or in a folder of its own with its weights."""
+    from patchslim.files import copy_verified, read_verified
+    from patchslim.ort_runner import OrtRunner
+    from validate.onnx_file import beside, check_onnx_bytes
+
+    folder, name = Path(task["folder"]), task["path"]
+    files = {path: (size, sha256) for path, size, sha256 in task["files"]}
+    inside = beside(name, files)
+    path = folder / name
+    data = read_verified(path, *files[name])
+    needed = check_onnx_bytes(data, path, set(inside))
+    model: Path | bytes = data
+    if needed:
+        private = Path(task["private"])
+        for location in needed:
+            to = private / location
+            to.parent.mkdir(parents=True, exist_ok=True)
+            copy_verified(folder / inside[location], *files[inside[location]], to)
+        model = private / f"{hashlib.sha256(data).hexdigest()}.onnx"
+        model.write_bytes(data)
+    return OrtRunner(model, name=str(path), provider=task["provider"], threads=task["threads"])
+
+
+def _end_with(parent: int) -> None:
+    """End this process when the one that started it is gone, whatever the model is doing."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def main() -> None:
+    """Answer on what was stdout; whatever else would be written there is dropped."""
+    requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    serve(requests, replies)
+
+
+if __name__ == "__main__":
+    main()
