@@ -120,9 +120,10 @@ def run(options: DoctorOptions) -> int:
 
 def print_report(found: dict[str, Any]) -> None:
     """Print what ``examine`` returned as tables."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
+
+    from patchslim.console import Console
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     machine = Table.grid(padding=(0, 2))

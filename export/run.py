@@ -51,9 +51,10 @@ def print_dry_run(options: ExportOptions) -> None:
     if options.json:
         print(json.dumps(described))
         return
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
+
+    from patchslim.console import Console
 
     table = Table.grid(padding=(0, 2))
     for name, value in described.items():

@@ -25,10 +25,11 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
 
 def print_summary(outcome: Outcome) -> None:
     """The closing table, on stdout."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
+    from patchslim.console import Console
+    from validate.parity import what_it_proves
     from validate.report import rung_table
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
@@ -42,4 +43,6 @@ def print_summary(outcome: Outcome) -> None:
     facts.add_row("dense ONNX", escape(str(outcome.dense_onnx)))
     facts.add_row("bundle", escape(str(outcome.bundle)))
     console.print(rung_table(outcome.parity.rungs, f"top-1 on {outcome.parity.evaluation.images} held-out images"))
+    for line in what_it_proves(outcome.parity.rungs, outcome.parity.gate.max_top1_drop):
+        console.print(line)
     console.print(facts)

@@ -165,7 +165,7 @@ def macs_reduction(before: GraphSummary, after: GraphSummary | None) -> float | 
 
 def print_report(report: Report) -> None:
     """Print a report for people: what each pass did, then what differs."""
-    from rich.console import Console
+    from patchslim.console import Console
 
     console = Console(highlight=False, markup=False, soft_wrap=True)
     before, after = report.before, report.after or report.before

@@ -18,7 +18,7 @@ class Reporter:
     """Says on stderr what is being done; stdout stays free for results. A ``quiet`` one says nothing."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        from rich.console import Console
+        from patchslim.console import Console
 
         self.console = Console(stderr=True, highlight=False, quiet=quiet)
 

@@ -187,8 +187,7 @@ def _print(saved: SavedPlan, options: SlimmingOptions) -> None:
             summary |= {"dense_top1": saved.sweep.dense_top1, "sweep": points}
         print(json.dumps(summary))
         return
-    from rich.console import Console
-
+    from patchslim.console import Console
     from slimming.report.tables import plan_table, sweep_table
 
     console = Console(width=None if sys.stdout.isatty() else 120)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
 
 from patchslim.errors import (
     EXIT_DONE,
@@ -49,6 +52,7 @@ class BundleVerdict(StrictRecord):
     folder: str
     checks: list[Check]
     manifest: Manifest | None = None
+    max_top1_drop: float | None = Field(default=None, description="the build's gate in points; None where it could not be read")
 
     @property
     def exit_code(self) -> int:
@@ -88,13 +92,14 @@ def check_bundle(
     meaningless or unsafe. Models run in processes of their own, within ``limits``. ``progress`` is told what is looked at next.
 
     The digests prove that the files are those of the manifest, and nothing against one who can write the folder: with
-    ``expect_manifest_sha256``, which came another way, they do. ``require_executed`` fails a bundle whose engine never ran where
-    it was built. Raises ``Unavailable`` where ONNX Runtime or ``provider`` is not here.
+    ``expect_manifest_sha256``, which came another way, they do. ``require_executed`` fails a bundle whose engine never ran
+    where it was built. Raises ``Unavailable`` where ONNX Runtime or ``provider`` is not here.
     """
     say = progress or (lambda _: None)
     limits = limits or Limits()
     checks: list[Check] = []
     manifest: Manifest | None = None
+    gate: float | None = None
     say("manifest.json")
     try:
         if not folder.is_dir():
@@ -108,12 +113,16 @@ def check_bundle(
             found = list(stage(folder, manifest, say))
             checks += found
             if any(check.exit_code for check in found):
-                return BundleVerdict(folder=str(folder), checks=checks, manifest=manifest)
-        checks += _check_engine_ran(manifest, require_executed)
-        checks += _check_graphs(folder, manifest, say, limits, provider, threads)
+                break
+        else:
+            checks += _check_engine_ran(manifest, require_executed)
+            checks += _check_graphs(folder, manifest, say, limits, provider, threads)
     except InputRejected as error:
         checks.append(_failed("manifest" if manifest is None else "bundle", str(folder), error))
-    return BundleVerdict(folder=str(folder), checks=checks, manifest=manifest)
+    if manifest is not None and any(check.name == "files" and check.status == "passed" for check in checks):
+        with contextlib.suppress(InputRejected):  # said already
+            gate = _read_parity(folder, manifest).gate.max_top1_drop
+    return BundleVerdict(folder=str(folder), checks=checks, manifest=manifest, max_top1_drop=gate)
 
 
 def _failed(name: str, subject: str, fault: PatchslimError | str, code: Literal[3, 4, 5] = EXIT_REJECTED) -> Check:
@@ -169,7 +178,7 @@ def _check_records(folder: Path, manifest: Manifest, say: Progress) -> Iterator[
             yield _failed("engine", name, error)
     path = folder / files.PARITY
     try:
-        report = parse_parity(folder, read_file(folder, manifest, files.PARITY, files.MAX_RECORD_BYTES))
+        report = _read_parity(folder, manifest)
         for field in ("macs", "rungs", "engine", "evaluation"):
             if getattr(report, field) != getattr(manifest, field):
                 raise InputRejected(f"{path}: {field} is not what manifest.json says")
@@ -240,6 +249,10 @@ def _check_plan(folder: Path, manifest: Manifest) -> None:
     for field, (of_plan, of_manifest) in derived.items():
         if of_plan != of_manifest:
             raise InputRejected(f"{path}: {field} of the plan: {of_plan}, and manifest.json says {of_manifest}")
+
+
+def _read_parity(folder: Path, manifest: Manifest) -> ParityReport:
+    return parse_parity(folder, read_file(folder, manifest, files.PARITY, files.MAX_RECORD_BYTES))
 
 
 def _read_golden(folder: Path, manifest: Manifest) -> Golden:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,14 +11,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from patchslim.arrays import Array
-from patchslim.errors import InputRejected, Unavailable
-from patchslim.packages import install_command
+from patchslim.errors import InputRejected
+from patchslim.images import IMAGE_SUFFIXES, read_image, scan_class_folders
 from validate.manifest import Manifest, Preprocessing
 
 if TYPE_CHECKING:
     from PIL import Image
 
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_MAX_PIXELS = 1 << 26  # of a resized image: thin ones grow without bound
 
 
 def preprocess(image: Image.Image, spec: Preprocessing) -> Array:
@@ -34,7 +35,10 @@ def preprocess(image: Image.Image, spec: Preprocessing) -> Array:
     image = image.convert(mode)
     filters = Image.Resampling[spec.interpolation.upper()]
     scaled = (math.floor(height / spec.crop_pct), math.floor(width / spec.crop_pct))
-    image = image.resize(_resized(image.size, scaled, spec.crop_mode), filters)
+    resized = _resized(image.size, scaled, spec.crop_mode)
+    if resized[0] * resized[1] > _MAX_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels would be resized to {resized[0]} x {resized[1]}")
+    image = image.resize(resized, filters)
     fill = [round(255 * value) for value in spec.mean] if spec.crop_mode == "border" else [0] * channels
     image = _centre_crop(image, height, width, tuple(fill))
     pixels = np.asarray(image, dtype=np.float32).reshape(height, width, channels) / np.float32(255)
@@ -69,33 +73,58 @@ def _centre_crop(image: Image.Image, height: int, width: int, fill: tuple[int, .
     return image.crop((left, top, left + width, top + height))
 
 
-def list_images(folder: Path, manifest: Manifest) -> list[tuple[Path, int]]:
-    """(path, class index) of the images of a folder with one subfolder per class, sorted by path.
+@dataclasses.dataclass(frozen=True)
+class ImageList:
+    """Images of a folder with one subfolder per class: (path, class index), sorted by path; ``notes`` say what is not there."""
 
-    Subfolders are matched to the manifest's labels by name; where they are other names but as many as the classes, by sorted
-    order, as torchvision's ImageFolder does. Raises ``InputRejected`` when neither fits or there is no image.
+    images: list[tuple[Path, int]]
+    notes: list[str]
+
+
+def list_images(folder: Path, manifest: Manifest) -> ImageList:
+    """The images of a folder with one subfolder per class, whose names are the manifest's labels.
+
+    A manifest without labels leaves only the order: then there must be as many subfolders as classes. Raises ``InputRejected``
+    where a subfolder is no class of the bundle, or there is no image.
     """
-    try:
-        classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-        index = {label: number for number, label in enumerate(manifest.labels)}
-        if not classes or not set(classes) <= set(index):
-            if len(classes) != manifest.classes:
-                raise InputRejected(
-                    f"{folder}: its {len(classes)} subfolders are neither named after the labels in manifest.json "
-                    f"nor as many as the {manifest.classes} classes"
-                )
-            index = {name: number for number, name in enumerate(classes)}
-        found = [
-            (path, index[name])
-            for name in classes
-            for path in sorted((folder / name).iterdir())
-            if path.suffix.lower() in SUFFIXES
-        ]
-    except OSError as error:
-        raise InputRejected(f"{folder}: cannot be read as a folder of images: {error}") from error
-    if not found:
-        raise InputRejected(f"{folder}: its subfolders hold no images")
-    return found
+    found = scan_class_folders(folder)
+    index, notes = _class_index(folder, found.classes, manifest)
+    images = [(path, index[name]) for path, name in found.images]
+    if not images:
+        raise InputRejected(f"{folder}: its subfolders hold no images ({', '.join(IMAGE_SUFFIXES)})")
+    if said := found.described():
+        notes.append(said)
+    if manifest.labels and (absent := sorted(set(manifest.labels) - set(found.classes))):
+        notes.append(f"{len(absent)} of {manifest.classes} classes have no images here: {_some(absent)}")
+    return ImageList(images, notes)
+
+
+def _class_index(folder: Path, classes: list[str], manifest: Manifest) -> tuple[dict[str, int], list[str]]:
+    if not manifest.labels:
+        if len(classes) != manifest.classes:
+            raise InputRejected(
+                f"{folder}: has {len(classes)} subfolders for {manifest.classes} classes, and manifest.json has no labels "
+                "to know them by; pass one subfolder per class, in the order of the classes"
+            )
+        note = "manifest.json has no labels: the subfolders, sorted, were taken for the classes in order"
+        return {name: number for number, name in enumerate(classes)}, [note]
+    index = {label: number for number, label in enumerate(manifest.labels)}
+    unknown = [name for name in classes if name not in index]
+    if unknown:
+        raise InputRejected(
+            f"{folder}: {len(unknown)} of its {len(classes)} subfolders are no classes of this bundle: {_some(unknown)}; "
+            f"its classes are {_some(manifest.labels)}. Name every subfolder as its class in manifest.json's labels"
+        )
+    if len(index) != len(manifest.labels):
+        twice = next(label for number, label in enumerate(manifest.labels) if index[label] != number)
+        raise InputRejected(f"{folder}: manifest.json has the label {twice!r} twice, so no subfolder can be known by it")
+    return index, []
+
+
+def _some(names: list[str]) -> str:
+    """The first few of ``names``, and how many more there are."""
+    shown = ", ".join(repr(name[:40]) for name in names[:5])
+    return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown or "none"
 
 
 def batches(images: list[tuple[Path, int]], spec: Preprocessing, size: int) -> Iterator[tuple[Array, Array]]:
@@ -103,18 +132,13 @@ def batches(images: list[tuple[Path, int]], spec: Preprocessing, size: int) -> I
 
     Raises ``InputRejected`` for a file that is no image, ``Unavailable`` without Pillow.
     """
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise Unavailable(f"Pillow is not installed; install it: {install_command('edge')}") from error
-
+    mode = "L" if spec.input_size[0] == 1 else "RGB"
     for start in range(0, len(images), size):
         chunk = images[start : start + size]
         tensors = []
         for path, _ in chunk:
             try:
-                with Image.open(path) as image:
-                    tensors.append(preprocess(image, spec))
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                raise InputRejected(f"{path}: cannot be read as an image: {error}") from error
+                tensors.append(preprocess(read_image(path, mode), spec))
+            except (ValueError, MemoryError) as error:  # too thin to be resized
+                raise InputRejected(f"{path}: cannot be preprocessed: {error or type(error).__name__}") from error
         yield np.stack(tensors), np.array([target for _, target in chunk], dtype=np.int64)

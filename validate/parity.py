@@ -138,6 +138,14 @@ def drop_interval(lost: int, gained: int, images: int) -> tuple[float, float]:
     return max(-100.0, 100 * (centre - half)), min(100.0, 100 * (centre + half))
 
 
+def proportion_interval(count: int, images: int) -> tuple[float, float]:
+    """95 % confidence interval in percent of ``count`` of ``images``: Wilson's score interval (JASA 22, 1927, pp. 209-212)."""
+    share, square = count / images, _Z95**2
+    centre = (share + square / (2 * images)) / (1 + square / images)
+    half = _Z95 * math.sqrt(share * (1 - share) / images + square / (4 * images**2)) / (1 + square / images)
+    return max(0.0, 100 * (centre - half)), min(100.0, 100 * (centre + half))
+
+
 def images_needed(lost: int, gained: int, images: int, points: float) -> int | None:
     """About how many images have a 95 % interval of no more than +- ``points``, if the models differ on as many of them.
 

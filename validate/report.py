@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from patchslim.console import Console
 from validate.check import BundleVerdict
 from validate.manifest import Rung
+from validate.parity import what_it_proves
 
 _STYLES = {"passed": "green", "failed": "red", "not executed": "yellow"}
 
@@ -25,9 +26,12 @@ def print_verdict(verdict: BundleVerdict, measured: list[Rung], console: Console
         evaluation = manifest.evaluation
         where = f"{evaluation.data}, {evaluation.images} images"
         _print_rungs(manifest.rungs, f"Measured by the build ({escape(where)})", console)
+        if verdict.max_top1_drop is not None:
+            for line in what_it_proves(manifest.rungs, verdict.max_top1_drop):
+                console.print(escape(line), highlight=False)
     console.print(_check_table(verdict))
     if measured:
-        _print_rungs(measured, "Measured here on the images given", console)
+        console.print(rung_table(measured, "Measured here on the images given"))
     word = "passed" if verdict.passed else "failed"
     console.print(f"[{_STYLES[word]}]{word}[/]: exit code {verdict.exit_code}")
 

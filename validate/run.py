@@ -8,6 +8,8 @@ if __name__ == "__main__":
     end_when_interrupted()
 
 import dataclasses
+import math
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,12 +17,12 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from patchslim.cli import run_command
-from patchslim.errors import ParityFailed, UsageError
+from patchslim.errors import UsageError
+from patchslim.text import printable
 
 if TYPE_CHECKING:
-    from patchslim.arrays import Array
     from validate.check import BundleVerdict
-    from validate.manifest import Manifest, Rung
+    from validate.manifest import Rung
 
 EXAMPLES = (
     "bundles/vit_ti-ort",
@@ -41,9 +43,13 @@ class ImageGroup:
     """Images to measure the bundle on as well."""
 
     images: Path | None = None
-    """A folder of images, one subfolder per class, to measure top-1 and top-5 on as well."""
+    """A folder of images to measure top-1 and top-5 on as well: one subfolder per class, named as in the bundle's labels."""
     batch: int = 8
     """Images per run when --images is measured."""
+    min_top1: Annotated[float | None, tyro.conf.arg(metavar="PERCENT")] = None
+    """Fail with exit code 5 where top-1 on --images is less than this."""
+    max_top1_drop: Annotated[float | None, tyro.conf.arg(metavar="POINTS")] = None
+    """Fail with exit code 5 where top-1 on --images is more than this below the bundle's own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,64 +71,83 @@ class OutputGroup:
 
 
 @dataclasses.dataclass(frozen=True)
-class ValidateOptions(OutputGroup, EngineGroup, ImageGroup, BundleGroup):
+class TrustGroup:
+    """What is not believed. The digests in manifest.json prove that the files are whole and belong together, and nothing
+    against one who can write the folder and so the manifest too: only a manifest's digest that came another way does."""
+
+    expect_manifest_sha256: Annotated[str | None, tyro.conf.arg(metavar="HEX")] = None
+    """SHA-256 that manifest.json must have, from whoever made the bundle; any other is refused with exit code 3."""
+    require_executed: bool = False
+    """Fail with exit code 5 where the engine never ran on the machine that built it."""
+    timeout: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 300.0
+    """Seconds that a model may take to load and answer the golden inputs, or a batch of --images; then it is ended."""
+    memory: Annotated[float | None, tyro.conf.arg(metavar="GIB")] = None
+    """GiB of memory that a model may take on the CPU; 0 is no bound. Default: 4, and six times the size of its files."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidateOptions(OutputGroup, TrustGroup, EngineGroup, ImageGroup, BundleGroup):
     """Check a patchslim bundle whole: digests, contracts and the ONNX files' answers to the golden inputs."""
+
+    def check(self) -> None:
+        """Raise ``UsageError`` for values that no run could use."""
+        if self.threads < 0 or self.batch < 1:
+            raise UsageError("--threads must not be negative, --batch must be at least 1")
+        if not (math.isfinite(self.timeout) and self.timeout > 0):
+            raise UsageError(f"--timeout {self.timeout}: must be a positive number of seconds")
+        if self.memory is not None and not 0 <= self.memory <= 1 << 20:
+            raise UsageError(f"--memory {self.memory}: must be GiB, or 0 for no bound")
+        for option, value in (("--min-top1", self.min_top1), ("--max-top1-drop", self.max_top1_drop)):
+            if value is not None and self.images is None:
+                raise UsageError(f"{option} needs --images, a folder of images to measure")
+            if value is not None and not 0 <= value <= 100:
+                raise UsageError(f"{option} {value}: must be from 0 to 100")
+        sha256 = self.expect_manifest_sha256
+        if sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
+            raise UsageError(f"--expect-manifest-sha256 {sha256}: must be 64 hexadecimal digits, as sha256sum prints them")
 
 
 def run(options: ValidateOptions) -> int:
     """Check the bundle, print what was found, and return the exit code: 0 right, 3 broken, 5 wrong answers."""
-    if options.threads < 0 or options.batch < 1:
-        raise UsageError("--threads must not be negative, --batch must be at least 1")
-    from rich.console import Console
+    options.check()
+    from rich.markup import escape
 
+    from patchslim.console import Console
     from validate.check import check_bundle
+    from validate.isolated import Limits
 
+    memory = None if options.memory is None else round(options.memory * (1 << 30))
+    limits = Limits(options.timeout, memory)
     errors = Console(stderr=True)
+    measured: list[Rung] = []
     with errors.status("") as status:
         verdict = check_bundle(
-            options.bundle, provider=options.provider, threads=options.threads, progress=lambda what: status.update(what)
+            options.bundle,
+            provider=options.provider,
+            threads=options.threads,
+            progress=lambda what: status.update(escape(what)),
+            limits=limits,
+            expect_manifest_sha256=options.expect_manifest_sha256,
+            require_executed=options.require_executed,
         )
-        measured = []
         if options.images is not None and verdict.passed and verdict.manifest is not None:
-            measured = measure(options.bundle, verdict.manifest, options)
+            from validate.measure import ImageGates, measure
+
+            measured, checks = measure(
+                options.bundle,
+                verdict.manifest,
+                options.images,
+                ImageGates(options.min_top1, options.max_top1_drop),
+                batch=options.batch,
+                provider=options.provider,
+                threads=options.threads,
+                limits=limits,
+            )
+            verdict = verdict.model_copy(update={"checks": [*verdict.checks, *checks]})
     _print(verdict, measured, options)
     for fault in verdict.faults:
-        print(f"validate: {fault}", file=sys.stderr)
-    for one in measured:
-        if one.non_finite:
-            raise ParityFailed(
-                f"{options.bundle}: {one.stage}: {one.non_finite} logits on {options.images} are NaN or infinite"
-            )
+        print(f"validate: {printable(fault)}", file=sys.stderr)
     return verdict.exit_code
-
-
-def measure(folder: Path, manifest: Manifest, options: ValidateOptions) -> list[Rung]:
-    """Top-1 and top-5 over ``options.images`` of every ONNX file that runs in ONNX Runtime.
-
-    Drop, agreement and errors are against the first of them; a rung with a NaN or infinite logit has failed.
-    """
-    import numpy as np
-
-    from patchslim.ort_runner import OrtRunner
-    from patchslim.runner import infer_in_batches
-    from validate import parity
-    from validate.images import batches, list_images
-
-    assert options.images is not None
-    images = list_images(options.images, manifest)
-    records = [record for record in manifest.onnx if record.max_error is not None]
-    runners = [OrtRunner(folder / r.path, provider=options.provider, threads=options.threads) for r in records]
-    logits: list[list[Array]] = [[] for _ in records]
-    targets = []
-    for tensors, classes in batches(images, manifest.preprocessing, options.batch):
-        targets.append(classes)
-        for runner, parts in zip(runners, logits, strict=True):
-            parts.append(infer_in_batches(runner, tensors, options.batch))
-    whole = [np.concatenate(parts) for parts in logits]
-    rungs = [parity.rung(records[0].stage, whole[0], np.concatenate(targets))]
-    for record, one in zip(records[1:], whole[1:], strict=True):
-        rungs.append(parity.rung(record.stage, one, np.concatenate(targets), whole[0], whole[0], compared_to=records[0].stage))
-    return [one.model_copy(update={"status": "failed" if one.non_finite else "passed"}) for one in rungs]
 
 
 def _print(verdict: BundleVerdict, measured: list[Rung], options: ValidateOptions) -> None:
@@ -136,8 +161,7 @@ def _print(verdict: BundleVerdict, measured: list[Rung], options: ValidateOption
         }
         print(json.dumps(record, indent=1))
         return
-    from rich.console import Console
-
+    from patchslim.console import Console
     from validate.report import print_verdict
 
     wide = None if sys.stdout.isatty() else 120  # a log file has no width to wrap to

