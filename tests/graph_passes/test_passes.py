@@ -273,7 +273,6 @@ def test_names_that_the_model_already_uses_are_not_merged() -> None:
 @pytest.mark.parametrize(
     "form",
     [pytest.param(form, marks=[] if form in ("packed_gated_mlp", "norms_inside") else pytest.mark.slow) for form in FORMS],
-    [pytest.param(form, marks=[] if form in ("packed_gated_mlp", "norms_inside") else pytest.mark.slow) for form in FORMS],
 )
 def test_forms_of_the_block_that_timm_offers(form: str) -> None:
     model, exported = dense(form)
