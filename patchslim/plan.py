@@ -71,7 +71,9 @@ class SlimPlan(StrictRecord):
         description="tokens that the head reads one by one: class, and distillation where there is one; none where it pools"
     )
     mode: Mode = Field(description="what later blocks see of a dropped token: nothing (compact), or its last value (stale)")
-    kept: list[list[TokenIndex]] = Field(min_length=1, description="for every block the sorted original indices kept")
+    kept: list[list[TokenIndex]] = Field(
+        min_length=1, max_length=1024, description="for every block the sorted original indices kept"
+    )
     merged_into: list[Annotated[int, Field(ge=-1)]] | None = Field(
         default=None,
         description="for every token the one that it is merged into where it is dropped, -1 where there is none or it stays; "

@@ -82,7 +82,7 @@ class TrustGroup:
     timeout: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 300.0
     """Seconds that a model may take to load and answer the golden inputs, or a batch of --images; then it is ended."""
     memory: Annotated[float | None, tyro.conf.arg(metavar="GIB")] = None
-    """GiB of memory that a model may take on the CPU; 0 is no bound. Default: 4, and six times the size of its files."""
+    """GiB of memory that a model may take on the CPU; 0 is no bound. Default: 4, and four times the bundle's size."""
 
 
 @dataclasses.dataclass(frozen=True)
