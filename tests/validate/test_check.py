@@ -186,3 +186,55 @@ def test_a_graph_declared_not_to_run_is_not_run(bundle: Path) -> None:
     verdict = check_bundle(bundle)
     assert verdict.exit_code == 0
     assert [check.subject for check in verdict.checks if check.status == "not executed"] == ["engine", "model-fp16.onnx"]
+
+
+HEADER = b"{'descr': '<f4', 'fortran_order': False, 'shape': (10, 6), }"
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"",
+        b"{",
+        b"[" * 3000,
+        b"\xff" * 40,
+        b"{'descr': '<f4'}",
+        HEADER.replace(b"(10, 6)", b"(-1, 6)"),
+        HEADER.replace(b"(10, 6)", b"(10.0, 6)"),
+        HEADER.replace(b"(10, 6)", b"10"),
+        HEADER.replace(b"(10, 6)", b"(1" + b"0" * 500 + b", 6)"),
+        HEADER.replace(b"10, 6", b"True, 6"),
+        HEADER.replace(b"'<f4'", b"[('a', '<f4')] * 9"),
+        HEADER.replace(b"'<f4'", b"'|O'"),
+        HEADER.replace(b"'<f4'", b"('<f4', (3,))"),
+        HEADER.replace(b"'<f4'", b"{}"),
+        HEADER.replace(b"'<f4'", b"'<f4\\x00'"),
+    ],
+    ids=range(15),
+)
+def test_npy_headers_that_are_malformed(bundle: Path, header: bytes) -> None:
+    """Each is in the place of ``slim_logits``; numpy's parser raises what Python's does."""
+    arrays = golden_arrays(bundle)
+    with zipfile.ZipFile(bundle / "golden.npz", "w") as archive:
+        for name, array in arrays.items():
+            buffer = io.BytesIO()
+            np.save(buffer, array)
+            data = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + array.tobytes()
+            archive.writestr(f"{name}.npy", data if name == "slim_logits" else buffer.getvalue())
+    reseal(bundle)
+    refused(bundle, 3, "golden.npz")
+
+
+def test_a_zip_archive_of_many_entries(bundle: Path) -> None:
+    with zipfile.ZipFile(bundle / "golden.npz", "w") as archive:
+        for number in range(2000):
+            archive.writestr(f"{number}.npy", b"")
+    reseal(bundle)
+    refused(bundle, 3, "golden.npz", "directory has")
+
+
+def test_more_golden_images_than_any_bundle_has(bundle: Path) -> None:
+    arrays = {name: np.repeat(array, 30, axis=0) for name, array in golden_arrays(bundle).items()}
+    npz(bundle / "golden.npz", arrays)
+    reseal(bundle)
+    refused(bundle, 3, "golden.npz", "more than the")
