@@ -12,10 +12,12 @@ import onnx_graphsurgeon as gs
 from onnx import checker, shape_inference
 
 import graph_passes.passes  # noqa: F401 - registers the passes
+from graph_passes.analysis.foreign_operators import NEXT_STEP
 from graph_passes.analysis.patterns import MatchFailure
 from graph_passes.onnx_io.files import clipped, read_model, save_model
 from graph_passes.onnx_io.graph_convert import export_model, import_graph, with_shapes
 from graph_passes.onnx_io.model import OnnxModel, as_model
+from graph_passes.onnx_io.standard_form import standard_form
 from graph_passes.pass_registry import PASSES, CutForm, ImageForm, PassResult, Refusal, Settings
 from patchslim.choices import Layout, Precision
 from patchslim.errors import InputRejected, UsageError, did_you_mean
@@ -45,7 +47,7 @@ class PassesRefused(InputRejected):
 
     def __init__(self, result: SlimResult) -> None:
         first = next(entry for entry in result.results if entry.refused)
-        super().__init__(f"pass {first.name} refused at {first.refused[0].site}: {first.refused[0].reason}")
+        super().__init__(f"pass {first.name} refused at {first.refused[0].site}: {first.refused[0].reason}. {NEXT_STEP}")
         self.result = result
 
 
@@ -70,6 +72,7 @@ def run_passes(
 ) -> SlimResult:
     """Run the named passes in the order given; ``model`` itself is not changed, and weights that no pass reads are not loaded.
 
+    The passes are given the model in ``standard_form``.
     A pass that does not understand the graph leaves it as it was; its result's ``refused`` says why. After each change the
     model is checked and, where ``save_intermediates`` is a folder, saved there as ``NN_name.onnx``.
     Raises ``UsageError`` for a name that no pass has, or a pass that needs a plan where there is none; ``InputRejected`` for an
@@ -77,7 +80,7 @@ def run_passes(
     """
     ensure_known(names)
     ensure_plan(names, settings.plan)
-    current = as_model(model)
+    current, _ = standard_form(as_model(model))
     results: list[PassResult] = []
     graph = import_graph(with_shapes(current))
     for number, name in enumerate(names):
@@ -190,6 +193,7 @@ def load_model(path: Path) -> OnnxModel:
     """
     model = read_model(path)
     try:
+        model, _ = standard_form(model)
         results = run_passes(model, ["fold_constants", "find_blocks"], Settings()).results
     except InputRejected as error:
         raise InputRejected(f"{path}: {clipped(error)}") from error
@@ -197,5 +201,5 @@ def load_model(path: Path) -> OnnxModel:
         raise InputRejected(f"{path}: cannot be read as a graph: {type(error).__name__}: {clipped(error)}") from error
     for refusal in (refusal for result in results for refusal in result.refused):
         fault = f"{refusal.site}: {refusal.reason}"
-        raise InputRejected(f"{path}: not a Vision Transformer that the passes understand: {fault}")
+        raise InputRejected(f"{path}: not a Vision Transformer that the passes understand: {fault}. {NEXT_STEP}")
     return model

@@ -16,6 +16,7 @@ from graph_passes.analysis.patterns import MatchFailure
 from graph_passes.analysis.vit_structure import Structure, find_structure
 from graph_passes.onnx_io.graph_convert import import_graph, with_shapes
 from graph_passes.onnx_io.model import OnnxModel
+from graph_passes.onnx_io.standard_form import standard_form
 from graph_passes.pass_manager import run_passes
 from graph_passes.pass_registry import CutForm, ImageForm, PassResult, Settings
 from patchslim.choices import Layout, Precision
@@ -116,7 +117,7 @@ def summarize(model: OnnxModel) -> tuple[GraphSummary, RefusedSite | None]:
     The second value says where and why it was not understood, else None. Raises ``InputRejected`` where it cannot be read.
     """
     try:
-        return _summary(model, _understood(model)), None
+        return _summary(model, _understood(standard_form(model)[0])), None
     except MatchFailure as failure:
         return _summary(model, None), RefusedSite(site=failure.site, reason=failure.expected)
     except InputRejected:

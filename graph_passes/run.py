@@ -147,6 +147,7 @@ class _Outcome:
 
 def _cut(options: PassOptions, model: OnnxModel, plan: SlimPlan | None) -> _Outcome:
     """Run the passes. A refusal is returned rather than raised, so that it can be reported before it ends the run."""
+    from graph_passes.analysis.foreign_operators import NEXT_STEP
     from graph_passes.pass_manager import PassesRefused, slim
     from graph_passes.report import RefusedSite, distinct_refusals, summarize
 
@@ -155,7 +156,9 @@ def _cut(options: PassOptions, model: OnnxModel, plan: SlimPlan | None) -> _Outc
     except InputRejected as error:
         raise InputRejected(f"{options.model}: {error}") from error
     if fault is not None:
-        message = f"{options.model}: not a Vision Transformer that the passes understand: {fault.site}: {fault.reason}"
+        message = (
+            f"{options.model}: not a Vision Transformer that the passes understand: {fault.site}: {fault.reason}. {NEXT_STEP}"
+        )
         return _Outcome(before, error=InputRejected(message), refused=[fault])
     try:
         result = slim(

@@ -34,6 +34,7 @@ from graph_passes.analysis.axes import (
 )
 from graph_passes.analysis.axis_map import AxisMap, TokenTable
 from graph_passes.analysis.axis_rules import rearranged
+from graph_passes.analysis.foreign_operators import einsum_failure, foreign_operator
 from graph_passes.analysis.operators import ELEMENTWISE_OPS, NORM_OPS, UNARY_OPS
 from graph_passes.analysis.patterns import MatchFailure, constant_shape, constant_value, label
 
@@ -99,8 +100,8 @@ def _explained(axis_map: AxisMap, node: gs.Node) -> list[Axes]:
     """The axes of a node's outputs; raises ``MatchFailure`` where no rule explains them."""
     inputs = [axis_map.of(tensor) for tensor in node.inputs]
     site = label(node)
-    if node.domain not in (None, "", "ai.onnx"):
-        raise MatchFailure(site, f"expected operators of ONNX's own; this one is of '{node.domain}'")
+    if (foreign := foreign_operator(node)) is not None:
+        raise foreign
     first = inputs[0] if inputs else None
     if node.op not in _MIXED_READER_OPS and any(has(axis, Mixed) for axes in inputs for axis in axes or ()):
         raise MatchFailure(site, "expected tokens that a constant matrix mixes to be added to as many others")
@@ -127,6 +128,8 @@ def _explained(axis_map: AxisMap, node: gs.Node) -> list[Axes]:
     outputs = rearranged(node, first)
     if outputs is not None:
         return outputs
+    if node.op == "Einsum":
+        raise einsum_failure(node)
     raise MatchFailure(site, "expected an operator that keeps tokens apart, or an attention")
 
 

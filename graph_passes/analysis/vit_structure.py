@@ -13,8 +13,10 @@ import onnx_graphsurgeon as gs
 from graph_passes.analysis.axes import Grid, Mixed, Tokens, axis_size, has, token_axis
 from graph_passes.analysis.axis_map import Attention, AxisMap
 from graph_passes.analysis.axis_propagation import propagate_axes
+from graph_passes.analysis.foreign_operators import ensure_not_quantised, of_other_form
 from graph_passes.analysis.operators import ELEMENTWISE_OPS, UNARY_OPS
 from graph_passes.analysis.patterns import MatchFailure, constant_value, integers, label
+from graph_passes.analysis.preprocessing import prepared_images
 from graph_passes.onnx_io.graph_convert import sorted_nodes
 
 
@@ -42,13 +44,15 @@ class Block:
 class Structure:
     """A Vision Transformer that was understood from images to head.
 
-    ``tokens``: how many there are, the ``prefix_tokens`` and one for each patch of the ``grid`` (rows, columns). ``width``:
-    features of a token. ``stream[l]``: the residual stream behind l blocks. ``head_tokens``: plan indices of those that the
-    head reads one by one. ``pools``: whether it also takes a mean or an attention over all that are left. ``names``: for each
-    plan index the token's name in ``axis_map``.
+    ``images``: the graph's input, or what the graph itself makes ready of it. ``tokens``: how many there are, the
+    ``prefix_tokens`` and one for each patch of the ``grid`` (rows, columns). ``width``: features of a token. ``stream[l]``: the
+    residual stream behind l blocks. ``head_tokens``: plan indices of those that the head reads one by one. ``pools``: whether
+    it also takes a mean or an attention over all that are left. ``names``: for each plan index the token's name in
+    ``axis_map``.
     """
 
     axis_map: AxisMap
+    images: gs.Variable
     tokens: int
     width: int
     grid: tuple[int, int]
@@ -75,10 +79,14 @@ def find_structure(graph: gs.Graph) -> Structure:
 
     Raises ``MatchFailure`` naming the node at which it is not one, or not of a form that the passes understand.
     """
+    ensure_not_quantised(graph)
     if not any(_weighs_values(node) for node in graph.nodes):
-        raise MatchFailure("graph", "expected a Vision Transformer; found no Softmax that weighs values, so no attention")
+        raise of_other_form(graph) or MatchFailure(
+            "graph", "expected a Vision Transformer; found no Softmax that weighs values, so no attention"
+        )
     nodes = sorted_nodes(graph)
-    axis_map = propagate_axes(nodes, _images(graph))
+    images = prepared_images(nodes, _images(graph))
+    axis_map = propagate_axes(nodes, images)
     for output in graph.outputs:
         if id(output) in axis_map.faults:
             raise axis_map.faults[id(output)]
@@ -100,7 +108,7 @@ def find_structure(graph: gs.Graph) -> Structure:
     names = _names(axis_map, stream[0], grid)
     head, pools = _head(graph, nodes, axis_map, len(levels))
     structure = Structure(
-        axis_map=axis_map, tokens=len(names), width=width, grid=grid, stream=stream, blocks=[], head_tokens=[],
+        axis_map=axis_map, images=images, tokens=len(names), width=width, grid=grid, stream=stream, blocks=[], head_tokens=[],
         prefix_tokens=sum(name < 0 for name in names), pools=pools, names=names,
     )  # fmt: skip
     entering = axis_map.tokens(stream[0])

@@ -28,6 +28,7 @@ _GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9  # field numbers in ModelProto, GraphP
 _PAGE, _CACHE_LINE = 4096, 64  # weights in a data file start at multiples of these, the large ones of the first
 _LARGE = 2**20
 _LONGEST_MESSAGE = 1000
+_FILES_SHOWN = 8  # of those beside a model, where one is missing
 
 
 def read_model(path: Path) -> OnnxModel:
@@ -169,12 +170,23 @@ class _Folder:
             if not inside or not target.is_relative_to(self._folder):
                 raise InputRejected(f"the data of '{name}' is outside the model's folder: '{location}'")
             if not target.is_file():
-                raise InputRejected(f"the data of '{name}' is missing: '{location}'")
+                raise InputRejected(f"the data of '{name}' is missing: '{location}'{self._beside(location)}")
             if target not in self._maps:
                 self._maps[target] = _map(target)
         except (OSError, ValueError) as error:
             raise InputRejected(f"the data of '{name}' cannot be read from '{location}': {error}") from error
         return self._maps[target]
+
+    def _beside(self, location: str) -> str:
+        """What lies where an external-data file was looked for, for a message: it may have been renamed."""
+        place = (self._folder / location).parent
+        try:
+            names = sorted(entry.name for entry in place.iterdir() if entry.is_file() and entry.suffix != ".onnx")
+        except OSError:
+            return ""
+        shown = ", ".join(f"'{name}'" for name in names[:_FILES_SHOWN]) or "no other file"
+        more = f" and {len(names) - _FILES_SHOWN} more" if len(names) > _FILES_SHOWN else ""
+        return f" is not in {place}; there is {shown}{more}: give the file back the name that the model has for it"
 
 
 def _embedded(model: OnnxModel) -> Iterator[bytes | memoryview]:

@@ -45,7 +45,7 @@ def with_shapes(model: OnnxModel | onnx.ModelProto) -> OnnxModel:
     """
     model = as_model(model)
     _ensure_usable(model)
-    bare = _weights_as_inputs(model)
+    bare = weights_as_inputs(model)
     del bare.graph.value_info[:]
     if bare.ByteSize() > SHAPE_LIMIT:
         raise InputRejected(
@@ -55,7 +55,7 @@ def with_shapes(model: OnnxModel | onnx.ModelProto) -> OnnxModel:
         checker.check_model(bare)
         inferred = shape_inference.infer_shapes(bare, check_type=True, strict_mode=True, data_prop=True)
     except (checker.ValidationError, shape_inference.InferenceError) as error:
-        raise InputRejected(f"not a valid ONNX graph: {_first_line(error)}") from error
+        raise InputRejected(f"not a valid ONNX graph: {first_line(error)}") from error
     del inferred.graph.input[:]
     inferred.graph.input.extend(model.graph.input)
     return OnnxModel(inferred, model.weights)
@@ -96,11 +96,11 @@ def export_model(graph: gs.Graph, like: OnnxModel) -> OnnxModel:
     del proto.metadata_props[:]
     proto.metadata_props.extend(header.metadata_props)
     model = OnnxModel(proto, weights)
-    checker.check_model(_weights_as_inputs(model), full_check=True)  # a failure here is a bug in a pass
+    checker.check_model(weights_as_inputs(model), full_check=True)  # a failure here is a bug in a pass
     return model
 
 
-def _weights_as_inputs(model: OnnxModel) -> onnx.ModelProto:
+def weights_as_inputs(model: OnnxModel) -> onnx.ModelProto:
     """A copy of the skeleton that is valid without the weights."""
     bare = onnx.ModelProto()
     bare.CopyFrom(model.skeleton)
@@ -195,5 +195,5 @@ def _make_names_unique(graph: gs.Graph) -> None:
                 tensor.name = f"{base}_{number}"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

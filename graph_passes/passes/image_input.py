@@ -20,7 +20,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from graph_passes.analysis.axes import Axes, Pixels, has
-from graph_passes.analysis.patterns import MatchFailure, constant_value, is_unpadded
+from graph_passes.analysis.patterns import MatchFailure, constant_value, is_unpadded, label
 from graph_passes.analysis.vit_structure import find_structure
 from graph_passes.node_builder import NodeBuilder, make_constant, replace_all_uses, replace_input
 from graph_passes.pass_registry import Settings, graph_pass
@@ -33,8 +33,13 @@ _CHANNELS = {"uint8-nchw": 1, "uint8-nhwc": 3}
 @graph_pass("image_input", default=False)
 def run(graph: gs.Graph, settings: Settings) -> int:
     """Returns 1 if the input was changed, else 0. Raises ``MatchFailure``, and ``UsageError`` for settings that do not fit."""
-    axis_map = find_structure(graph).axis_map
-    (images,) = [tensor for tensor in graph.inputs if axis_map.of(tensor) is not None]
+    structure = find_structure(graph)
+    axis_map, images = structure.axis_map, structure.images
+    if images.inputs:
+        raise MatchFailure(
+            label(images.inputs[0]),
+            "the graph prepares its images itself up to here; leave out --image, or give the model without its pre-processing",
+        )
     if settings.image not in _CHANNELS:
         raise UsageError("image_input: say what the images are to be: --image uint8-nchw or uint8-nhwc")
     wanted, place = _CHANNELS[settings.image], _channel_axis(axis_map.of(images) or ())

@@ -4,6 +4,8 @@ Every float32 constant becomes float16, with one Cast behind each graph input an
 float32. Two things stay in float32: the statistics of LayerNormalization (``stash_type`` 1), and each attention's Softmax,
 between two Casts. TensorRT-RTX 1.7 still fuses every such attention into one kernel, at the same kernel count.
 
+What prepares the images in the graph, ahead of the tokens (a Resize, say), stays as it is.
+
 Before: float32 throughout. After: float16 between the Casts; it runs in ONNX Runtime and builds strongly typed. A graph with a
 weight that float16 cannot hold is refused. Site: a constant.
 """
@@ -16,8 +18,9 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from graph_passes.analysis.patterns import MatchFailure, label
+from graph_passes.analysis.preprocessing import nodes_before
 from graph_passes.analysis.vit_structure import find_structure
-from graph_passes.node_builder import NodeBuilder, replace_all_uses
+from graph_passes.node_builder import NodeBuilder, make_constant, replace_all_uses
 from graph_passes.pass_registry import Settings, graph_pass
 
 FLOAT, FLOAT16 = int(onnx.TensorProto.FLOAT), int(onnx.TensorProto.FLOAT16)
@@ -28,37 +31,47 @@ LARGEST = float(np.finfo(np.float16).max)
 def run(graph: gs.Graph, settings: Settings) -> int:
     """Returns the number of constants made float16. Raises ``MatchFailure``."""
     structure = find_structure(graph)
-    constants = _float_constants(graph)
+    ahead = nodes_before(structure.images)
+    there = {id(node) for node in ahead}
+    computing = [node for node in graph.nodes if id(node) not in there]
+    constants = _float_constants(computing)
     if not constants:
         return 0
     halves = [(tensor, _half(tensor.name, np.asarray(tensor.values))) for tensor in constants]
     for tensor, values in halves:
-        tensor.values = values
-    for node in graph.nodes:
+        if any(id(reader) in there for reader in tensor.outputs):
+            readers = [reader for reader in tensor.outputs if id(reader) not in there]
+            replace_all_uses(tensor, make_constant(f"{tensor.name}.fp16", values), readers)
+        else:
+            tensor.values = values
+    for node in computing:
         if node.op == "LayerNormalization":
             node.attrs["stash_type"] = 1
         elif node.op == "Cast" and node.attrs.get("to") == FLOAT:
             node.attrs["to"] = FLOAT16
+    prepared = {id(tensor) for node in ahead for tensor in (*node.inputs, *node.outputs)}
     for tensor in graph.tensors().values():
-        if isinstance(tensor, gs.Variable) and tensor.dtype == np.float32:
+        if isinstance(tensor, gs.Variable) and tensor.dtype == np.float32 and id(tensor) not in prepared:
             tensor.dtype = np.dtype(np.float16)
     for attention in structure.axis_map.attentions:
         if attention.softmax is not None:
             _keep_softmax(graph, attention.softmax)
     for tensor in [t for t in graph.inputs if t.dtype == np.float16]:
         _cast_input(graph, tensor)
+    if ahead and structure.images.dtype == np.float32:
+        _cast_input(graph, structure.images)
     for index, tensor in enumerate(graph.outputs):
         if tensor.dtype == np.float16:
             graph.outputs[index] = _cast_output(graph, tensor)
     return len(halves)
 
 
-def _float_constants(graph: gs.Graph) -> list[gs.Constant]:
-    """Every float32 initializer and node attribute, in graph order, each once."""
+def _float_constants(nodes: list[gs.Node]) -> list[gs.Constant]:
+    """Every float32 initializer and node attribute of ``nodes``, in their order, each once."""
     found: dict[int, gs.Constant] = {}
-    for node in graph.nodes:
+    for node in nodes:
         if "value_float" in node.attrs or "value_floats" in node.attrs:
-            raise MatchFailure(label(node), "expected constants as tensors")
+            raise MatchFailure(label(node), "expected constants as tensors; fold_constants first")
         for tensor in [*node.inputs, *(node.attrs.get(key) for key in ("value",))]:
             if isinstance(tensor, gs.Constant) and tensor.dtype == np.float32:
                 found[id(tensor)] = tensor

@@ -87,6 +87,7 @@ def test_names_are_unique_and_every_kind_of_export_meets_several_families() -> N
         "dynamo 20": lambda case: (case.exporter, case.opset) == ("dynamo", 20),
         "dynamo 23": lambda case: (case.exporter, case.opset) == ("dynamo", 23),
         "torchscript 17": lambda case: (case.exporter, case.opset) == ("torchscript", 17),
+        "torchscript 11 to 14": lambda case: case.exporter == "torchscript" and 11 <= case.opset <= 14,
         "optimum": lambda case: case.exporter == "optimum",
         "unfused": lambda case: not case.fused,
         "static": lambda case: not case.dynamic,

@@ -22,10 +22,8 @@ def a_node_that_reads_itself(model: onnx.ModelProto) -> None:
 
 
 @damage(INVALID)
-def nodes_in_reverse(model: onnx.ModelProto) -> None:
-    nodes = list(model.graph.node)
-    del model.graph.node[:]
-    model.graph.node.extend(reversed(nodes))
+def nodes_in_a_circle(model: onnx.ModelProto) -> None:
+    node(model, "q0").input[0] = "u0"
 
 
 @damage(INVALID)

@@ -237,12 +237,28 @@ def local(proto: onnx.ModelProto, body: onnx.NodeProto) -> None:
     within(proto, "g0", helper.make_node("Mine", ["u0"], ["g0"], domain="own"))
 
 
-@damage("Mine node 'g0': expected operators of ONNX's own|local functions")
-def a_local_function(proto: onnx.ModelProto) -> None:
-    local(proto, helper.make_node("Gelu", ["x"], ["y"]))
+@damage("expected operators of ONNX's own; this one is of 'own'")
+def a_custom_operator(proto: onnx.ModelProto) -> None:
+    proto.opset_import.append(helper.make_opsetid("own", 1))
+    within(proto, "g0", helper.make_node("Mine", ["u0"], ["g0"], domain="own"))
 
 
-@damage("not a valid ONNX graph|expected|local functions", alone=True)
+@damage("its local functions stand for more than 100000 nodes", alone=True)
+def local_functions_that_double_forty_times(proto: onnx.ModelProto) -> None:
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("own", 1)]
+    for number in range(40):
+        body = [
+            helper.make_node("Gelu", ["x"], ["y"])
+            if number == 39
+            else helper.make_node(f"Mine{number + 1}", [source], [result], domain="own")
+            for source, result in (("x", "z"), ("z", "y"))
+        ][number == 39 :]
+        proto.functions.append(helper.make_function("own", f"Mine{number}", ["x"], ["y"], body, opsets))
+    proto.opset_import.append(helper.make_opsetid("own", 1))
+    within(proto, "g0", helper.make_node("Mine0", ["u0"], ["g0"], domain="own"))
+
+
+@damage("local function 'Mine' calls itself", alone=True)
 def a_local_function_that_calls_itself(proto: onnx.ModelProto) -> None:
     local(proto, helper.make_node("Mine", ["x"], ["y"], domain="own"))
 

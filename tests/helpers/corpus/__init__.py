@@ -141,6 +141,12 @@ _SCRIPT_17: dict[str, tuple[str, ...]] = {
     "torchvision": (),
 }
 
+# TorchScript writes fused attention from opset 14 on.
+_OLD_OPSETS = [
+    ("timm_class", 11), ("hf_vit", 11), ("timm_registers", 12), ("timm_map", 12), ("hf_clip", 12), ("timm_eva02", 12),
+    ("hf_deit", 13), ("timm_avg", 13), ("hf_vit", 14), ("timm_swiglu", 14), ("torchvision", 14),
+]  # fmt: skip
+
 CASES: list[Case] = [
     *(_case(family, "dynamo", 20, *how) for family, how in _DYNAMO_20.items()),
     *(_case(family, "torchscript", 17, *how) for family, how in _SCRIPT_17.items()),
@@ -159,6 +165,8 @@ CASES: list[Case] = [
     _case("torchvision", "dynamo", 23),
     _case("torchvision", "torchscript", 17, "slim"),
     _case("timm_class", "torchscript", 17, "unfused", "unfolded"),
+    *(_case(family, "torchscript", opset, "unfused") for family, opset in _OLD_OPSETS),
+    _case("timm_class", "torchscript", 14),
     _case("hf_vit", "optimum", 18),
     _case("hf_dinov2", "optimum", 18, "unfused"),
     _case("hf_deit_teacher", "optimum", 18),
@@ -172,6 +180,7 @@ QUICK: list[str] = [
     "timm_registers-dynamo23-static", "timm_layer_scale-script17-unfused-fp16", "hf_vit-dynamo20", "hf_dinov3-script17-unfused",
     "hf_siglip_avg-script17-static-slim", "hf_deit_teacher-optimum18", "torchvision-dynamo18-static",
     "timm_class-rewritten:gemm", "timm_class-rewritten:scale-after",
+    "hf_vit-script11-unfused", "timm_class-script14",
 ]  # fmt: skip
 
 REFUSED: list[Case] = [
