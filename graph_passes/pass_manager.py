@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,12 +69,14 @@ def run_passes(
     names: Sequence[str],
     settings: Settings,
     save_intermediates: Path | None = None,
+    before_fp16: Callable[[OnnxModel], None] | None = None,
 ) -> SlimResult:
     """Run the named passes in the order given; ``model`` itself is not changed, and weights that no pass reads are not loaded.
 
     The passes are given the model in ``standard_form``.
     A pass that does not understand the graph leaves it as it was; its result's ``refused`` says why. After each change the
-    model is checked and, where ``save_intermediates`` is a folder, saved there as ``NN_name.onnx``.
+    model is checked and, where ``save_intermediates`` is a folder, saved there as ``NN_name.onnx``. ``before_fp16`` is given
+    the model that ``to_fp16`` is to run on, where nothing was refused.
     Raises ``UsageError`` for a name that no pass has, or a pass that needs a plan where there is none; ``InputRejected`` for an
     invalid model, or a plan that is for another model.
     """
@@ -85,6 +87,8 @@ def run_passes(
     graph = import_graph(with_shapes(current))
     for number, name in enumerate(names):
         total, refused, interface = 0, [], _interface(graph)
+        if name == "to_fp16" and before_fp16 is not None and not any(result.refused for result in results):
+            before_fp16(current)
         for _ in range(_MAX_ROUNDS if PASSES[name].repeat else 1):
             try:
                 sites = PASSES[name].run(graph, settings)
@@ -141,12 +145,14 @@ def slim(
     passes: Sequence[str] | None = None,
     also: Sequence[str] = (),
     save_intermediates: Path | None = None,
+    before_fp16: Callable[[OnnxModel], None] | None = None,
 ) -> SlimResult:
     """Cut the tokens that ``plan`` drops out of a dense Vision Transformer, ``images [B, 3, H, W]`` to ``logits [B, classes]``.
 
     ``layout``: in cut blocks ``split`` query and key/value projections, or one ``packed`` projection. ``precision``: ``fp16``
     makes weights and activations float16. ``cut``: the operators that take rows. ``image``, ``mean``, ``std``: let the graph
     take bytes and normalise them. ``passes``: names to run instead of the default ones; ``also``: names to run beside them.
+    ``before_fp16``: given the model that ``to_fp16`` is to run on, for ``fp16_range`` to check.
     The same arguments give the same bytes; a second call on the result changes nothing.
     Raises ``PassesRefused`` or another ``InputRejected``, which name the node and what was expected there, where the graph is
     not understood or the plan is for another model; ``UsageError`` where the chosen ``passes`` leave an invalid graph.
@@ -156,7 +162,7 @@ def slim(
     names = default_passes(layout, precision, image, also) if passes is None else passes
     settings = Settings(plan, layout, cut, image, tuple(mean), tuple(std))
     try:
-        result = run_passes(model, names, settings, save_intermediates)
+        result = run_passes(model, names, settings, save_intermediates, before_fp16)
     except (checker.ValidationError, shape_inference.InferenceError) as error:
         if passes is None:
             raise  # a bug in a pass

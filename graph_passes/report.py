@@ -83,6 +83,17 @@ class PassRecord(StrictRecord):
     refused: list[RefusedSite]
 
 
+class Fp16Range(StrictRecord):
+    """What a run in ONNX Runtime says of the hidden values of a model that becomes FP16."""
+
+    images: str = Field(description="the file of the images that were run, or 'random'")
+    site: str | None = Field(description="the first node whose values do not fit, or else that of the largest; null: not run")
+    largest: float | None = Field(description="the largest magnitude at the site; null: not run")
+    fits: bool | None = Field(description="whether every value seen fits float16; null: not run")
+    limit: float = Field(description="the largest number of float16")
+    reason: str | None = Field(description="why it was not run; null: it was")
+
+
 class Report(StrictRecord):
     """``--report``: one run of ``graph_passes.run``."""
 
@@ -101,6 +112,7 @@ class Report(StrictRecord):
     macs_reduction: float | None = Field(description="1 - after / before, counted from the graphs")
     passes: list[PassRecord]
     refused: list[RefusedSite] = Field(description="every refused site, each once")
+    fp16: Fp16Range | None = Field(default=None, description="hidden values before to_fp16; null where it does not run")
     error: str | None = Field(description="why the run failed; null: it did not")
     before: GraphSummary
     after: GraphSummary | None = Field(description="null where the run failed")
@@ -181,6 +193,8 @@ def print_report(report: Report) -> None:
         console.print(operators)
     for name, first, second, unit in _totals(before, after):
         console.print(f"{name}: {_total(first, second, unit)}")
+    if report.fp16 is not None:
+        console.print(_fp16_sentence(report.fp16))
     for refusal in report.refused:
         console.print(f"refused at {refusal.site}: {refusal.reason}")
     if report.error is None:
@@ -216,6 +230,15 @@ def _sentence(vit: VitSummary) -> str:
     return (
         f"{len(vit.blocks)} blocks of width {vit.width}; {vit.tokens} tokens: {vit.prefix_tokens} prefix and a patch grid of "
         f"{rows} x {columns}; the head reads {' and '.join(parts) or 'no token'}"
+    )
+
+
+def _fp16_sentence(found: Fp16Range) -> str:
+    """Whether hidden values fit float16."""
+    if found.largest is None:
+        return f"not checked whether hidden values fit float16: {found.reason}"
+    return (
+        f"largest hidden value: {found.largest:g}, at {found.site}, on {found.images} images; float16 ends at {found.limit:g}"
     )
 
 

@@ -9,9 +9,10 @@ if __name__ == "__main__":
 
 import contextlib
 import json
+import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -19,14 +20,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from patchslim.cli import run_command
-from patchslim.errors import EXIT_DONE, InputRejected, PatchslimError, UsageError
+from patchslim.errors import EXIT_DONE, InputRejected, ParityFailed, PatchslimError, UsageError
 from patchslim.records import atomic_path
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from graph_passes.onnx_io.model import OnnxModel
     from graph_passes.pass_manager import SlimResult
     from graph_passes.pass_registry import PassResult
-    from graph_passes.report import GraphSummary, RefusedSite
+    from graph_passes.report import Fp16Range, GraphSummary, RefusedSite
     from patchslim.plan import SlimPlan
 
 PROG = "graph_passes.run"
@@ -60,6 +64,10 @@ class CutGroup:
     """Operators that take rows: auto is a Slice where rows lead and else a Gather; some compilers know only one of them."""
     precision: Literal["fp32", "fp16"] = "fp32"
     """Type of the result's weights and activations; inputs and outputs stay float32."""
+    samples: Path | None = None
+    """Images (.npy, as the model takes them) on which the FP16 model's hidden values are checked; without them random ones."""
+    allow_overflow: bool = False
+    """Write the FP16 model even where hidden values pass 65504, which float16 cannot hold: it may answer NaN."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +126,7 @@ def run(options: PassOptions) -> int:
 
     plan = None if options.plan is None else load_plan(options.plan)
     _ensure_chosen(options, plan)
+    _ensure_writable(options)
     from graph_passes.onnx_io.files import save_model
 
     with contextlib.redirect_stdout(sys.stderr):  # onnx-graphsurgeon logs to stdout, which is kept for the result
@@ -125,12 +134,39 @@ def run(options: PassOptions) -> int:
     try:
         if outcome.result is not None and options.output is not None:
             save_model(outcome.result.model, options.output)
-        _publish(options, plan, outcome)
     except OSError as fault:
-        raise UsageError(f"{fault.filename or options.output}: cannot be written: {fault.strerror or fault}") from fault
+        raise _unwritable(options.output, fault) from fault
+    try:
+        _publish(options, plan, outcome)
+    except BrokenPipeError:
+        raise  # whoever reads has read enough; the model is there
+    except OSError as fault:
+        raise _unwritable("the report", fault) from fault
     if outcome.error is not None:
         raise outcome.error
     return EXIT_DONE
+
+
+def _unwritable(what: object, fault: OSError) -> UsageError:
+    return UsageError(f"{fault.filename or what}: cannot be written: {fault.strerror or fault}")
+
+
+def _ensure_writable(options: PassOptions) -> None:
+    """Raise ``UsageError`` before anything is read where a path to be written is none that a file can have."""
+    files = {"--output": options.output, "--report": options.report}
+    for flag, path in {**files, "--save-intermediates": options.save_intermediates}.items():
+        if path is None:
+            continue
+        try:
+            str(path).encode()
+            # the longest name that is made of it; whether it exists does not matter
+            path.with_name(f".{path.stem}-01234567.data.{path.suffix}.{os.getpid()}.part").exists()
+        except UnicodeEncodeError as fault:
+            raise UsageError(f"{flag} {str(path)!r}: expected a name in UTF-8, as ONNX and JSON have it") from fault
+        except OSError as fault:
+            raise UsageError(f"{flag} {path}: cannot be written: {fault.strerror or fault}") from fault
+        if flag in files and (path.is_dir() or not path.name):
+            raise UsageError(f"{flag} {path}: is a folder; name a file in it")
 
 
 @dataclass(frozen=True)
@@ -140,9 +176,10 @@ class _Outcome:
     before: GraphSummary
     after: GraphSummary | None = None
     result: SlimResult | None = None
-    error: InputRejected | None = None
+    error: PatchslimError | None = None
     passes: Sequence[PassResult] = ()
     refused: Sequence[RefusedSite] = ()
+    fp16: Fp16Range | None = None
 
 
 def _cut(options: PassOptions, model: OnnxModel, plan: SlimPlan | None) -> _Outcome:
@@ -160,6 +197,8 @@ def _cut(options: PassOptions, model: OnnxModel, plan: SlimPlan | None) -> _Outc
             f"{options.model}: not a Vision Transformer that the passes understand: {fault.site}: {fault.reason}. {NEXT_STEP}"
         )
         return _Outcome(before, error=InputRejected(message), refused=[fault])
+    found: list[Fp16Range] = []
+    watch = _fp16_watch(options, found)
     try:
         result = slim(
             model,
@@ -173,6 +212,7 @@ def _cut(options: PassOptions, model: OnnxModel, plan: SlimPlan | None) -> _Outc
             passes=_names(options.passes) or None,
             also=_names(options.also),
             save_intermediates=options.save_intermediates,
+            before_fp16=watch,
         )
     except InputRejected as cause:
         subject = str(options.model) if options.plan is None else f"{options.model} with plan {options.plan}"
@@ -184,7 +224,42 @@ def _cut(options: PassOptions, model: OnnxModel, plan: SlimPlan | None) -> _Outc
     except OSError as error:
         raise UsageError(f"--save-intermediates {error.filename}: cannot be written: {error.strerror or error}") from error
     after = summarize(result.model)[0] if result.modified else before
-    return _Outcome(before, after, result, passes=result.results)
+    fp16 = found[0] if found else None
+    if fp16 is not None and fp16.fits is False and not options.allow_overflow:
+        message = (
+            f"{options.model}: --precision fp16: {fp16.site} gives {fp16.largest:g} on {fp16.images} images; float16 ends at "
+            f"{fp16.limit:g}, so the result would answer NaN, and nothing was written. Try --precision fp32, or bf16 where the "
+            "engine has it; --samples FILE.npy checks your own images, --allow-overflow writes the model all the same"
+        )
+        return _Outcome(before, error=ParityFailed(message), passes=result.results, fp16=fp16)
+    return _Outcome(before, after, result, passes=result.results, fp16=fp16)
+
+
+def _fp16_watch(options: PassOptions, found: list[Fp16Range]) -> Callable[[OnnxModel], None]:
+    """What looks at the model before it becomes FP16 and notes in ``found`` how large its hidden values get."""
+    samples = None if options.samples is None else _samples(options.samples)
+
+    def watch(model: OnnxModel) -> None:
+        from graph_passes.fp16_range import fp16_range
+
+        found.append(fp16_range(model, samples, "random" if options.samples is None else str(options.samples)))
+        if options.samples is not None and found[-1].reason is not None:
+            raise InputRejected(f"--samples {options.samples}: {found[-1].reason}")
+
+    return watch
+
+
+def _samples(path: Path) -> NDArray[np.generic]:
+    """The images of a ``.npy`` file; raises ``InputRejected``."""
+    import numpy as np
+
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputRejected(f"--samples {path}: cannot be read as images in a .npy file: {error}") from error
+    if not isinstance(array, np.ndarray) or array.ndim < 2 or not array.size or array.dtype.kind not in "fu":
+        raise InputRejected(f"--samples {path}: expected an array of images, the first axis their number")
+    return array
 
 
 def _load(options: PassOptions, path: Path, size: tuple[int, int] | None) -> OnnxModel:
@@ -232,6 +307,8 @@ def _ensure_chosen(options: PassOptions, plan: SlimPlan | None) -> None:
         raise UsageError("--image, --mean and --std are for the pass image_input; name it with --passes or --also")
     if "to_fp16" not in names and options.precision == "fp16":
         raise UsageError("--precision fp16 is the work of the pass to_fp16; name it with --passes")
+    if "to_fp16" not in names and (options.samples is not None or options.allow_overflow):
+        raise UsageError("--samples and --allow-overflow are for a model that becomes FP16: give --precision fp16")
 
 
 def _publish(options: PassOptions, plan: SlimPlan | None, outcome: _Outcome) -> None:
@@ -253,6 +330,7 @@ def _publish(options: PassOptions, plan: SlimPlan | None, outcome: _Outcome) -> 
         macs_reduction=macs_reduction(outcome.before, outcome.after),
         passes=pass_records(outcome.passes),
         refused=[*outcome.refused],
+        fp16=outcome.fp16,
         error=None if outcome.error is None else str(outcome.error),
         before=outcome.before,
         after=outcome.after,
