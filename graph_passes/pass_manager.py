@@ -47,7 +47,9 @@ class PassesRefused(InputRejected):
 
     def __init__(self, result: SlimResult) -> None:
         first = next(entry for entry in result.results if entry.refused)
-        super().__init__(f"pass {first.name} refused at {first.refused[0].site}: {first.refused[0].reason}. {NEXT_STEP}")
+        super().__init__(
+            f"pass {first.name} refused at {first.refused[0].site}: {first.refused[0].reason}", next_step=NEXT_STEP
+        )
         self.result = result
 
 
@@ -207,5 +209,6 @@ def load_model(path: Path) -> OnnxModel:
         raise InputRejected(f"{path}: cannot be read as a graph: {type(error).__name__}: {clipped(error)}") from error
     for refusal in (refusal for result in results for refusal in result.refused):
         fault = f"{refusal.site}: {refusal.reason}"
-        raise InputRejected(f"{path}: not a Vision Transformer that the passes understand: {fault}. {NEXT_STEP}")
+        message = f"{path}: not a Vision Transformer that the passes understand: {fault}"
+        raise InputRejected(message, next_step=NEXT_STEP)
     return model

@@ -193,10 +193,8 @@ def _cut(options: PassOptions, model: OnnxModel, plan: SlimPlan | None) -> _Outc
     except InputRejected as error:
         raise InputRejected(f"{options.model}: {error}") from error
     if fault is not None:
-        message = (
-            f"{options.model}: not a Vision Transformer that the passes understand: {fault.site}: {fault.reason}. {NEXT_STEP}"
-        )
-        return _Outcome(before, error=InputRejected(message), refused=[fault])
+        message = f"{options.model}: not a Vision Transformer that the passes understand: {fault.site}: {fault.reason}"
+        return _Outcome(before, error=InputRejected(message, next_step=NEXT_STEP), refused=[fault])
     found: list[Fp16Range] = []
     watch = _fp16_watch(options, found)
     try:
@@ -218,9 +216,11 @@ def _cut(options: PassOptions, model: OnnxModel, plan: SlimPlan | None) -> _Outc
         subject = str(options.model) if options.plan is None else f"{options.model} with plan {options.plan}"
         if isinstance(cause, PassesRefused):
             passes, refused = cause.result.results, distinct_refusals(cause.result.results)
+            told = InputRejected(f"{subject}: {cause.message}", next_step=cause.next_step)
         else:
             passes, refused = [], [RefusedSite(site="plan", reason=str(cause))]
-        return _Outcome(before, error=InputRejected(f"{subject}: {cause}"), passes=passes, refused=refused)
+            told = InputRejected(f"{subject}: {cause}")
+        return _Outcome(before, error=told, passes=passes, refused=refused)
     except OSError as error:
         raise UsageError(f"--save-intermediates {error.filename}: cannot be written: {error.strerror or error}") from error
     after = summarize(result.model)[0] if result.modified else before

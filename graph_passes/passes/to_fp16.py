@@ -83,7 +83,8 @@ def _half(name: str, values: NDArray[np.float32]) -> NDArray[np.float16]:
     largest = float(np.abs(values).max()) if values.size else 0.0
     if not largest <= LARGEST:  # NaN too
         raise MatchFailure(
-            f"initializer '{name}'", f"its largest magnitude {largest:g} does not fit float16 (at most {LARGEST:g})"
+            f"initializer '{name}'",
+            f"its largest magnitude {largest:g} does not fit float16 (at most {LARGEST:g}); keep --precision fp32, or use bf16",
         )
     return values.astype(np.float16)
 
