@@ -70,10 +70,17 @@ class BundleVerdict(StrictRecord):
         """One line for every failed check."""
         return [check.detail for check in self.checks if check.status == "failed"]
 
+    @property
+    def error(self) -> PatchslimError | None:
+        """``InputRejected`` or ``ParityFailed`` with every fault; None where nothing failed."""
+        if self.passed:
+            return None
+        return (ParityFailed if self.exit_code == EXIT_PARITY else InputRejected)("; ".join(self.faults))
+
     def raise_if_failed(self) -> None:
         """Raise ``InputRejected`` or ``ParityFailed`` with every fault, or do nothing."""
-        if not self.passed:
-            raise (ParityFailed if self.exit_code == EXIT_PARITY else InputRejected)("; ".join(self.faults))
+        if (error := self.error) is not None:
+            raise error
 
 
 def check_bundle(

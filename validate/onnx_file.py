@@ -12,6 +12,7 @@ from validate.manifest import plain_path
 
 #: A protobuf message cannot be larger; weights beyond that are in files beside it.
 MAX_ONNX_BYTES = (1 << 31) - 1
+_IN_MEMORY = "_ORT_MEM_ADDR_"  # ONNX Runtime takes the offset of weights "stored" there for an address
 
 
 def check_onnx(path: Path, allowed_data: set[str] | None = None) -> None:
@@ -43,6 +44,8 @@ def check_onnx_bytes(data: bytes, path: Path, allowed_data: set[str] | None = No
             plain_path(location)
         except ValueError as error:
             raise InputRejected(f"{path}: weight {tensor.name!r} is stored outside the bundle: {error}") from error
+        if _IN_MEMORY in location:
+            raise InputRejected(f"{path}: weight {tensor.name!r} is an address in memory, which only a running program has")
         if allowed_data is not None and location not in allowed_data:
             raise InputRejected(f"{path}: weight {tensor.name!r} is stored in {location}, which the manifest does not list")
         needed.add(location)

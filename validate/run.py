@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from patchslim.cli import run_command
+from patchslim.cli import error_record, run_command
 from patchslim.errors import UsageError
 from patchslim.text import printable
 
@@ -159,6 +159,8 @@ def _print(verdict: BundleVerdict, measured: list[Rung], options: ValidateOption
             "exit_code": verdict.exit_code,
             "measured": [one.model_dump(mode="json") for one in measured],
         }
+        if (error := verdict.error) is not None:
+            record["error"] = error_record(error, "validate")
         print(json.dumps(record, indent=1))
         return
     from patchslim.console import Console

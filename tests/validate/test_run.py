@@ -75,7 +75,10 @@ def test_exit_codes(good: Path, tmp_path: Path) -> None:
     reseal(wrong)
     answer = run(wrong, "--json")
     assert answer.code == 5
-    assert json.loads(answer.out)["exit_code"] == 5
+    told = json.loads(answer.out)
+    assert told["exit_code"] == told["error"]["code"] == 5
+    assert (told["error"]["kind"], told["passed"]) == ("ParityFailed", False)
+    assert "max error" in told["error"]["message"]
     answer = run(good, blocked=(*BLOCKED, "onnxruntime"))
     assert answer.code == 4
     assert "[edge]" in answer.err
