@@ -15,7 +15,7 @@ from export.cache import FactStore
 from export.engines import cuda
 from patchslim.plan import SlimPlan
 from slimming.models.loading import BUNDLED, bundled_weights
-from slimming.session import open_session, training_images
+from slimming.session import class_names, open_session, training_images
 from validate.manifest import Evaluation
 
 if TYPE_CHECKING:
@@ -85,7 +85,13 @@ class ExportSource:
         self._files = _files_behind(options)
         self._named = {
             "model": (options.model, options.model_arg, options.weights, options.ema, options.preprocessing()),
-            "images": (options.data, options.eval_images, options.calibration_data, options.calibration_images),
+            "images": (
+                options.data,
+                options.class_map and str(options.class_map),
+                options.eval_images,
+                options.calibration_data,
+                options.calibration_images,
+            ),
             "seed": options.seed,
             "device": (options.device, cuda.local_target(), os.environ.get("CUDA_VISIBLE_DEVICES")),
         }
@@ -105,7 +111,7 @@ class ExportSource:
         from slimming.data.source import evaluation_set
 
         count = self._options.eval_images
-        return evaluation_set(self._options.data, None if count == "all" else count)
+        return evaluation_set(self._options.data, None if count == "all" else count, class_names(self._options))
 
     @cached_property
     def calibration_fingerprint(self) -> str:
@@ -197,6 +203,8 @@ def _files_behind(options: ExportOptions) -> list[Path] | None:
     images = [_data_files(address) for address in (options.data, options.calibration_data or options.data)]
     if any(files is None for files in images):
         return None
+    if options.class_map is not None:
+        weights.append(options.class_map)
     return [*weights, *(path for files in images for path in files or ())]
 
 

@@ -43,6 +43,9 @@ class ImageGroup:
 
     data: str = "digits"
     """Images: digits (built in), a folder, FILE.tar, hfds/NAME or wds/PATH, as timm reads them."""
+    class_map: Path | None = None
+    """A text file with the model's class names, one a line, in the order of its answers, as timm has it. Default: the names in
+    the weights' file, else those of the training folders."""
     calibration_data: str | None = None
     """Images that the plan is made from, in the same forms; by default the train split of --data, or a fifth kept apart."""
     calibration_images: int = 256
@@ -212,3 +215,5 @@ class ModelOptions(FittingGroup, BudgetGroup, ImageGroup, ModelGroup):
                 check_data(address)
         if self.latency_table is not None:
             check_file(self.latency_table, "latency table")
+        if self.class_map is not None:
+            check_file(self.class_map, "--class-map")

@@ -23,7 +23,7 @@ from slimming.options import ModelOptions
 from slimming.report.page import write_page
 from slimming.report.sweep import Sweep, measure_plans, plans_at
 from slimming.search.budget import LATENCY
-from slimming.session import SlimmingSession, open_finder, open_graph_session, open_session, search
+from slimming.session import SlimmingSession, class_names, open_finder, open_graph_session, open_session, search
 
 #: Calibration images that are shown on a plan's page.
 PAGE_IMAGES = 4
@@ -60,7 +60,10 @@ def save_plan(options: ModelOptions, job: PlanJob, process_group: ProcessGroup) 
     ``PatchslimError`` with the next step in its message.
     """
     reporter = Reporter(quiet=not process_group.is_primary)
-    images = evaluation_set(options.data, job.measured_images) if job.measured_images else None
+    images = None
+    if job.measured_images:
+        classes = class_names(options, reporter, graph=job.onnx is not None)
+        images = evaluation_set(options.data, job.measured_images, classes)
     session: SlimmingSession[LoadedVit]
     if job.onnx is not None:
         graph = open_graph_session(options, job.onnx, images)

@@ -54,11 +54,11 @@ def open_session(
     if options.device == "cuda" and not torch.cuda.is_available():
         raise Unavailable("--device cuda: PyTorch sees no CUDA device here; pass --device cpu")
     set_fused_attn(True)
+    reporter = Reporter(quiet=process_group is not None and not process_group.is_primary)
     calibration = calibration_images(options)
-    classified = calibration if evaluated is None else evaluated
-    labels = classified.labels
+    labels = class_names(options, reporter) if evaluated is None else evaluated.labels
     if len(labels) == 1:
-        raise InputRejected(f"{classified.address}: has one class only, so every answer would be right")
+        raise InputRejected(f"{options.data}: has one class only, so every answer would be right")
     loaded = load_model(
         options.model,
         weights=options.weights,
@@ -68,14 +68,13 @@ def open_session(
         seed=options.seed,
         ema=options.ema,
     )
-    reporter = Reporter(quiet=process_group is not None and not process_group.is_primary)
-    for note in loaded.notes:
+    for note in dict.fromkeys((*loaded.notes, *calibration.notes, *(evaluated.notes if evaluated else ()))):
         reporter.say(note)
     check_supported(loaded.module, options.model)
     classes = int(loaded.module.num_classes)
     if labels and len(labels) != classes:
         raise InputRejected(
-            f"{classified.address} has {len(labels)} classes, the model {classes}: "
+            f"{options.data} has {len(labels)} classes, the model {classes}: "
             "pass data of the model's classes, or --model-arg num_classes=N with weights that fit"
         )
     device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
@@ -95,7 +94,27 @@ def open_graph_session(options: ModelOptions, path: Path, evaluated: ImageSet | 
     from slimming.onnx_models.loading import load_graph
 
     loaded = load_graph(path, options.preprocessing(), evaluated)
-    return SlimmingSession(loaded, create_transform(**loaded.data_config), calibration_images(options))
+    calibration, reporter = calibration_images(options), Reporter()
+    for note in dict.fromkeys((*calibration.notes, *(evaluated.notes if evaluated else ()))):
+        reporter.say(note)
+    return SlimmingSession(loaded, create_transform(**loaded.data_config), calibration)
+
+
+def class_names(options: ModelOptions, reporter: Reporter | None = None, *, graph: bool = False) -> list[str]:
+    """Return the names of the classes, in the order of the model's answers; empty where nothing names them.
+
+    ``graph`` says that the model is an ONNX file, whose weights name none. Raises ``InputRejected`` where names contradict.
+    """
+    from slimming.data.classes import agreed_classes, read_class_map
+    from slimming.data.source import class_names_of
+    from slimming.models.loading import class_names as of_weights
+
+    if options.class_map is not None:
+        return read_class_map(options.class_map)
+    addresses = [options.data, options.calibration_data, options.train_data if options.finetune_epochs else None]
+    named = [(address, class_names_of(address)) for address in dict.fromkeys(addresses) if address is not None]
+    trained = [] if graph else of_weights(options.model, options.weights)
+    return agreed_classes(trained, named, (reporter or Reporter()).say)
 
 
 def calibration_images(options: ModelOptions) -> ImageSet:
@@ -120,7 +139,8 @@ def training_images(options: ModelOptions) -> ImageSet:
     address = options.train_data or options.data
     everything = DEFAULT_LENGTH["train"] if address == "digits" else sys.maxsize
     count = everything if options.train_images == "all" else options.train_images
-    return calibration_set(address, count, options.seed, apart=_apart(address, options.data))
+    classes = class_names(options, Reporter(quiet=True))
+    return calibration_set(address, count, options.seed, apart=_apart(address, options.data), classes=classes)
 
 
 def open_finder(

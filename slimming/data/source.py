@@ -5,6 +5,9 @@
 A folder with ``train`` and ``val``, ``validation`` or ``test`` inside has splits, and so have a hub data set and a folder of
 WebDataset shards, which may be of any size: images are read one at a time, by index, and never held. Any other folder or file
 is divided once and for good: a fifth of its images, drawn by a fixed permutation, calibrates, and the others are evaluated on.
+
+Classes are known by name: an image's class is the place of its folder's name among the classes given, else among those of the
+training split. Which files are images, and how they are decoded, says ``patchslim.images``.
 """
 
 from __future__ import annotations
@@ -16,11 +19,14 @@ import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
 from patchslim.errors import InputRejected, Unavailable
+from patchslim.files import open_regular
+from patchslim.images import IMAGE_SUFFIXES, ClassFolders, read_image, scan_class_folders
+from slimming.data.classes import check_utf8, target_map
 from slimming.data.digits import CLASSES, DEFAULT_LENGTH, Digits
 from slimming.data.shards import ShardReader, shards_of
 
@@ -58,6 +64,7 @@ class ImageSet:
     labels: list[str]
     samples: Samples
     indices: Sequence[int]  # a range where that says it: a large data set then has no list
+    notes: tuple[str, ...] = ()  # what a user is to be told: files left out, classes without images
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -72,13 +79,14 @@ class ImageSet:
         return {"data": self.address, "split": self.split, "share": self.share, "images": len(self)}
 
 
-def calibration_set(address: str, count: int, seed: int = 0, *, apart: bool = False) -> ImageSet:
+def calibration_set(address: str, count: int, seed: int = 0, *, apart: bool = False, classes: Sequence[str] = ()) -> ImageSet:
     """Return ``count`` images (or as many as there are) to make plans from: never any that ``evaluation_set`` gives.
 
     ``apart`` says that nothing of this data set is evaluated on, so that one without splits need not be divided.
-    Drawn by ``seed`` without replacement. Raises ``InputRejected`` or ``Unavailable``.
+    ``classes`` are the names of the model's classes, in order; empty: those of the data set. Drawn by ``seed``
+    without replacement. Raises ``InputRejected`` or ``Unavailable``.
     """
-    opened = _open(address, training=True, limit=count, apart=apart)
+    opened = _open(address, training=True, limit=count, apart=apart, classes=classes)
     rng = np.random.default_rng([seed, 1])
     pool = opened.indices
     if count >= len(pool):
@@ -86,12 +94,13 @@ def calibration_set(address: str, count: int, seed: int = 0, *, apart: bool = Fa
     return replace(opened, indices=[pool[index] for index in sorted(rng.permutation(len(pool))[:count].tolist())])
 
 
-def evaluation_set(address: str, count: int | None) -> ImageSet:
+def evaluation_set(address: str, count: int | None, classes: Sequence[str] = ()) -> ImageSet:
     """Return ``count`` held-out images (None: all), evenly spread, so that few images still cover every class.
 
+    ``classes`` are the names of the model's classes, in order; empty: those of the data set's training split.
     Raises ``InputRejected`` or ``Unavailable``.
     """
-    opened = _open(address, training=False, limit=count)
+    opened = _open(address, training=False, limit=count, classes=classes)
     indices = opened.indices
     if count is not None and count < len(indices):
         if address == "digits":
@@ -99,6 +108,25 @@ def evaluation_set(address: str, count: int | None) -> ImageSet:
         else:
             indices = [indices[position * len(indices) // count] for position in range(count)]
     return replace(opened, indices=indices)
+
+
+def class_names_of(address: str) -> list[str]:
+    """Return the names of a data set's classes, of its training split where it has one; empty where it has only numbers.
+
+    Raises ``InputRejected`` or ``Unavailable``.
+    """
+    if address == "digits":
+        return list(CLASSES)
+    if address.partition("/")[0].lower() == "wds":
+        return []
+    path = Path(address)
+    if path.is_dir():
+        train, evaluation = _splits(path)
+        return scan_class_folders(train if train and evaluation else path).classes
+    try:
+        return _open(address, training=True, limit=None, apart=True).labels
+    except InputRejected:
+        return _open(address, training=False, limit=None).labels
 
 
 def load_tensors(images: ImageSet, transform: Transform | None, batch_size: int = 8) -> Iterator[tuple[Tensor, Tensor]]:
@@ -154,11 +182,34 @@ def fingerprint_of(images: ImageSet) -> str:
         else:
             image, target = images.samples[index]
             digest.update(np.asarray(image).tobytes())
-        digest.update(str(target).encode())
+        digest.update(str(images.samples.class_of(target) if isinstance(images.samples, _Read) else target).encode())
     return digest.hexdigest()
 
 
-def _open(address: str, *, training: bool, limit: int | None, apart: bool = False) -> ImageSet:
+def _open(address: str, *, training: bool, limit: int | None, apart: bool = False, classes: Sequence[str] = ()) -> ImageSet:
+    opened = _unnamed(address, training=training, limit=limit, apart=apart)
+    notes, samples = opened.notes, opened.samples
+    if not classes and opened.split in _EVALUATION_SPLITS and Path(address).is_dir():
+        classes = class_names_of(address)
+    if not classes or not opened.labels:
+        return replace(opened, labels=list(classes) or opened.labels)
+    where = f"{address}/{opened.split}" if opened.split != "none" else address
+    targets, note = target_map(opened.labels, classes, where)
+    if targets is not None:
+        if not isinstance(samples, _Read):
+            raise InputRejected(f"{address}: has classes of its own, and cannot be put in another order")
+        samples.targets = targets
+    return replace(opened, labels=list(classes), notes=(*notes, *([note] if note else [])))
+
+
+def _splits(folder: Path) -> tuple[Path | None, Path | None]:
+    """The folders of the training and of the evaluation split; None where there is none."""
+    found = ([folder / name for name in names if (folder / name).is_dir()] for names in (_TRAINING_SPLITS, _EVALUATION_SPLITS))
+    train, evaluation = (next(iter(each), None) for each in found)
+    return train, evaluation
+
+
+def _unnamed(address: str, *, training: bool, limit: int | None, apart: bool) -> ImageSet:
     if address == "digits":
         split = "train" if training else "test"
         samples: Samples = Digits(split, max(limit or 0, DEFAULT_LENGTH[split]))
@@ -172,36 +223,62 @@ def _open(address: str, *, training: bool, limit: int | None, apart: bool = Fals
     if not path.exists():
         raise InputRejected(f"{address}: no such data; --data takes digits, a folder, FILE.tar, hfds/NAME or wds/PATH")
     if path.is_dir():
-        train, evaluation = (
-            [path / name for name in names if (path / name).is_dir()] for names in (_TRAINING_SPLITS, _EVALUATION_SPLITS)
-        )
+        train, evaluation = _splits(path)
         if train and evaluation:
-            chosen = train[0] if training else evaluation[0]
-            samples = _with_reader(chosen)
-            return ImageSet(address, chosen.name, "all", _labels(samples), samples, list(range(len(samples))))
-    samples = _with_reader(path)
+            chosen = train if training else evaluation
+            samples, notes = _with_reader(chosen)
+            return ImageSet(address, chosen.name, "all", _labels(samples), samples, list(range(len(samples))), notes)
+    samples, notes = _with_reader(path)
     if apart:
-        return ImageSet(address, "none", "all", _labels(samples), samples, list(range(len(samples))))
+        return ImageSet(address, "none", "all", _labels(samples), samples, list(range(len(samples))), notes)
     shuffled = np.random.default_rng(20221).permutation(len(samples))
     cut = max(1, round(len(samples) * CALIBRATION_SHARE))
     indices = sorted((shuffled[:cut] if training else shuffled[cut:]).tolist())
     share = f"{CALIBRATION_SHARE if training else 1 - CALIBRATION_SHARE:.0%}, disjoint"
     if not indices:
         raise InputRejected(f"{address}: {len(samples)} image(s) cannot be divided into calibration and evaluation images")
-    return ImageSet(address, "none", share, _labels(samples), samples, indices)
+    return ImageSet(address, "none", share, _labels(samples), samples, indices, notes)
 
 
-def _with_reader(path: Path) -> Samples:
-    """The images of a folder or a tar file of class folders."""
-    from timm.data.readers import create_reader
+def _with_reader(path: Path) -> tuple[Samples, tuple[str, ...]]:
+    """The images of a folder or a tar file of class folders, and what is to be said of it."""
+    if path.is_dir():
+        folders = scan_class_folders(path)
+        if not folders.images:
+            raise InputRejected(f"{path}: cannot be read as class folders of images: found none; {folders.described()}")
+        return _Read(_FolderReader(folders)), (folders.described(),) if folders.described() else ()
+    from timm.data.readers import create_reader, get_img_extensions, set_img_extensions
 
+    others = get_img_extensions()
     try:
+        set_img_extensions(IMAGE_SUFFIXES)
         samples = _Read(create_reader("", root=str(path)))
     except (RuntimeError, AssertionError, OSError, tarfile.TarError, ValueError, IndexError) as error:
         raise InputRejected(f"{path}: cannot be read as class folders of images: {error}") from error
+    finally:
+        set_img_extensions(others)
     if not len(samples):
         raise InputRejected(f"{path}: holds no images in class folders")
-    return samples
+    check_utf8(_labels(samples), str(path))
+    return samples, ()
+
+
+class _FolderReader:
+    """The images of class folders, made like timm's readers: ``reader[i]`` is an open file and its class."""
+
+    def __init__(self, folders: ClassFolders) -> None:
+        self.class_to_idx = {name: place for place, name in enumerate(folders.classes)}
+        self._images = [(str(path), self.class_to_idx[name]) for path, name in folders.images]
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> tuple[IO[bytes], int]:
+        path, target = self._images[index]
+        return open_regular(Path(path)), target
+
+    def filename(self, index: int) -> str:
+        return self._images[index][0]
 
 
 def _open_shards(address: str, *, training: bool) -> ImageSet:
@@ -252,6 +329,7 @@ class _Read:
     def __init__(self, reader: Any) -> None:
         self.reader = reader
         self.transform: Transform | None = None
+        self.targets: Sequence[int] | None = None  # the class of each of the reader's; None: the same
         self._process = os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -260,20 +338,19 @@ class _Read:
     def __len__(self) -> int:
         return len(self.reader)
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        from PIL import Image, UnidentifiedImageError
+    def class_of(self, target: int) -> int:
+        """The model's class for a class of the reader's."""
+        return int(target) if self.targets is None else self.targets[int(target)]
 
+    def __getitem__(self, index: int) -> tuple[Any, int]:
         if self._process != os.getpid():  # a forked worker
             self.reader, self._process = _unopened(self.reader), os.getpid()
         try:
             stream, target = self.reader[index]
-            with stream:
-                image = Image.open(stream).convert("RGB")
-        except UnidentifiedImageError as error:  # whose own text may be the address of a stream in memory
-            raise InputRejected(f"{self.reader.filename(index)}: not an image that can be decoded") from error
+            image = read_image(stream)
         except Exception as error:
             raise InputRejected(f"{self.reader.filename(index)}: {error}") from error
-        return (image if self.transform is None else self.transform(image)), int(target)
+        return (image if self.transform is None else self.transform(image)), self.class_of(target)
 
 
 def _unopened(reader: Any) -> Any:
