@@ -199,7 +199,8 @@ def _files_behind(options: ExportOptions) -> list[Path] | None:
     if options.weights == "bundled":
         weights = [bundled_weights(options.model)] if options.model in BUNDLED else []
     elif options.weights != "random":
-        weights = [Path(options.weights), Path(options.weights).with_name("config.json")]
+        config = Path(options.weights).with_name("config.json")  # read beside weights of save_pretrained
+        weights = [Path(options.weights), *([config] if config.is_file() else [])]
     images = [_data_files(address) for address in (options.data, options.calibration_data or options.data)]
     if any(files is None for files in images):
         return None
