@@ -151,6 +151,11 @@ class MaskedGraph:
     def _ensure_readable(self) -> None:
         """Raise ``MatchFailure`` unless images are float RGB and every block is dense, its maps within reach."""
         site = f"graph input '{self.images.name}'"
+        if self.structure.images is not self.images:
+            expected = (
+                "expected images made ready outside; the graph prepares its own: make the plan from the same model without that"
+            )
+            raise MatchFailure(site, expected)
         if np.dtype(self.images.dtype).kind != "f":
             expected = (
                 f"expected normalised images; it takes {np.dtype(self.images.dtype).name}: give the graph before that pass"

@@ -326,6 +326,17 @@ def uint8_graph() -> onnx.ModelProto:
     return model
 
 
+def resizing_graph() -> onnx.ModelProto:
+    """The plain model behind a Resize of images of any size."""
+    model = copy.deepcopy(dense("plain")[1])
+    name = model.graph.input[0].name
+    del model.graph.input[:]
+    model.graph.input.append(onnx.helper.make_tensor_value_info("given", onnx.TensorProto.FLOAT, [1, 3, "rows", "columns"]))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([1, 3, 32, 32]), "sizes_to"))
+    model.graph.node.insert(0, onnx.helper.make_node("Resize", ["given", "", "", "sizes_to"], [name]))
+    return model
+
+
 def cut_graph() -> onnx.ModelProto:
     """The plain model, already cut."""
     from graph_passes import slim
@@ -340,6 +351,7 @@ def cut_graph() -> onnx.ModelProto:
     [
         (tiny_cnn, "no Softmax that weighs values"),
         (uint8_graph, "expected normalised images; it takes uint8"),
+        (resizing_graph, "make the plan from the same model without that"),
         (cut_graph, "plans are made from the dense graph"),
         (lambda: exported(by_name("hf_vit-optimum18")), "give the size with --img-size"),
     ],
