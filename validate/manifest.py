@@ -196,7 +196,8 @@ class Preprocessing(StrictRecord):
         if not self.input_size[0] == len(self.mean) == len(self.std):
             raise ValueError(f"mean, std: need one value for each of {self.input_size[0]} channels")
         _, height, width = self.input_size
-        if height * width / min(1.0, self.crop_pct) ** 2 > _MAX_PIXELS:
+        smallest = min(1.0, self.crop_pct)
+        if (height / smallest) * (width / smallest) > _MAX_PIXELS:
             raise ValueError(f"input_size, crop_pct: ask for images of more than {_MAX_PIXELS} pixels")
         return self
 

@@ -11,6 +11,7 @@ import numpy as np
 from patchslim.arrays import Array
 from validate.manifest import Rung, ladder_passed
 
+_FEWEST_POINTS = 1e-6  # of a gate that images can resolve at all
 _Z95 = 1.959963984540054  # the standard normal's 97.5 % point
 #: Largest difference of a logit that a stage may show, as a fraction of the largest logit (of 1 where that is smaller).
 FP32_TOLERANCE, FP16_TOLERANCE = 1e-4, 1e-2
@@ -149,9 +150,9 @@ def proportion_interval(count: int, images: int) -> tuple[float, float]:
 def images_needed(lost: int, gained: int, images: int, points: float) -> int | None:
     """About how many images have a 95 % interval of no more than +- ``points``, if the models differ on as many of them.
 
-    ``drop_interval`` solved for the number of images, rounded up to two digits; None for 0 points, which no number resolves.
+    ``drop_interval`` solved for the number of images, rounded up to two digits; None for points so few that no number resolves them.
     """
-    if points <= 0:
+    if points < _FEWEST_POINTS:
         return None
     rate, a = (lost + gained) / images, (points / (100 * _Z95)) ** 2
     exact = max(100 / points, (rate + math.sqrt(rate**2 + 4 * a)) / (2 * a) - 2)
@@ -175,7 +176,7 @@ def what_it_proves(rungs: Sequence[Rung], max_top1_drop: float) -> list[str]:
         f"on {images} images, 95 % CI {low:.2f} to {high:.2f}"
     ]
     needed = images_needed(lost, gained, images, max_top1_drop)
-    others = "no number of images resolves 0 points" if needed is None else f"about {needed} could"
+    others = f"no number of images resolves {max_top1_drop:g} points" if needed is None else f"about {needed} could"
     if one_image > max_top1_drop:
         said.append(f"one image of {images} is {one_image:.3g} points and decides this gate alone: it proves nothing; {others}")
     elif high > max_top1_drop:

@@ -135,6 +135,8 @@ def test_a_manifest_that_is_none(bundle: Path, text: str, word: str) -> None:
         (lambda m: m["labels"].pop(), "labels"),
         (lambda m: m["preprocessing"].update(input_size=[3, 9, 9]), "input_size"),
         (lambda m: m["files"][0].update(size="1"), "size"),
+        (lambda m: m["preprocessing"].update(crop_pct=1e-9), "more than 67108864 pixels"),
+        (lambda m: m["preprocessing"].update(crop_pct=5e-324), "more than 67108864 pixels"),
     ],
 )
 def test_a_manifest_that_does_not_hold_together(bundle: Path, change: Callable[[dict[str, Any]], Any], word: str) -> None:

@@ -194,7 +194,8 @@ def test_how_many_images_a_gate_needs() -> None:
         low, high = drop_interval(round(lost * scale), round(gained * scale), needed)
         centre = (low + high) / 2
         assert 0.8 * points < high - centre < 1.05 * points
-    assert images_needed(0, 0, 10, 0.0) is None
+    for points in (0.0, 1e-300, 5e-324):
+        assert images_needed(0, 0, 10, points) is None
 
 
 def test_the_interval_of_a_proportion_is_scipys() -> None:
