@@ -150,7 +150,7 @@ def proportion_interval(count: int, images: int) -> tuple[float, float]:
 def images_needed(lost: int, gained: int, images: int, points: float) -> int | None:
     """About how many images have a 95 % interval of no more than +- ``points``, if the models differ on as many of them.
 
-    ``drop_interval`` solved for the number of images, rounded up to two digits; None for points so few that no number resolves them.
+    ``drop_interval`` solved for the number of images, rounded up to two digits; None for points that no number resolves.
     """
     if points < _FEWEST_POINTS:
         return None
