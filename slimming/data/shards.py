@@ -20,6 +20,7 @@ from typing import IO, Any
 import numpy as np
 
 from patchslim.errors import InputRejected
+from patchslim.files import read_bounded
 from slimming.data.tar_headers import regular_files
 
 IMAGE_SUFFIXES = ("jpg", "png", "webp", "jpeg", "ppm")  # timm's order first: the one read where a sample has several
@@ -135,14 +136,14 @@ def shards_of(folder: Path, split: str) -> tuple[list[Path], str]:
 
 def _by_info(path: Path, split: str) -> tuple[list[Path], str]:
     try:
-        splits = json.loads(path.read_bytes())["splits"]
+        splits = json.loads(read_bounded(path, _LONGEST["json"], "description of splits"))["splits"]
         if split not in splits:
             raise InputRejected(f"not among the splits of {path} ({', '.join(map(str, splits))})")
         names, label = splits[split]["filenames"], splits[split].get("alt_label") or ""
         if not isinstance(label, str):
             raise InputRejected(f"{path}: the alt_label of split {split} is not text")
         shards = [path.parent / name for name in names]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputRejected(f"{path}: not a description of splits ({type(error).__name__}: {error})") from error
     here = [shard for shard in shards if shard.is_file()]  # a few of a large data set's shards will do, as for timm
     if not here:
@@ -206,7 +207,7 @@ def _class_of(where: str, parts: dict[str, _Place], file: IO[bytes], label: str)
             for step in label.split("/"):
                 value = value[step]
         target = int(value)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
         raise InputRejected(f"{where}: its .json has no integer {label!r}") from error
     return target if target >= 0 else None
 

@@ -271,3 +271,35 @@ def test_an_index_beyond_the_end(shards: list[Path]) -> None:
     for index in (-1, 60):
         with pytest.raises(IndexError):
             reader[index]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[" * 100_000,
+        b"null",
+        b"[1]",
+        b'"label"',
+        b'{"label": 1e999}',
+        b'{"label": NaN}',
+        b'{"label": [0]}',
+        b"\xff",
+    ],
+    ids=range(10),
+)
+def test_broken_records_are_refused_by_name(tmp_path: Path, content: bytes) -> None:
+    write_tar(tmp_path / "a.tar", [("0.png", encoded(0)), ("0.json", content)])
+    with pytest.raises(InputRejected, match=r"a\.tar: sample 0: "):
+        ShardReader([tmp_path / "a.tar"], "label")
+    (tmp_path / "info.json").write_bytes(content)
+    with pytest.raises(InputRejected, match=r"info\.json"):
+        shards_of(tmp_path, "train")
+
+
+@pytest.mark.parametrize("content", [b"", b"one", b"9" * 5000, b"1e3", b"99999999999", b"\xff"], ids=range(6))
+def test_classes_that_are_no_small_integers_are_refused_by_name(tmp_path: Path, content: bytes) -> None:
+    write_tar(tmp_path / "a.tar", [("0.png", encoded(0)), ("0.cls", content)])
+    with pytest.raises(InputRejected, match=r"a\.tar: sample 0: "):
+        ShardReader([tmp_path / "a.tar"])
