@@ -86,7 +86,7 @@ class FactStore:
         path = self.path(kind, states, **inputs)
         if path in self._new:
             return self._new[path][0]
-        with contextlib.suppress(OSError, ValueError, KeyError):  # not known yet, or damaged
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # not known yet, or damaged
             return json.loads(path.read_text(encoding="utf-8"))["value"]
         started = time.time_ns()
         value = as_json(find_out())

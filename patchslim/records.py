@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
+from pydantic_core import CoreSchema
 
 from patchslim.errors import InputRejected
 from patchslim.files import read_bounded
@@ -20,6 +21,8 @@ Count = Annotated[int, Field(ge=1, le=1_000_000)]
 TokenIndex = Annotated[int, Field(ge=0)]
 #: A JSON file of more bytes is refused.
 MAX_JSON_BYTES = 64 << 20
+_MOST_CONTAINERS = 1_000_000  # an empty list takes three bytes of a file and some sixty of memory
+_MOST_NAMES = 10_000  # in one object: each unknown one is a fault of its own, and takes some 200 bytes
 
 
 def _whole(value: object) -> object:
@@ -36,6 +39,26 @@ class StrictRecord(BaseModel):
     """Base of every record that others read: unknown fields and wrong types are refused, and NaN is not a number."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: type[BaseModel], handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Stop at the first wrong item of a list: a fault for each of a million of them would take gigabytes.
+
+        Lists stand for tuples, and objects for records, as they do in JSON.
+        """
+        schema = handler(source)
+        waiting: list[Any] = [schema]
+        while waiting:
+            part = waiting.pop()
+            if isinstance(part, dict):
+                if part.get("type") in ("list", "tuple"):
+                    part["fail_fast"] = True
+                if part.get("type") in ("tuple", "model"):
+                    part["strict"] = False
+                waiting.extend(part.values())
+            elif isinstance(part, list):
+                waiting.extend(part)
+        return schema
 
 
 _Record = TypeVar("_Record", bound=StrictRecord)
@@ -55,24 +78,35 @@ def parse_record(data: bytes, kind: type[_Record], what: str, path: Path) -> _Re
     """``load_record`` of bytes that were read from ``path`` already."""
     if not data:
         raise InputRejected(f"{path}: not a valid {what}: the file is empty")
+    if data.count(b"[") + data.count(b"{") > _MOST_CONTAINERS:
+        raise InputRejected(f"{path}: not a valid {what}: holds more than {_MOST_CONTAINERS} lists and objects")
     try:
-        record = kind.model_validate_json(data)
-        json.loads(data, object_pairs_hook=_refuse_twice, parse_int=len, parse_float=len)  # only its names are of interest
+        try:
+            value = json.loads(data, object_pairs_hook=_object)
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+            kind.model_validate_json(data)  # which says better what is wrong
+            raise
+        # Not from the JSON text: there pydantic makes an object of the whole input anew for each field that is missing.
+        record = kind.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or what
-        raise InputRejected(f"{path}: not a valid {what}: {where}: {first['msg']}") from None  # its text holds the whole file
-    except ValueError as error:
+        fault = "Input should be an object" if first["type"] == "model_type" else first["msg"]
+        raise InputRejected(f"{path}: not a valid {what}: {where}: {fault}") from None  # its text holds the whole file
+    except (ValueError, ArithmeticError, RecursionError) as error:
         raise InputRejected(f"{path}: not a valid {what}: {error}") from None
     return record
 
 
-def _refuse_twice(pairs: list[tuple[str, Any]]) -> None:
-    """Refuse a name that an object has twice: readers differ in which of the two they take."""
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; refuses a name that it has twice, of which readers take either, and more names than any record has."""
+    if len(pairs) > _MOST_NAMES:
+        raise ValueError(f"an object of {len(pairs)} names, and at most {_MOST_NAMES} are allowed")
     names = [name for name, _ in pairs]
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{twice[:80]!r}: is given twice")
+    return dict(pairs)
 
 
 def save_record(path: Path, record: StrictRecord) -> None:

@@ -71,7 +71,9 @@ def outcome_of(target: Target, folder: Path) -> Outcome:
 def _judged(target: Target, raised: BaseException) -> tuple[Kind, str]:
     chain: BaseException | None = raised
     while chain is not None:  # a reader may have made a refusal of it
-        if isinstance(chain, MemoryError) or any(text in str(chain).lower() for text in _NO_MEMORY):
+        if isinstance(chain, MemoryError) or (
+            type(chain) is RuntimeError and any(text in str(chain).lower() for text in _NO_MEMORY)
+        ):
             return "memory", _described(raised)
         chain = chain.__cause__ or chain.__context__
     if isinstance(raised, target.refusals):

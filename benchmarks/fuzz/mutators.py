@@ -141,7 +141,7 @@ def _change(rng: Random, holder: list[Any]) -> None:
 
 
 def mutate_message(rng: Random, message: Message) -> None:
-    """Change one to three fields somewhere in a protobuf message, in place: numbers, names, bytes, entries left out or twice."""
+    """Change one to three fields somewhere in a protobuf message: numbers, names, bytes, entries left out or twice."""
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         _change_message(rng, message)
 

@@ -4,10 +4,10 @@
     python -m benchmarks.fuzz --replay results.bad/plan.json-17
 
 Each input is a valid file with faults, drawn from its number and ``--seed`` alone. A reader may read it, or refuse it by an
-error that its docstring names. Any other exception, a crash, a hang (more than ``--timeout`` seconds of processor time, or ten times
-that by the clock) and a failed allocation (more than ``--memory`` MiB on top of the idle process) are bad: the exit code is 5,
-and the input is kept beside the output, in OUTPUT.bad. The same command goes on where a stopped one was, unless the code
-was changed meanwhile.
+error that its docstring names. Bad are any other exception, a crash, a hang (more than ``--timeout`` seconds of processor time,
+or ten times that by the clock) and a failed allocation (more than ``--memory`` MiB on top of the idle process): the exit code
+is 5, and the input is kept beside the output, in OUTPUT.bad. The same command goes on where a stopped one was, unless code was
+changed meanwhile.
 """
 
 from __future__ import annotations
@@ -97,7 +97,8 @@ class _Worker:
     def give(self, chunk: _Chunk) -> None:
         self.chunk, self.at = chunk, -1
         self.since = self.processor_seconds(), time.monotonic()
-        (self.folder / "number").open("r+b").write(struct.pack("<q", -1))
+        with (self.folder / "number").open("r+b") as file:
+            file.write(struct.pack("<q", -1))
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has ended, which its stdout says too
             self.process.stdin.write(json.dumps({"seed": self.seed, **dataclasses.asdict(chunk)}) + "\n")
@@ -317,9 +318,7 @@ def replay(folder: Path) -> int:
     with tempfile.TemporaryDirectory() as copy:
         write(Path(copy), files)
         outcome = outcome_of(target, Path(copy))
-        print(
-            f"{case['target']}: input {case['index']} of seed {case['seed']}: {outcome.kind}, {outcome.seconds:.2f} s {outcome.error}"
-        )
+        print(f"{target.name}: input {case['index']} of seed {case['seed']}: {outcome.kind} {outcome.error}")
         if outcome.kind in BAD:
             target.read(Path(copy))
     return EXIT_PARITY if outcome.kind in BAD else EXIT_DONE

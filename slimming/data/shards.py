@@ -143,9 +143,9 @@ def _by_info(path: Path, split: str) -> tuple[list[Path], str]:
         if not isinstance(label, str):
             raise InputRejected(f"{path}: the alt_label of split {split} is not text")
         shards = [path.parent / name for name in names]
+        here = [shard for shard in shards if shard.is_file()]  # a few of a large data set's shards will do, as for timm
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputRejected(f"{path}: not a description of splits ({type(error).__name__}: {error})") from error
-    here = [shard for shard in shards if shard.is_file()]  # a few of a large data set's shards will do, as for timm
     if not here:
         raise InputRejected(f"none of the {len(shards)} shard(s) that {path} names is here")
     return here, label

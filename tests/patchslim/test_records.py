@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from patchslim.errors import InputRejected
 from patchslim.files import copy_verified, read_verified
@@ -92,6 +92,27 @@ def test_no_more_is_read_than_is_allowed(tmp_path: Path) -> None:
     os.truncate(path, 1 << 33)  # sparse
     with pytest.raises(InputRejected, match=rf"large\.json: not a valid line: .* {MAX_JSON_BYTES} bytes"):
         load_record(path, Line, "line")
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        (b'{"name": "a", "points": [' + b"1," * 10**6 + b"1]}", r"points\.0: Input should be an object"),
+        (b'{"name": "a", "points": [{"x": 0, "labels": [' + b"1," * 10**6 + b"1]}]}", r"points\.0\.labels\.0: Input should be"),
+        (
+            b"{" + b",".join(b'"%d":1' % number for number in range(10**5)) + b"}",
+            "an object of 100000 names, and at most 10000",
+        ),
+    ],
+)
+def test_a_million_faults_take_no_more_memory_than_the_first(text: bytes, fault: str, tmp_path: Path) -> None:
+    (tmp_path / "line.json").write_bytes(text)
+    with pytest.raises(InputRejected, match=fault):
+        load_record(tmp_path / "line.json", Line, "line")
+    if b"points" in text:
+        with pytest.raises(ValidationError) as faults:
+            Line.model_validate_json(text)
+        assert faults.value.error_count() == 1
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
