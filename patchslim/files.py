@@ -40,7 +40,9 @@ def read_bounded(path: Path, limit: int, what: str, *, follow: bool = True) -> b
     """
     try:
         with open_regular(path, follow=follow) as file:
-            data = file.read(limit + 1)
+            data = file.read(min(os.fstat(file.fileno()).st_size, limit) + 1)  # Python makes room for all that is asked for
+            while len(data) <= limit and (more := file.read(min(limit + 1 - len(data), _BLOCK))):  # it grew, or has no size
+                data += more
     except FileNotFoundError as error:
         raise InputRejected(f"{path}: is missing: it cannot be read as a {what}") from error
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte

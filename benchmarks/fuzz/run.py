@@ -6,8 +6,8 @@
 Each input is a valid file with faults, drawn from its number and ``--seed`` alone. A reader may read it, or refuse it by an
 error that its docstring names. Bad are any other exception, a crash, a hang (more than ``--timeout`` seconds of processor time,
 or ten times that by the clock) and a failed allocation (more than ``--memory`` MiB on top of the idle process): the exit code
-is 5, and the input is kept beside the output, in OUTPUT.bad. The same command goes on where a stopped one was, unless code was
-changed meanwhile.
+is 5, and the input is kept beside the output, in OUTPUT.bad. A stopped run leaves the table so far, and the same command goes
+on where it was, unless code was changed meanwhile.
 """
 
 from __future__ import annotations
@@ -160,16 +160,19 @@ def fuzz(options: FuzzOptions, reporter: Reporter) -> dict[str, Any]:
         rows[answer["target"]].add(answer)
     there = {(answer["target"], index) for answer in done for index in range(answer["start"], answer["stop"])}
     with reporter.bar("fuzzing", "inputs") as update, journal.open("a") as file:
-        for answer in _answers(options, _chunks(wanted, there)):
-            rows[answer["target"]].add(answer)
-            file.write(json.dumps(answer) + "\n")
-            file.flush()
-            for bad in answer["bad"]:
-                _keep(options, kept, answer["target"], bad)
-            update(sum(row.inputs for row in rows.values()), sum(wanted.values()))
-    table = _table(options, rows)
-    with atomic_path(options.output) as part:
-        part.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        file.write("\n" if done else "")  # behind a line that was cut off
+        try:
+            for answer in _answers(options, _chunks(wanted, there)):
+                rows[answer["target"]].add(answer)
+                file.write(json.dumps(answer) + "\n")
+                file.flush()
+                for bad in answer["bad"]:
+                    _keep(options, kept, answer["target"], bad)
+                update(sum(row.inputs for row in rows.values()), sum(wanted.values()))
+        finally:  # also of a run that is stopped: its totals say how many inputs it has read
+            table = _table(options, rows)
+            with atomic_path(options.output) as part:
+                part.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     journal.unlink()
     return table
 

@@ -277,9 +277,38 @@ def _safetensors(rng: Random) -> Files:
 
 
 def _read_safetensors(folder: Path) -> object:
-    from slimming.models.loading import read_weights
+    from slimming.models.checkpoint import read_checkpoint
 
-    return read_weights(folder / "model.safetensors")
+    return read_checkpoint(folder / "model.safetensors")
+
+
+_CONFIG = json.dumps(
+    {
+        "architecture": "vit_tiny_patch16_224",
+        "num_classes": 2,
+        "model_args": {"img_size": 32, "depth": 2},
+        "label_names": ["ant", "bee"],
+        "pretrained_cfg": {"input_size": [3, 32, 32], "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "crop_pct": 0.9,
+                           "interpolation": "bicubic", "crop_mode": "center", "num_classes": 2, "label_names": ["ant", "bee"]},
+        "id2label": {"0": "ant", "1": "bee"},
+        "model_type": "vit",
+    }
+)  # fmt: skip
+
+
+def _saved(config: bytes) -> Files:
+    """A folder as ``save_pretrained`` writes it."""
+    return {"config.json": config, "model.safetensors": _valid_safetensors()}
+
+
+def _config(rng: Random) -> Files:
+    return _saved(mutate_json(rng, _CONFIG))
+
+
+def _read_saved(folder: Path) -> object:
+    from slimming.models.checkpoint import read_checkpoint, read_labels
+
+    return read_labels(folder), read_checkpoint(folder)
 
 
 def _checkpoint(rng: Random) -> Files:
@@ -294,9 +323,9 @@ def _checkpoint(rng: Random) -> Files:
 
 
 def _read_checkpoint(folder: Path) -> object:
-    from slimming.models.loading import read_weights
+    from slimming.models.checkpoint import read_checkpoint
 
-    return read_weights(folder / "model.pth")
+    return read_checkpoint(folder / "model.pth")
 
 
 #: Fields of a tar header: where each starts, and its length.
@@ -464,7 +493,7 @@ def _check_bundle(folder: Path) -> object:
 _VALID_FACT = json.dumps({"value": {"digest": "0" * 64, "sizes": [1, 2, 3], "share": 0.5}})
 
 TARGETS: tuple[Target, ...] = (
-    _json("plan.json", 200_000, "plan.json", lambda: _text(seeds.plan), _plan),
+    _json("plan.json", 180_000, "plan.json", lambda: _text(seeds.plan), _plan),
     _json("latency_table.json", 120_000, "latency_table.json", lambda: _text(seeds.latency_table), _latency_table),
     _json("manifest.json", 110_000, "manifest.json", lambda: seeds.bundle()["manifest.json"].decode(), _manifest),
     _json("parity.json", 120_000, "parity.json", lambda: seeds.bundle()["parity.json"].decode(), _parity),
@@ -479,6 +508,7 @@ TARGETS: tuple[Target, ...] = (
         "weights: safetensors", 35_000, lambda: {"model.safetensors": _valid_safetensors()}, _safetensors, _read_safetensors
     ),
     Target("weights: .pth", 15_000, lambda: {"model.pth": seeds.checkpoints()[0]}, _checkpoint, _read_checkpoint),
+    Target("weights: config.json", 20_150, lambda: _saved(_CONFIG.encode()), _config, _read_saved),
     Target("tar headers", 115_000, lambda: {"train-0.tar": seeds.shards()[0]}, _tar, _read_tar, (ValueError,)),
     Target("WebDataset shards", 12_000, lambda: {"train-0.tar": seeds.shards()[0]}, _tar, _read_shard),
     Target(
@@ -486,7 +516,7 @@ TARGETS: tuple[Target, ...] = (
     ),
     Target("images: validate", 5_000, lambda: _valid_image("images"), lambda rng: _image(rng, "images"), _read_image),
     Target("images: slimming", 2_700, lambda: _valid_image("set/a"), lambda rng: _image(rng, "set/a"), _read_sample),
-    Target("bundles: check_bundle", 300, lambda: dict(seeds.bundle()), _bundle, _check_bundle),
+    Target("bundles: check_bundle", 150, lambda: dict(seeds.bundle()), _bundle, _check_bundle),
 )
 
 

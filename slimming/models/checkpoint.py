@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,8 +160,8 @@ def _read_pickle(file: Path) -> object:
 
     allowed: list[Any] = [(_Ignored, name) for name in HARMLESS]
     try:
-        with torch.serialization.safe_globals(allowed):
-            return torch.load(file, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(allowed), _SizedReader(FileIO(file)) as opened:
+            return torch.load(opened, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|[Uu]nsupported class|instantiate) ([\w.]{1,200})", str(error))
         fault = f"it holds a Python object of type {found[1]}" if found else first_line(error)
@@ -170,6 +172,14 @@ def _read_pickle(file: Path) -> object:
         ) from error
     except Exception as error:  # on damaged bytes PyTorch's unpickler raises whatever its stack machine runs into
         raise InputRejected(f"{file}: truncated or corrupt weights: {first_line(error)}") from error
+
+
+class _SizedReader(BufferedReader):
+    """A file that is never asked for more bytes than it has: PyTorch's unpickler trusts the lengths in it."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = os.fstat(self.fileno()).st_size - self.tell()
+        return super().read(left if size is None or size < 0 else min(size, left))
 
 
 def _chosen(content: Any, ema: bool, file: Path) -> tuple[Any, str, list[str]]:

@@ -1,0 +1,110 @@
+"""``python -m benchmarks.fuzz``: planted faults are found, kept and replayed; the readers have none."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from benchmarks.fuzz import seeds
+from benchmarks.fuzz.cases import BAD, KINDS, files_of
+from benchmarks.fuzz.mutators import mutate_json
+from benchmarks.fuzz.run import FuzzOptions, fuzz, run
+from benchmarks.fuzz.targets import TARGETS, counts
+from patchslim.progress import Reporter
+from tests.helpers import planted_faults
+from tests.helpers.commands import door_here
+
+
+def planted(output: Path, seed: int = 0) -> FuzzOptions:
+    return FuzzOptions(inputs=150, seed=seed, output=output, workers=2, timeout=0.5, targets=planted_faults.__name__)
+
+
+@pytest.mark.slow
+def test_each_planted_fault_is_counted_kept_and_replayed(tmp_path: Path) -> None:
+    options = planted(tmp_path / "r.json")
+    table = fuzz(options, Reporter(quiet=True))
+    assert json.loads(options.output.read_text()) == table
+    assert table["total"]["inputs"] == 150 == sum(table["total"][kind] for kind in KINDS)
+    for target, row in zip(planted_faults.TARGETS, table["readers"], strict=True):
+        drawn = [int(files_of(target, 0, index)["number"]) for index in range(row["inputs"])]
+        assert row["refused"] == sum(number > 7 for number in drawn)
+        for kind in BAD:
+            assert row[kind] == (drawn.count(3) if kind == target.name else 0), (kind, row)
+    kept = sorted(path.name.partition("-")[0] for path in (tmp_path / "r.bad").iterdir())
+    assert sorted(set(kept)) == ["crash", "hang", "memory", "undocumented"]
+    assert len(kept) == sum(table["total"][kind] for kind in BAD)
+    first = next((tmp_path / "r.bad").glob("undocumented-*"))
+    with pytest.raises(KeyError, match="three"):
+        run(FuzzOptions(replay=first))
+    (first / "files" / "number").write_text("4")
+    assert run(FuzzOptions(replay=first)) == 0
+
+
+class Stopping(Reporter):
+    """Ends a run after a few answers, as Ctrl-C does."""
+
+    @contextlib.contextmanager
+    def bar(self, title: str, unit: str = "images") -> Iterator[Callable[[int, int], None]]:
+        def update(done: int, total: int) -> None:
+            if done > total / 4:
+                raise KeyboardInterrupt
+
+        yield update
+
+
+@pytest.mark.slow
+def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path) -> None:
+    options = planted(tmp_path / "r.json", seed=1)
+    with pytest.raises(KeyboardInterrupt):
+        fuzz(options, Stopping(quiet=True))
+    so_far = json.loads(options.output.read_text())["total"]
+    assert options.inputs / 4 < so_far["inputs"] < options.inputs
+    journal = options.output.with_suffix(".part")
+    head, first, *rest = journal.read_text().splitlines()
+    assert rest
+    marked = json.loads(first) | {"slowest": 777.0}
+    journal.write_text("\n".join([head, json.dumps(marked), *rest, '{"target": "so']))  # and a line that was cut off
+    table = fuzz(options, Reporter(quiet=True))
+    assert max(row["slowest_ms"] for row in table["readers"]) == 777_000
+    assert table["total"]["inputs"] == options.inputs
+    assert not journal.exists()
+    again = fuzz(options, Reporter(quiet=True))
+    assert [[row[kind] for kind in KINDS] for row in again["readers"]] == [
+        [row[kind] for kind in KINDS] for row in table["readers"]
+    ]
+
+
+def test_an_input_is_the_same_for_the_same_seed_and_another_for_another() -> None:
+    for target in TARGETS:
+        assert files_of(target, 0, 5) == files_of(target, 0, 5)
+        assert any(files_of(target, 0, index) != files_of(target, 1, index) for index in range(5)), target.name
+
+
+def test_mutations_of_json_are_mostly_json_and_seldom_the_same() -> None:
+    text = seeds.plan().model_dump_json()
+    made = {mutate_json(Random(number), text) for number in range(200)}
+    assert len(made) > 180
+    assert sum(data.startswith(b"{") and data.endswith(b"}") for data in made) > 100
+
+
+def test_every_reader_gets_its_share_and_none_is_left_out() -> None:
+    for inputs in (100, 3000, 1_000_000):
+        shares = counts(TARGETS, inputs)
+        assert sum(shares.values()) == inputs
+        assert min(shares.values()) >= 1
+
+
+@pytest.mark.slow
+def test_no_reader_fails_on_a_few_thousand_inputs(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.fuzz", "--inputs", "4000", "--seed", "3", "--output", str(tmp_path / "r.json")]
+    done = door_here(command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = json.loads((tmp_path / "r.json").read_text())
+    assert all(table["total"][kind] == 0 for kind in BAD)
+    assert all(row["read"] + row["refused"] == row["inputs"] for row in table["readers"])
