@@ -216,9 +216,10 @@ def test_a_fact_is_found_out_again_when_a_file_or_an_input_changes(tmp_path: Pat
     (tmp_path / "images" / "b.txt").touch()
     time.sleep(0.02)
     assert known(seed=1) == known(seed=1) == [4, "new"]
-    for path in (tmp_path / "facts").iterdir():
-        path.write_text("half of")
-    assert known(seed=1) == known(seed=1) == [5, "new"]
+    for number, damaged in enumerate(("half of", "3", "null", '"text"', "[1]", "{}", "[" * 100_000), 5):
+        for path in (tmp_path / "facts").iterdir():
+            path.write_text(damaged)
+        assert known(seed=1) == known(seed=1) == [number, "new"]
 
 
 def test_what_is_known_of_a_file_is_kept_once_that_has_been_left_alone(tmp_path: Path) -> None:

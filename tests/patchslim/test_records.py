@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
 from pydantic import Field, ValidationError, model_validator
 
 from patchslim.errors import InputRejected
-from patchslim.files import copy_verified, read_verified
+from patchslim.files import copy_verified, read_bounded, read_verified
 from patchslim.records import MAX_JSON_BYTES, Count, StrictRecord, VersionOne, atomic_path, load_record, save_record
 
 
@@ -113,6 +114,37 @@ def test_a_million_faults_take_no_more_memory_than_the_first(text: bytes, fault:
         with pytest.raises(ValidationError) as faults:
             Line.model_validate_json(text)
         assert faults.value.error_count() == 1
+
+
+def test_what_a_file_claims_or_holds_is_not_copied_for_each_fault(tmp_path: Path) -> None:
+    class Wide(StrictRecord):
+        a: int
+        b: int
+        c: int
+        d: int
+
+    held = b'{"unknown": [' + b'"xxxxxxxxxxxxxxxxxxxxxxxxxxxxx",' * 30_000 + b'""]}'
+    (tmp_path / "wide.json").write_bytes(held)
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputRejected, match="a: Field required"):
+            load_record(tmp_path / "wide.json", Wide, "record")
+        of_file = tracemalloc.get_traced_memory()[1]
+        tracemalloc.reset_peak()
+        with pytest.raises(InputRejected, match="more than the 10 bytes"):
+            read_bounded(tmp_path / "wide.json", 10, "record")
+        assert len(read_bounded(tmp_path / "wide.json", 1 << 31, "record")) == len(held)
+        of_limit = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert of_file < 6 * len(held)  # its bytes and one tree of objects
+    assert of_limit < 6 * len(held)  # not the two gigabytes that were allowed
+
+
+def test_lists_without_end_are_refused_before_they_are_made(tmp_path: Path) -> None:
+    (tmp_path / "line.json").write_bytes(b'{"name": [' + b"[]," * 1_000_000 + b"[]]}")
+    with pytest.raises(InputRejected, match="holds more than 1000000 lists and objects"):
+        load_record(tmp_path / "line.json", Line, "line")
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:

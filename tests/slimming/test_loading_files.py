@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import pickle
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,20 @@ def test_any_bytes_are_refused_and_never_crash(tmp_path: Path, suffix: str, cont
     path.write_bytes(content)
     with pytest.raises(InputRejected):
         read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"\x80\x02X\xff\xff\xff\x7fabc", b"\x80\x04\x8d" + (1 << 40).to_bytes(8, "little") + b"abc"]
+)
+def test_no_memory_is_taken_for_a_length_that_a_pickle_claims(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "w.pth").write_bytes(content)
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputRejected, match=r"truncated or corrupt|not a plain weights pickle"):
+            read_checkpoint(tmp_path / "w.pth")
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -182,7 +182,12 @@ def test_what_the_info_file_says_goes(tmp_path: Path) -> None:
     ]
     with pytest.raises(InputRejected, match=r"validation: not among .*val: none of the 1 shard\(s\)"):
         evaluation_set(f"wds/{tmp_path}", 9)
-    for text in ("{", "[]", '{"splits": 3}', '{"splits": {"train": {"filenames": 3}}}', '{"splits": {"train": []}}'):
+    too_long = json.dumps({"splits": {"train": {"filenames": ["a" * 5000]}}})
+    nested = '{"a":' * 9000 + "1" + "}" * 9000
+    for text in (
+        *("{", "[]", '{"splits": 3}', '{"splits": {"train": {"filenames": 3}}}', '{"splits": {"train": []}}'),
+        *(too_long, nested, "[" * 100_000),
+    ):
         info.write_text(text)
         with pytest.raises(InputRejected, match=r"info\.json"):
             calibration_set(f"wds/{tmp_path}", 9)
