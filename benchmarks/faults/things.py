@@ -1,0 +1,115 @@
+"""What the commands make, and whether it is whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from benchmarks.faults.processes import Door
+
+State = Literal["whole", "half", "missing"]
+_MODEL = ["--model", "vit_tiny_patch16_224", "--weights", "random", "--device", "cpu"]
+_MODEL += [text for pair in ("img_size=48", "depth=2", "embed_dim=48", "num_heads=3") for text in ("--model-arg", pair)]
+_IMAGES = ["--calibration-images", "16"]
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One door and what it makes at one place; every second run makes another, over the earlier one."""
+
+    name: str
+    folder: Path  # everything that its runs write: what they make, and the work folder
+    path: Path  # what is made, or for validate, read
+
+    def door(self, number: int, *, cold: bool = False) -> Door:
+        """The command of run ``number``; a ``cold`` one finds nothing in the work folder."""
+        reduction = ["--macs-reduction", ("0.2", "0.35")[number % 2]]
+        seed = ["--seed", str(1000 + number if cold else 8)]
+        if self.name == "export":
+            gate = ["--eval-images", "16", "--max-top1-drop", "100", "--work", str(self.folder / "work")]
+            return Door("export.run", [*_MODEL, *_IMAGES, *reduction, *seed, *gate, "-o", str(self.path)])
+        if self.name == "slim":
+            return Door("slimming.run", [*_MODEL, *_IMAGES, *reduction, *seed, "-o", str(self.path)])
+        if self.name == "cut":
+            source = ["--plan", str(self.folder.parent / "given" / "plan.json"), "--precision", ("fp32", "fp16")[number % 2]]
+            return Door("graph_passes.run", [str(self.folder.parent / "given" / "dense.onnx"), *source, "-o", str(self.path)])
+        return Door("validate.run", [str(self.path), "--threads", "1"])
+
+    def state(self) -> State:
+        """Whether what is there is whole."""
+        if not self.path.exists():
+            return "missing"
+        if self.name in ("export", "validate"):
+            return bundle_state(self.path)
+        return _plan_state(self.path) if self.name == "slim" else _onnx_state(self.path)
+
+    def leftovers(self) -> list[str]:
+        """Files that a run made for itself and did not take away; locks stay, since to take one away is a race."""
+        hidden = (path for path in self.folder.rglob("*") if path.name.startswith(".") or path.name.endswith(".part"))
+        return sorted(str(path.relative_to(self.folder)) for path in hidden if not path.name.endswith(".lock"))
+
+
+def bundle_state(folder: Path) -> State:
+    """Whether a bundle's manifest is there and every file is as it says; read again where it was replaced meanwhile."""
+    while True:
+        try:
+            text = (folder / "manifest.json").read_bytes()
+        except OSError:
+            return "missing"
+        try:
+            files = json.loads(text)["files"]
+            digests = {one["path"]: one["sha256"] for one in files}
+            whole = all(hashlib.sha256((folder / name).read_bytes()).hexdigest() == digests[name] for name in digests)
+        except (OSError, ValueError, KeyError, TypeError):
+            whole = False
+        if whole:
+            return "whole"
+        if (folder / "manifest.json").exists() and (folder / "manifest.json").read_bytes() == text:
+            return "half"
+
+
+def _plan_state(path: Path) -> State:
+    from patchslim.errors import InputRejected
+    from patchslim.plan import load_plan
+    from slimming.models.loading import read_weights, state_digest
+
+    try:
+        plan = load_plan(path)
+        if plan.weights is None:
+            return "whole"
+        tensors, _ = read_weights(path.with_name(plan.weights.file))
+    except InputRejected:
+        return "half"
+    return "whole" if state_digest(tensors) == plan.weights.sha256 else "half"
+
+
+def _onnx_state(path: Path) -> State:
+    import onnx
+
+    try:
+        onnx.checker.check_model(onnx.load(path))
+    except Exception:  # whatever protobuf makes of half a file
+        return "half"
+    return "whole"
+
+
+class SmallDisk:
+    """A file system of ``size`` bytes at ``folder`` (tmpfs), where this user may mount one; ``mounted`` says whether."""
+
+    def __init__(self, folder: Path, size: int) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True)
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        try:
+            self.mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
+        except FileNotFoundError:
+            self.mounted = False
+
+    def close(self) -> None:
+        """Take it away again."""
+        if self.mounted:
+            subprocess.run(["umount", str(self.folder)], capture_output=True, check=False)
