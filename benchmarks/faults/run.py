@@ -1,7 +1,7 @@
 """``python -m benchmarks.faults``: hurt every command at random moments, and count what must never be.
 
 The models are tiny and random, so that a run takes seconds; each writes over what an earlier one made. Moments are drawn evenly
-over a run's length, from when the command handles signals (before that there is nothing of ours to be wrong). Half of the exports
+over a run's length, from when the command handles signals (before that there is nothing of ours to be wrong). Half of the runs
 find their stages in the work folder, so that half of the moments fall near the publication. A full disk is a tmpfs of the size
 said, or, where this user may mount none, a limit on the size of a file (RLIMIT_FSIZE): the row is named after it.
 

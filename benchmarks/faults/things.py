@@ -73,18 +73,20 @@ def bundle_state(folder: Path) -> State:
 
 
 def _plan_state(path: Path) -> State:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     from patchslim.errors import InputRejected
     from patchslim.plan import load_plan
-    from slimming.models.loading import read_weights, state_digest
+    from slimming.models.weights import state_digest
 
     try:
         plan = load_plan(path)
-        if plan.weights is None:
+        if plan.weights is None or state_digest(load_file(path.with_name(plan.weights.file))) == plan.weights.sha256:
             return "whole"
-        tensors, _ = read_weights(path.with_name(plan.weights.file))
-    except InputRejected:
-        return "half"
-    return "whole" if state_digest(tensors) == plan.weights.sha256 else "half"
+    except (InputRejected, OSError, SafetensorError):
+        pass
+    return "half"
 
 
 def _onnx_state(path: Path) -> State:
