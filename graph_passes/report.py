@@ -112,6 +112,7 @@ class Report(StrictRecord):
     macs_reduction: float | None = Field(description="1 - after / before, counted from the graphs")
     passes: list[PassRecord]
     refused: list[RefusedSite] = Field(description="every refused site, each once")
+    prepared: list[str] = Field(default=[], description="what brought the graph into the form that the passes read")
     fp16: Fp16Range | None = Field(default=None, description="hidden values before to_fp16; null where it does not run")
     error: str | None = Field(description="why the run failed; null: it did not")
     before: GraphSummary
@@ -184,6 +185,8 @@ def print_report(report: Report) -> None:
     before, after = report.before, report.after or report.before
     if before.vit is not None:
         console.print(_sentence(before.vit))
+    if report.prepared:
+        console.print(f"first: {'; '.join(report.prepared)}")
     if report.passes:
         console.print(_passes(report.passes))
     if before.vit is not None and after.vit is not None:

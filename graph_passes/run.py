@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -130,7 +130,8 @@ def run(options: PassOptions) -> int:
     from graph_passes.onnx_io.files import save_model
 
     with contextlib.redirect_stdout(sys.stderr):  # onnx-graphsurgeon logs to stdout, which is kept for the result
-        outcome = _cut(options, _load(options, options.model, size), plan)
+        model, changes = _load(options, options.model, size)
+        outcome = replace(_cut(options, model, plan), prepared=changes)
     try:
         if outcome.result is not None and options.output is not None:
             save_model(outcome.result.model, options.output)
@@ -180,6 +181,7 @@ class _Outcome:
     passes: Sequence[PassResult] = ()
     refused: Sequence[RefusedSite] = ()
     fp16: Fp16Range | None = None
+    prepared: Sequence[str] = ()
 
 
 def _cut(options: PassOptions, model: OnnxModel, plan: SlimPlan | None) -> _Outcome:
@@ -262,12 +264,14 @@ def _samples(path: Path) -> NDArray[np.generic]:
     return array
 
 
-def _load(options: PassOptions, path: Path, size: tuple[int, int] | None) -> OnnxModel:
-    """The model with the outputs and the image size that were asked for."""
-    from graph_passes.onnx_io.files import read_model
+def _load(options: PassOptions, path: Path, size: tuple[int, int] | None) -> tuple[OnnxModel, list[str]]:
+    """The model in standard form, with the outputs and the image size that were asked for; and what the form took."""
+    from graph_passes.onnx_io.files import clipped, read_model
+    from graph_passes.onnx_io.standard_form import standard_form
 
     model = read_model(path)
     try:
+        model, changes = standard_form(model)
         if options.outputs:
             from graph_passes.onnx_io.graph_interface import with_outputs
 
@@ -278,7 +282,9 @@ def _load(options: PassOptions, path: Path, size: tuple[int, int] | None) -> Onn
             model = with_image_size(model, *size)
     except PatchslimError as error:
         raise type(error)(f"{path}: {error}") from error
-    return model
+    except Exception as error:  # a hostile file can trip the readers anywhere; the cause stays chained
+        raise InputRejected(f"{path}: cannot be read as a graph: {type(error).__name__}: {clipped(error)}") from error
+    return model, changes
 
 
 def _image_size(text: str | None) -> tuple[int, int] | None:
@@ -330,6 +336,7 @@ def _publish(options: PassOptions, plan: SlimPlan | None, outcome: _Outcome) -> 
         macs_reduction=macs_reduction(outcome.before, outcome.after),
         passes=pass_records(outcome.passes),
         refused=[*outcome.refused],
+        prepared=[*outcome.prepared],
         fp16=outcome.fp16,
         error=None if outcome.error is None else str(outcome.error),
         before=outcome.before,

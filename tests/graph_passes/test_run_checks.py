@@ -89,3 +89,19 @@ def test_an_output_of_an_odd_name_is_written_or_refused_before_the_work(
     assert door(monkeypatch, model, "--plan", tmp_path / "plan.json", "-o", tmp_path / name) == code
     assert code == 0 or "--output" in capsys.readouterr().err
     assert (tmp_path / name).is_file() is (code == 0)
+
+
+def test_what_was_done_to_the_graph_first_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_vit()
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
+    model.graph.node.extend(reversed(nodes))
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    plan().save(tmp_path / "plan.json")
+    arguments = [tmp_path / "model.onnx", "--plan", tmp_path / "plan.json"]
+    assert door(monkeypatch, *arguments, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["prepared"] == ["nodes put in topological order"]
+    assert door(monkeypatch, *arguments) == 0
+    assert "first: nodes put in topological order" in capsys.readouterr().out
