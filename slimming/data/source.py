@@ -26,6 +26,7 @@ import numpy as np
 from patchslim.errors import InputRejected, Unavailable
 from patchslim.files import open_regular
 from patchslim.images import IMAGE_SUFFIXES, ClassFolders, read_image, scan_class_folders
+from patchslim.packages import install_command
 from slimming.data.classes import check_utf8, target_map
 from slimming.data.digits import CLASSES, DEFAULT_LENGTH, Digits
 from slimming.data.shards import ShardReader, shards_of
@@ -309,7 +310,7 @@ def _open_named(address: str, *, training: bool) -> ImageSet:
             samples = create_dataset(address, root=None, split=split)
             samples = _Read(samples.reader) if hasattr(samples, "reader") else samples
         except ImportError as error:
-            raise Unavailable(f"{address}: {error}; install the readers: pip install 'patchslim[readers]'") from error
+            raise Unavailable(f"{address}: {error}; install the readers: {install_command('readers')}") from error
         except Exception as error:
             reasons.append(f"{split}: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}")
             continue
