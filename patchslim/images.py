@@ -134,7 +134,9 @@ def read_image(source: Path | IO[bytes], mode: str = "RGB") -> Image:
                     raise InputRejected(f"{where}{width} x {height} pixels: more than the {MAX_PIXELS} allowed")
                 return _eight_bits(image).convert(mode)
     except InputRejected as error:
-        raise error if str(error).startswith(where) else InputRejected(f"{where}{error}") from error
+        if str(error).startswith(where):
+            raise
+        raise InputRejected(f"{where}{error}") from error
     except UnidentifiedImageError as error:  # whose own text may be the address of a stream in memory
         raise InputRejected(f"{where}not an image that can be decoded") from error
     except Exception as error:  # on damaged bytes a decoder raises whatever it runs into

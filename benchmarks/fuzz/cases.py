@@ -70,7 +70,9 @@ def outcome_of(target: Target, folder: Path) -> Outcome:
 
 def _judged(target: Target, raised: BaseException) -> tuple[Kind, str]:
     chain: BaseException | None = raised
-    while chain is not None:  # a reader may have made a refusal of it
+    seen = set[int]()  # an error may be its own cause
+    while chain is not None and id(chain) not in seen:  # a reader may have made a refusal of it
+        seen.add(id(chain))
         if isinstance(chain, MemoryError) or (
             type(chain) is RuntimeError and any(text in str(chain).lower() for text in _NO_MEMORY)
         ):

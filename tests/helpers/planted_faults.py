@@ -22,7 +22,8 @@ def _make(rng: Random) -> Files:
 def _number(folder: Path) -> int:
     number = int((folder / "number").read_text())
     if number > 7:
-        raise InputRejected("more than 7")
+        refusal = InputRejected("more than 7")
+        raise refusal from refusal
     return number
 
 
