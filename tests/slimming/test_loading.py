@@ -199,19 +199,6 @@ def test_find_keeps_a_budget_whatever_the_head_the_counts_and_the_rounding(snap:
         assert all(count % snap == 0 or count in (1, plan.tokens) for count in plan.counts[:-1])
 
 
-@pytest.mark.parametrize("tolerance", [0.02, 0.1, 0.4])
-def test_a_tolerance_is_rounded_up_by_less_than_a_step_where_the_head_pools_prefix_tokens_too(tolerance: float) -> None:
-    model = build("avg_of_prefix_too", patch_size=8)
-    transform, images = timm.data.create_transform((3, 48, 48)), calibration_set("digits", 4)
-    exact, rounded = (
-        find_plan(model, images, PlanRequest(Budget("tolerance", tolerance, snap=snap), "paper"), name="t", transform=transform)
-        for snap in (1, 2)
-    )
-    assert exact.plan.counts[-1] < exact.plan.tokens or tolerance < 0.4  # something is dropped at the last
-    for count, more in zip(exact.plan.counts, rounded.plan.counts, strict=True):
-        assert 0 <= more - count < 2
-
-
 def test_find_keeps_the_counts_that_it_is_given() -> None:
     model = build(patch_size=8)
     transform = timm.data.create_transform((3, 48, 48))
