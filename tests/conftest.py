@@ -42,9 +42,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What the tests import stays to the end: Python's collector need not walk over it at every export."""
+    """What the tests import stays to the end: Python's collector need not walk over it, and an export makes much that stays too."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(100_000, 50, 50)
 
 
 def pytest_unconfigure() -> None:

@@ -81,6 +81,7 @@ def result(options: EqualLatencyOptions) -> dict[str, Any]:
     return measured
 
 
+@pytest.mark.slow
 def test_every_model_is_exported_as_it_answers_and_timed(options: EqualLatencyOptions, result: dict[str, Any]) -> None:
     assert [row["method"] for row in result["rows"]] == ["dense", "dense", "similarity", "ToMe", "EViT"]
     for row in result["rows"]:
@@ -99,6 +100,7 @@ def test_every_model_is_exported_as_it_answers_and_timed(options: EqualLatencyOp
     assert result["rows"][1]["macs"] < dense["macs"]
 
 
+@pytest.mark.slow
 def test_the_graphs_hold_what_their_rows_say(options: EqualLatencyOptions, result: dict[str, Any]) -> None:
     assert options.work is not None
     kept = {path.stem: {node.op_type for node in onnx.load(path).graph.node} for path in options.work.glob("*.onnx")}
@@ -113,6 +115,7 @@ def test_the_graphs_hold_what_their_rows_say(options: EqualLatencyOptions, resul
         assert [axis.dim_value for axis in tensor.shape.dim] == [5, 3, 48, 48]
 
 
+@pytest.mark.slow
 def test_a_second_call_times_what_is_there(options: EqualLatencyOptions, result: dict[str, Any]) -> None:
     assert options.work is not None
     before = {path: path.stat().st_mtime_ns for path in options.work.iterdir()}
@@ -123,6 +126,7 @@ def test_a_second_call_times_what_is_there(options: EqualLatencyOptions, result:
         assert [row[name] for row in again["rows"]] == [row[name] for row in result["rows"]]
 
 
+@pytest.mark.slow
 def test_the_summary_compares_ours_with_each_line(result: dict[str, Any]) -> None:
     assert [entry["rival"] for entry in result["summary"]] == ["ToMe, last block cut", "EViT, best form, last block cut"]
     for entry in result["summary"]:
@@ -132,6 +136,7 @@ def test_the_summary_compares_ours_with_each_line(result: dict[str, Any]) -> Non
             assert entry["lead"] == pytest.approx(100 * (entry["top1"] - theirs), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_baselines_that_the_tables_hold_are_not_evaluated_again(
     options: EqualLatencyOptions, result: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -186,6 +191,7 @@ def test_leads_are_in_points_and_baselines_that_do_not_reach_us_have_none() -> N
     assert evit["lead"] == pytest.approx(100 * (0.88 - 0.7 - 0.2 / 5.5), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_show_prints_the_results_and_the_figure_is_the_same_each_time(
     options: EqualLatencyOptions, result: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -210,6 +216,7 @@ def test_other_files_and_impossible_options_are_refused(options: EqualLatencyOpt
     assert len(cases(EqualLatencyOptions())) == 2 + 3 + 2 * 2 * 5
 
 
+@pytest.mark.slow
 def test_an_export_that_answers_otherwise_is_not_timed(
     options: EqualLatencyOptions, result: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

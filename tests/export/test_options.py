@@ -120,7 +120,10 @@ def test_an_unreachable_budget(export_work: Path) -> None:
 
 @pytest.mark.parametrize(
     ("model", "more", "prefix", "head"),
-    [("deit_tiny_distilled_patch16_224", (), 2, [0, 1]), ("vit_tiny_patch16_224", ("reg_tokens=2",), 3, [0])],
+    [
+        ("deit_tiny_distilled_patch16_224", (), 2, [0, 1]),
+        pytest.param("vit_tiny_patch16_224", ("reg_tokens=2",), 3, [0], marks=pytest.mark.slow),
+    ],
 )
 def test_other_prefix_tokens(export_work: Path, model: str, more: tuple[str, ...], prefix: int, head: list[int]) -> None:
     arguments = (*ARGUMENTS, "depth=2", *more)
@@ -138,7 +141,7 @@ def test_other_prefix_tokens(export_work: Path, model: str, more: tuple[str, ...
 @pytest.mark.parametrize(
     ("model", "more", "pooling"),
     [
-        ("vit_base_patch16_siglip_224", (), "map"),
+        pytest.param("vit_base_patch16_siglip_224", (), "map", marks=pytest.mark.slow),
         ("vit_small_patch16_dinov3", ("img_size=64", "dynamic_img_size=False"), "avg"),  # rotary positions, registers
     ],
 )

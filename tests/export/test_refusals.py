@@ -16,6 +16,7 @@ from export.run import run
 from patchslim.errors import PatchslimError
 from tests.helpers.commands import door_here
 from tests.helpers.exports import ARGUMENTS, DEPTH, MODEL, change_plan, command, door, read, tiny
+from tests.helpers.forks import run_command
 from validate import check_bundle
 
 if TYPE_CHECKING:
@@ -171,8 +172,8 @@ def test_the_dry_run_knows_a_finished_plan(ort_export: Outcome, export_work: Pat
     assert json.loads(capsys.readouterr().out)["plan"] == "to be searched"
 
 
-def test_json_is_one_object_on_stdout_and_logs_are_on_stderr(ort_export: Outcome, export_work: Path) -> None:
-    done = door(command(export_work, "json", "--json", "--macs-reduction", "0.25"))
+def test_json_is_one_object_on_stdout_and_logs_are_on_stderr(ort_export: Outcome, export_work: Path, tmp_path: Path) -> None:
+    done = run_command(command(export_work, "json", "--json", "--macs-reduction", "0.25"), tmp_path)
     assert done.returncode == 0, done.stderr
     printed = json.loads(done.stdout)
     assert done.stdout.count("\n") == 1

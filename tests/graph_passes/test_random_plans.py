@@ -53,7 +53,7 @@ def test_fp16_stays_close(kind: str, mode: Mode, layout: Layout, seed: int) -> N
     assert not slim(result.model, plan, layout=layout, precision="fp16").modified
 
 
-@pytest.mark.parametrize("mode", ["compact", "stale"])
+@pytest.mark.parametrize("mode", ["compact", pytest.param("stale", marks=pytest.mark.slow)])
 def test_cutting_the_export_equals_exporting_the_slimmed_module(mode: Mode) -> None:
     model, exported = dense("plain")
     plan = random_plan(model, 3, mode)

@@ -52,7 +52,7 @@ class PerToken(nn.Module):
     ("make", "site", "reason"),
     [
         (lambda: nn.LayerNorm(16), "LayerNormalization node", "linear layers and at most one norm"),
-        (nn.Tanh, "Tanh node", "linear layers and at most one norm"),
+        pytest.param(nn.Tanh, "Tanh node", "linear layers and at most one norm", marks=pytest.mark.slow),
         (PerToken, "Mul node", "it has a row for each"),
     ],
 )

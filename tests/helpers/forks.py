@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import runpy
 import socket
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable
@@ -42,6 +43,16 @@ def start_command(arguments: list[str], stdout: Path, stderr: Path) -> BaseProce
     process = _context().Process(target=_run_command, args=(module, rest, stdout, stderr))
     process.start()
     return process
+
+
+def run_command(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run such a command to its end; ``folder`` takes what it writes."""
+    stdout, stderr = folder / "stdout.txt", folder / "stderr.txt"
+    process = start_command(arguments, stdout, stderr)
+    process.join(LIMIT_SECONDS)
+    process.kill()
+    texts = [path.read_text(encoding="utf-8") for path in (stdout, stderr)]
+    return subprocess.CompletedProcess(arguments, -1 if process.exitcode is None else process.exitcode, *texts)
 
 
 def _run_task(task: Callable[[Path], None], folder: Path, environment: dict[str, str]) -> None:

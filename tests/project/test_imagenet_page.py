@@ -73,7 +73,10 @@ def test_the_page_has_its_commands_and_says_that_none_was_executed() -> None:
     assert "**Not executed.**" in PAGE
 
 
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(number, marks=pytest.mark.slow if COMMANDS[number].startswith("torchrun") else []) for number in range(4)],
+)
 def test_a_command_of_the_page_runs_small(number: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = smaller(COMMANDS[number])
     monkeypatch.chdir(folder)

@@ -26,7 +26,14 @@ from tests.helpers.forks import run_in_two_processes
 from tests.helpers.timm_models import KINDS, build, images_for
 
 
-@pytest.mark.parametrize(("kind", "mode"), [("class_token", "compact"), ("distilled", "stale"), ("registers", "compact")])
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        ("distilled", "stale"),
+        pytest.param("class_token", "compact", marks=pytest.mark.slow),
+        pytest.param("registers", "compact", marks=pytest.mark.slow),
+    ],
+)
 def test_it_learns_the_labels_and_leaves_the_teacher_alone(kind: str, mode: Any) -> None:
     slim, teacher = models(kind, mode)
     before, taught = state(slim), state(teacher)

@@ -340,7 +340,7 @@ def test_the_slim_module_can_be_trained_copied_and_run_in_half_precision() -> No
     torch.testing.assert_close(half.float(), answer, rtol=0.1, atol=0.3)
 
 
-@pytest.mark.parametrize("images", [64, 128])
+@pytest.mark.parametrize("images", [64, pytest.param(128, marks=pytest.mark.slow)])
 def test_a_search_costs_less_than_three_dense_passes(images: int) -> None:
     """In MACs, everything counted: dense features, distances, every trial of a profile on half of the images, and errors."""
     model = build(depth=12, img_size=64, patch_size=8, embed_dim=96)  # 65 tokens

@@ -380,7 +380,7 @@ def test_work_grows_linearly_with_the_images(score: Any, monkeypatch: pytest.Mon
     assert 4 <= each <= 4 + 3 * 4  # four blocks, and three cuts with two looks of at most two kinds
 
 
-@pytest.mark.parametrize("mode", ["compact", "stale"])
+@pytest.mark.parametrize("mode", ["compact", pytest.param("stale", marks=pytest.mark.slow)])
 def test_a_budget_search_costs_few_dense_passes(mode: Any) -> None:
     """In MACs: what grows with the images is below two dense passes, and one trial of a profile below 1.3 of the sample's.
 
