@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What the tests import stays to the end: Python's collector need not walk over it, and an export makes much that stays too."""
+    """Python's collector need not walk over what the tests import, which stays, nor so often over what an export makes."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 50, 50)
