@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.cache import tool_versions
+from export.cache import copy_verified, tool_versions
 from export.engines.base import EngineResult
 from export.logits import PYTORCH, PYTORCH_SLIM, Measured
 from export.onnx_export import INPUT, OUTPUT
@@ -27,7 +26,7 @@ class BundleContents:
     """Everything that a bundle says or holds; ``graphs`` are ONNX files by stage name.
 
     ``share`` is the part of an undivided data set that calibrated, ``labels`` are the class names of the held-out images,
-    ``latency_table`` is there where the plan was solved on one.
+    ``latency_table`` and ``latency`` are there where the plan was solved on one.
     """
 
     name: str
@@ -42,29 +41,36 @@ class BundleContents:
     parity: schema.ParityReport
     picture: Path
     latency_table: Path | None
+    latency: schema.LatencyRecord | None
 
 
 def write_contents(contents: BundleContents, folder: Path) -> schema.Manifest:
     """Write every file of the bundle but the manifest into ``folder``, and return that."""
-    contents.plan.save(folder / "plan.json")
+    _in_bundle(contents.plan).save(folder / "plan.json")
     for stage, path in contents.graphs.items():
-        shutil.copyfile(path, folder / ONNX_FILES[stage])
+        copy_verified(path, folder / ONNX_FILES[stage])
     _copy_engine(contents.engine, folder)
     if contents.latency_table is not None:
-        shutil.copyfile(contents.latency_table, folder / "latency_table.json")
-    shutil.copyfile(contents.picture, folder / "kept_patches.png")
+        copy_verified(contents.latency_table, folder / "latency_table.json")
+    copy_verified(contents.picture, folder / "kept_patches.png")
     write_parity(folder, contents.parity)
     write_golden(folder / "golden.npz", _golden(contents.measured))
     return _manifest(contents, folder)
+
+
+def _in_bundle(plan: SlimPlan) -> SlimPlan:
+    """``plan`` without the name of its fitted weights, which a bundle has in its ONNX files alone."""
+    weights = plan.weights and plan.weights.model_copy(update={"file": None})
+    return plan.model_copy(update={"weights": weights})
 
 
 def _copy_engine(engine: EngineResult, folder: Path) -> None:
     if engine.files:
         (folder / "engine").mkdir()
     for file in engine.files:
-        shutil.copyfile(file, folder / "engine" / file.name)
+        copy_verified(file, folder / "engine" / file.name)
     if engine.layers_file is not None:
-        shutil.copyfile(engine.layers_file, folder / engine.layers_file.name)
+        copy_verified(engine.layers_file, folder / engine.layers_file.name)
 
 
 def _golden(measured: Measured) -> Golden:
@@ -108,6 +114,7 @@ def _manifest(contents: BundleContents, folder: Path) -> schema.Manifest:
             share=contents.share,
             fingerprint=calibration.fingerprint,
         ),
+        latency=contents.latency,
         tokens_per_block=plan.counts,
         onnx=_onnx_records(contents),
         files=record_files(folder),

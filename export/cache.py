@@ -8,14 +8,14 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from patchslim.errors import Unavailable
+from patchslim.errors import InputRejected, PatchslimError, Unavailable, UsageError
+from patchslim.folders import disk_full, locked, sweep, temporary_folder, temporary_form
 from patchslim.records import atomic_path
 from validate.bundle import digest
 
@@ -24,42 +24,165 @@ from validate.bundle import digest
 SETTLED_NS = 2_000_000_000
 
 
+#: The file of a stage's folder that names the SHA-256 of every other one.
+DIGESTS = "digests.json"
+_TEMPORARY = temporary_form(r"\.[a-z]+-[0-9a-f]{20}\.", "")
+
+
+class StageDamaged(Unavailable):
+    """A file that a stage made is not what it was: ``folder`` has to be made anew."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"{path}: was damaged on its disk, again and again; pass --work DIR on another one")
+        self.folder = path.parent
+
+
 class StageCache:
     """Folders ``ROOT/STAGE-KEY``; each is whole or absent, so that a killed run resumes at the stage it was in.
 
-    ``facts`` are the small things that are known about files, so that a second run need not read them all again.
+    Each carries the digests of its files: one that was truncated or changed is told to ``say`` and made anew. ``facts`` are the
+    small things that are known about files, so that a second run need not read them all again.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, say: Callable[[str], None] = lambda text: None) -> None:
         self.root = root
         self.facts = FactStore(root / "facts")
+        self._say = say
+        self._swept = False
+
+    def check(self) -> None:
+        """Raise ``Unavailable`` where the work folder could not be written."""
+        try:
+            above = next(place for place in (self.root.absolute(), *self.root.absolute().parents) if place.exists())
+            usable = above.is_dir() and os.access(above, os.R_OK | os.W_OK | os.X_OK)
+            usable = usable and all(os.access(path, os.R_OK | os.X_OK) for path in self.root.glob("facts"))
+        except OSError as error:
+            raise self._unusable(error) from error
+        if not usable:
+            raise self._unusable(f"{above} is not a folder that may be entered and written")
 
     def path(self, stage: str, /, **inputs: object) -> Path:
         """The folder of ``stage`` for these inputs, whether it is there or not."""
         return self.root / f"{stage}-{key_of(inputs)}"
 
-    def make(self, folder: Path, build: Callable[[Path], None]) -> bool:
-        """Have ``build`` fill ``folder`` unless it is there; returns whether it had to. A failed build leaves nothing.
+    def whole(self, folder: Path) -> bool:
+        """Whether a stage's folder is there, with every file as it was made."""
+        return folder.is_dir() and not self._fault(folder)
 
-        Raises ``Unavailable`` where the work folder cannot be written.
+    def has(self, folder: Path) -> bool:
+        """As ``whole``; a folder that is there and is not is removed, and that is said."""
+        if not folder.is_dir():
+            return False
+        before = folder.stat().st_ino
+        if fault := self._fault(folder):
+            self.discard(folder, fault, before)
+        return not fault
+
+    def make(self, folder: Path, build: Callable[[Path], None]) -> bool:
+        """Have ``build`` fill ``folder`` unless it is there and whole; returns whether it had to. A failed one leaves nothing.
+
+        Raises ``Unavailable`` where the work folder cannot be written, ``UsageError`` where its disk is full.
         """
-        if folder.is_dir():
+        if self.has(folder):
             return False
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=self.root))
+            self._sweep()
+            with temporary_folder(f".{folder.name}.", "", self.root) as part:
+                self._fill(part, build)
+                try:
+                    part.rename(folder)
+                except OSError:
+                    if not folder.is_dir():  # else another run was faster: its folder holds the same
+                        raise
         except OSError as error:
-            raise Unavailable(f"{self.root}: the work folder cannot be written: {error}; pass --work DIR") from error
+            raise self._unusable(error) from error
+        return True
+
+    def discard(self, folder: Path, fault: str, inode: int | None = None) -> None:
+        """Remove a damaged stage and say so, unless another run has put a new one there: one of another ``inode``."""
+        self._say(f"{folder.name}: {fault}; it is made anew")
+        try:
+            with locked(self.root), temporary_folder(f".{folder.name}.", "", self.root) as part:
+                if folder.is_dir() and inode in (None, folder.stat().st_ino):
+                    folder.rename(part / "damaged")
+        except OSError as error:
+            raise self._unusable(error) from error
+        self.facts.forget(folder)
+
+    def read(self, path: Path) -> bytes:
+        """A stage's file, read now and compared with its digest; raises ``StageDamaged``."""
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise StageDamaged(path) from error
+        if hashlib.sha256(data).hexdigest() != recorded_digest(path):
+            raise StageDamaged(path)
+        return data
+
+    def verified(self, path: Path) -> Path:
+        """``path``; where it is a stage's file, it is read now and compared with its digest. Raises ``StageDamaged``."""
+        if path.parent.parent == self.root and (path.parent / DIGESTS).exists():
+            try:
+                found = digest(path)
+            except OSError as error:
+                raise StageDamaged(path) from error
+            if found != recorded_digest(path):
+                raise StageDamaged(path)
+        return path
+
+    def _fill(self, part: Path, build: Callable[[Path], None]) -> None:
         try:
             build(part)
-            try:
-                part.rename(folder)
-            except OSError:
-                if not folder.is_dir():  # else another run was faster: its folder holds the same
-                    raise
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-        return True
+            names = sorted(path.relative_to(part).as_posix() for path in part.rglob("*") if path.is_file())
+            record = {name: digest(part / name) for name in names}
+            (part / DIGESTS).write_text(json.dumps(record), encoding="utf-8")
+        except PatchslimError:
+            raise
+        except Exception as error:  # of a library: not each says which
+            if disk_full(error, self.root):
+                raise UsageError(f"{self.root}: the work folder's disk is full; free some space or pass --work DIR") from error
+            if isinstance(error, OSError):  # of what the stage reads, as a rule
+                raise InputRejected(f"{part.name.split('-')[0].strip('.')}: {error}") from error
+            raise
+
+    def _fault(self, folder: Path) -> str:
+        """What is wrong with a stage's folder; "" for nothing."""
+        try:
+            record = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))
+            names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {DIGESTS}
+            if names != set(record):
+                return f"{min(names ^ set(record))} is {'missing' if names < set(record) else 'not of it'}"
+            changed = [name for name in sorted(names) if self.facts.digest(folder / name) != record[name]]
+        except (OSError, ValueError, TypeError):
+            return f"{DIGESTS} cannot be read"
+        return f"{changed[0]} was changed or cut off" if changed else ""
+
+    def _sweep(self) -> None:
+        if not self._swept:
+            self._swept = True
+            sweep(_TEMPORARY, self.root)
+            sweep(r"\..+\.[0-9]+\.part", self.facts.folder)
+
+    def _unusable(self, cause: object) -> PatchslimError:
+        if isinstance(cause, BaseException) and disk_full(cause, self.root):
+            return UsageError(f"{self.root}: the work folder's disk is full; free some space or pass --work DIR")
+        return Unavailable(f"{self.root}: the work folder cannot be written: {cause}; pass --work DIR")
+
+
+def recorded_digest(path: Path) -> str | None:
+    """The SHA-256 that a stage's folder records of its file ``path``; None where there is no such record."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        found = json.loads((path.parent / DIGESTS).read_text(encoding="utf-8")).get(path.name)
+        return found if isinstance(found, str) else None
+    return None
+
+
+def copy_verified(source: Path, target: Path) -> None:
+    """Copy a file; where a stage made it, raise ``StageDamaged`` unless the copy has the digest that it was made with."""
+    shutil.copyfile(source, target)
+    if (source.parent / DIGESTS).exists() and digest(target) != recorded_digest(source):
+        raise StageDamaged(source)
 
 
 class FactStore:
@@ -87,10 +210,12 @@ class FactStore:
         if path in self._new:
             return self._new[path][0]
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # not known yet, or damaged
-            return json.loads(path.read_text(encoding="utf-8"))["value"]
+            known = json.loads(path.read_text(encoding="utf-8"))
+            if known["sha256"] == _sum(known["value"]):
+                return known["value"]
         started = time.time_ns()
         value = as_json(find_out())
-        if all(state is not None and max(state.changed) < started - SETTLED_NS for _, state in states):
+        if all(state is None or max(state.changed) < started - SETTLED_NS for _, state in states):
             self._new[path] = value, tuple(files)
         return value
 
@@ -109,6 +234,12 @@ class FactStore:
         """SHA-256 of a file's bytes, in hexadecimal; raises ``OSError``."""
         return str(self.recall("digest", lambda: digest(path), files=[path]))
 
+    def forget(self, folder: Path) -> None:
+        """Find out anew what is asked about the files in ``folder``: others lie there now."""
+        for files in [files for files in self._states if any(path.is_relative_to(folder) for path in files)]:
+            del self._states[files]
+        self._new = {path: known for path, known in self._new.items() if known[1] in self._states}
+
     def save(self) -> None:
         """Keep what was found out, but of files that changed meanwhile; what cannot be written is found out again next time."""
         now = {files: file_states(files) for files in {files for _, files in self._new.values()}}
@@ -116,7 +247,7 @@ class FactStore:
             for path, (value, files) in self._new.items():
                 if now[files] == self._states[files]:
                     with atomic_path(path) as part:
-                        part.write_text(json.dumps({"value": value}), encoding="utf-8")
+                        part.write_text(json.dumps({"value": value, "sha256": _sum(value)}), encoding="utf-8")
         self._new.clear()
 
 
@@ -158,6 +289,10 @@ def _state(path: str) -> FileState | None:
 def as_json(value: Any) -> Any:
     """A value as it is when it is read back from JSON: tuples are lists."""
     return json.loads(json.dumps(value))
+
+
+def _sum(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def key_of(inputs: dict[str, Any]) -> str:

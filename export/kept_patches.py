@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from patchslim.choices import Layout
 from patchslim.plan import SlimPlan
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+#: Inches of a panel with its title, of the heading, of the legend; and the least width that both of these fit into.
+_PANEL, _HEADING, _LEGEND, _LEAST_WIDTH = (2.1, 2.35), 0.45, 0.4, 6.3
+_MOST_COLUMNS = 6
+_DIMMED = 0.12  # of the brightness of a patch that is dropped
 
 
 def draw_kept_patches(plan: SlimPlan, layout: Layout, image: npt.NDArray[Any], path: Path) -> None:
@@ -24,25 +33,52 @@ def draw_kept_patches(plan: SlimPlan, layout: Layout, image: npt.NDArray[Any], p
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    columns = min(6, plan.depth)
-    rows = math.ceil(plan.depth / columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(2.1 * columns, 2.35 * rows + 0.4), squeeze=False)
-    height, width = image.shape[:2]
+    rows = math.ceil(plan.depth / _MOST_COLUMNS)
+    columns = math.ceil(plan.depth / rows)  # no row is much emptier than the others
+    width, height = max(_LEAST_WIDTH, _PANEL[0] * columns), _PANEL[1] * rows + _HEADING + _LEGEND
+    figure, axes = pyplot.subplots(rows, columns, figsize=(width, height), squeeze=False)
     stands, sizes = plan.stands_for(), plan.sizes()
+    pixels = [np.arange(length) * count // length for length, count in zip(image.shape[:2], plan.grid, strict=True)]
     for index, axis in enumerate(axes.flat):
         axis.set_axis_off()
         if index >= plan.depth:
             continue
-        where = np.arange(height) * plan.grid[0] // height, np.arange(width) * plan.grid[1] // width
-        groups = np.array(stands[index][plan.prefix_tokens :]).reshape(plan.grid)[where[0]][:, where[1]]
+        groups = np.array(stands[index][plan.prefix_tokens :]).reshape(plan.grid)[pixels[0]][:, pixels[1]]
         merged = [token for token, size in zip(plan.kept[index], sizes[index], strict=True) if size > 1]
         axis.imshow(np.clip(_mosaic(image, groups, merged), 0, 1), interpolation="nearest")
         axis.set_title(f"block {index + 1}: {plan.counts[index]} of {plan.tokens}", fontsize=8)
     saved = 1 - plan.macs(layout) / plan.dense_macs()
-    figure.suptitle(f"{plan.model}: tokens kept after each block ({plan.mode}, {saved:.1%} of MACs removed)", fontsize=10)
-    figure.tight_layout()
+    heading = [f"{plan.model}: tokens kept after each block", f"({plan.mode}, {saved:.1%} of MACs removed)"]
+    figure.text(0.5, 1 - 0.08 / height, (" " if width >= 8 else "\n").join(heading), fontsize=10, ha="center", va="top")
+    figure.tight_layout(rect=(0, _LEGEND / height, 1, 1 - _HEADING / height))
+    _draw_legend(figure, image, _legend(plan))
     figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
+
+
+def _legend(plan: SlimPlan) -> list[tuple[str, str]]:
+    """What the panels of ``plan`` show, and in which words."""
+    shown = [("kept", "kept")]
+    if plan.merging:
+        shown.append(("merged", "merged: one token a group, in its mean colour"))
+    if any(token < 0 for stands in plan.stands_for() for token in stands):
+        shown.append(("dropped", "dropped"))
+    return shown
+
+
+def _draw_legend(figure: Figure, image: npt.NDArray[Any], shown: list[tuple[str, str]]) -> None:
+    """One swatch and its words each, from left to right along the lower edge: what becomes of the middle of ``image``."""
+    width, height = figure.get_size_inches()
+    rows, columns = (slice(length * 3 // 8, max(length * 5 // 8, 1)) for length in image.shape[:2])
+    middle = np.clip(image[rows, columns], 0, 1)
+    swatches = {"kept": middle, "merged": np.broadcast_to(middle.mean(axis=(0, 1)), middle.shape), "dropped": middle * _DIMMED}
+    side, left = _LEGEND * 0.6, 0.2
+    for name, words in shown:
+        axis = figure.add_axes((left / width, _LEGEND * 0.25 / height, side / width, side / height))
+        axis.set_axis_off()
+        axis.imshow(swatches[name], interpolation="nearest", aspect="auto")
+        figure.text((left + side + 0.08) / width, _LEGEND * 0.55 / height, words, fontsize=8, va="center")
+        left += side + 0.4 + 0.055 * len(words)  # inches of a character at this size
 
 
 def _mosaic(image: npt.NDArray[Any], groups: npt.NDArray[Any], merged: list[int]) -> npt.NDArray[Any]:
@@ -50,5 +86,5 @@ def _mosaic(image: npt.NDArray[Any], groups: npt.NDArray[Any], merged: list[int]
     shown = image.copy()
     for group in merged:
         shown[groups == group] = image[groups == group].mean(axis=0)
-    shown[groups < 0] *= 0.12
+    shown[groups < 0] *= _DIMMED
     return shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from export.cache import FactStore
 from export.engines import cuda
 from export.engines.base import EngineResult
 from export.engines.onnx_runtime import open_runner
@@ -36,7 +36,7 @@ class AnsweringStage:
 
 
 def answering_stages(
-    source: ExportSource, plan: SlimPlan, fitted: LazyModule, graphs: Mapping[str, Path], engine: EngineResult, facts: FactStore
+    source: ExportSource, plan: SlimPlan, fitted: LazyModule, graphs: Mapping[str, Path], engine: EngineResult, work: Workspace
 ) -> dict[str, AnsweringStage]:
     """What is measured, by stage name and in order; an engine with files of its own is a stage where it can run here."""
 
@@ -56,16 +56,20 @@ def answering_stages(
         PYTORCH_SLIM: AnsweringStage(plan.model_dump(mode="json", include={"kept", "mode", "merged_into", "weights"}), slimmed),
     }
     for stage, path in graphs.items():
-        stages[stage] = AnsweringStage(facts.digest(path), functools.partial(open_runner, path))
+        stages[stage] = AnsweringStage(work.facts.digest(path), functools.partial(_open_graph, path, work))
     if engine.executed and engine.files:
 
         def built() -> Runner:
             from export.engines.tensorrt_runner import TrtRunner
 
-            return TrtRunner(engine.files[0], engine.backend)
+            return TrtRunner(work.cache.verified(engine.files[0]), engine.backend)
 
-        stages[ENGINE] = AnsweringStage(facts.digest(engine.files[0]), built)
+        stages[ENGINE] = AnsweringStage(work.facts.digest(engine.files[0]), built)
     return stages
+
+
+def _open_graph(path: Path, work: Workspace) -> Runner:
+    return open_runner(work.cache.verified(path))
 
 
 @dataclass(frozen=True)
@@ -89,9 +93,10 @@ def measured_logits(stages: Mapping[str, AnsweringStage], source: ExportSource, 
         "images": source.evaluation_fingerprint,
         "model": source.model.key,
         "device": (source.model.device, cuda.local_target(), onnxruntime_providers(work.facts)),
+        "batch": batch_size,  # libraries sum in another order, which the last bits of a logit show
     }
     folders = {name: work.cache.path("logits", stage=name, key=stage.key, **shared) for name, stage in stages.items()}
-    missing = [name for name, folder in folders.items() if not folder.is_dir()]
+    missing = [name for name, folder in folders.items() if not work.cache.has(folder)]
     if missing:
         from export.inference import infer_all
 
@@ -111,10 +116,10 @@ def measured_logits(stages: Mapping[str, AnsweringStage], source: ExportSource, 
                 np.save(part / "inputs.npy", answers.inputs)
 
             work.cache.make(folders[name], build)
-    read = {name: _read(folder, "logits") for name, folder in folders.items()}
-    return Measured(read, _read(folders[PYTORCH], "targets"), _read(folders[PYTORCH], "inputs"))
+    read = {name: _read(folder, "logits", work) for name, folder in folders.items()}
+    return Measured(read, _read(folders[PYTORCH], "targets", work), _read(folders[PYTORCH], "inputs", work))
 
 
-def _read(folder: Path, name: str) -> Array:
-    array: Array = np.load(folder / f"{name}.npy", allow_pickle=False)
+def _read(folder: Path, name: str, work: Workspace) -> Array:
+    array: Array = np.load(io.BytesIO(work.cache.read(folder / f"{name}.npy")), allow_pickle=False)
     return array

@@ -61,6 +61,8 @@ class GateGroup:
     """Held-out images that every stage is measured on."""
     max_top1_drop: float = 0.2
     """Points of top-1 that any stage may lose against the PyTorch original; more means exit code 5 and no bundle."""
+    require_executed: bool = False
+    """Exit code 5 and no bundle where the engine did not run here, as one for another machine's GPU."""
     batch_size: int = 8
     """Images per run while measuring. On a CPU, few at a time are fastest: they stay in its caches."""
 

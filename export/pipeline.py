@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from export.bundle import BundleContents, write_contents
-from export.cache import StageCache
+from export.cache import StageCache, StageDamaged
+from export.engines import cuda
 from export.engines.base import EngineResult
 from export.engines.build import choose_backend
 from export.logits import answering_stages, measured_logits
 from export.options import ExportOptions
 from export.parity import parity_report
-from export.publication import check_place, publish
+from export.places import check_places
+from export.publication import check_place, publish, recover
 from export.source import ExportSource
 from export.stages import (
     ONNX_FP16,
@@ -26,6 +28,7 @@ from export.stages import (
     fitted_model,
     kept_patches,
     known_latency_table,
+    latency_record,
     latency_table,
     needs_latency_table,
     plan_folder,
@@ -34,7 +37,10 @@ from export.stages import (
 from patchslim.errors import ParityFailed
 from patchslim.plan import SlimPlan
 from patchslim.progress import Reporter
-from validate.manifest import Macs, ParityReport
+from validate.manifest import LatencyRecord, Macs, ParityReport
+
+#: Stages of one run that may be found damaged and made anew.
+_REPAIRS = 3
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,7 @@ class Outcome:
     engine: EngineResult
     size: int
     dense_onnx: Path
+    latency: LatencyRecord | None
 
 
 class GateFailed(ParityFailed):
@@ -59,20 +66,33 @@ class GateFailed(ParityFailed):
 
 
 def export_bundle(options: ExportOptions) -> Outcome:
-    """Run the whole export and publish the bundle.
+    """Run the whole export and publish the bundle. A finished stage that is found damaged on its disk is made anew.
 
     Raises ``PatchslimError``; in particular ``GateFailed`` where a stage fails its gate: then nothing is published, and the
     bundle stays in the work folder under a name that ends in ``.failed``.
     """
     request, source, work = begin(options)
+    recover(options.bundle)
+    with work.reporter.alive():
+        for _ in range(_REPAIRS):
+            try:
+                return _export(options, request, source, work)
+            except StageDamaged as damaged:
+                work.cache.discard(damaged.folder, "was changed on its disk")
+        return _export(options, request, source, work)
+
+
+def _export(options: ExportOptions, request: EngineRequest, source: ExportSource, work: Workspace) -> Outcome:
     work.reporter.say(f"engine: {request.backend.name} for {', '.join(request.backend.targets)}")
     table = latency_table(options, source, work)
     planned = find_plan(options, source, table, work)
-    plan, fitted = planned.plan, fitted_model(planned, source, work.facts)
+    plan, fitted = planned.plan, fitted_model(planned, source, work)
     dense = dense_onnx(fitted, source.model, work)
     graphs = slim_onnx(dense, plan, options.layout, request.precision, work)
-    engine = built_engine(graphs.get(ONNX_FP16, graphs[ONNX_SLIM]), request, work)
-    stages = answering_stages(source, plan, fitted, graphs, engine, work.facts)
+    served = graphs.get(ONNX_FP16, graphs[ONNX_SLIM])
+    engine = built_engine(served, request, work)
+    latency = latency_record(options, source, table, plan, dense, served, work)
+    stages = answering_stages(source, plan, fitted, graphs, engine, work)
     measured = measured_logits(stages, source, options.batch_size, work)
     parity = parity_report(measured, source.evaluation_record(), plan, options.layout, engine, options.max_top1_drop)
     contents = BundleContents(
@@ -88,17 +108,28 @@ def export_bundle(options: ExportOptions) -> Outcome:
         parity=parity,
         picture=kept_patches(plan, options.layout, measured.inputs[0], source.model, work),
         latency_table=table,
+        latency=latency,
     )
-    folder = options.bundle if parity.passed else options.work_folder / f"{options.bundle.name}.failed"
+    missed = unexecuted(options, engine)
+    passed = parity.passed and not missed
+    folder = options.bundle if passed else options.work_folder / f"{options.bundle.name}.failed"
     publish(functools.partial(write_contents, contents), folder)
     work.facts.save()
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    outcome = Outcome(folder, plan, parity.macs, parity, engine, size, dense)
-    if not parity.passed:
-        faults = "; ".join(f"{one.stage}: {one.note}" for one in parity.rungs if one.status == "failed")
+    outcome = Outcome(folder, plan, parity.macs, parity, engine, size, dense, latency)
+    if not passed:
+        failed = [f"{one.stage}: {one.note}" for one in parity.rungs if one.status == "failed"]
+        faults = "; ".join([*failed, *filter(None, [missed])])
         old = f"; {options.bundle} is an earlier one" if options.bundle.exists() else ""
         raise GateFailed(f"the bundle is not published{old}: {faults}. It stays, marked failed, in {folder}", outcome)
     return outcome
+
+
+def unexecuted(options: ExportOptions, engine: EngineResult) -> str:
+    """What ``--require-executed`` has to say against ``engine``; "" where it ran, or need not have."""
+    if engine.executed or not options.require_executed:
+        return ""
+    return f"engine: {engine.status}{f' ({engine.reason})' if engine.reason else ''}, and --require-executed asks for that"
 
 
 def describe(options: ExportOptions) -> dict[str, object]:
@@ -133,9 +164,17 @@ def describe(options: ExportOptions) -> dict[str, object]:
 def begin(options: ExportOptions) -> tuple[EngineRequest, ExportSource, Workspace]:
     """Check what the options ask for before anything slow: the bundle's place, the engine, the model and the images."""
     options.check()
+    check_places(options)
     check_place(options.bundle)
     options.check_inputs()
-    work = Workspace(StageCache(options.work_folder), Reporter())
+    reporter = Reporter()
+    work = Workspace(StageCache(options.work_folder, reporter.say), reporter)
+    work.cache.check()
     backend = choose_backend(options.engine, options.targets, options.engine_precision)
+    if options.require_executed and backend.ahead_of_time and cuda.local_target() not in backend.targets:
+        raise ParityFailed(
+            f"--require-executed: an engine for {', '.join(backend.targets)} cannot run on this machine; "
+            "run this command on one with such a GPU, or leave the option out here and give it to validate.run there"
+        )
     request = EngineRequest(options.engine, backend, options.engine_precision)
     return request, ExportSource(options, work.facts), work

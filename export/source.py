@@ -15,7 +15,7 @@ from export.cache import FactStore
 from export.engines import cuda
 from patchslim.plan import SlimPlan
 from slimming.models.loading import BUNDLED, bundled_weights
-from slimming.session import class_names, open_session, training_images
+from slimming.session import class_names, evaluation_images, open_session, training_images
 from validate.manifest import Evaluation
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ class ExportSource:
                 options.calibration_data,
                 options.calibration_images,
             ),
+            "apart": (bool(options.finetune_epochs), options.train_data),
             "seed": options.seed,
             "device": (options.device, cuda.local_target(), os.environ.get("CUDA_VISIBLE_DEVICES")),
         }
@@ -108,10 +109,8 @@ class ExportSource:
     @cached_property
     def evaluation_images(self) -> ImageSet:
         """The held-out images."""
-        from slimming.data.source import evaluation_set
-
         count = self._options.eval_images
-        return evaluation_set(self._options.data, None if count == "all" else count, class_names(self._options))
+        return evaluation_images(self._options, None if count == "all" else count, class_names(self._options))
 
     @cached_property
     def calibration_fingerprint(self) -> str:
@@ -136,7 +135,7 @@ class ExportSource:
     def training_key(self) -> object:
         """What decides the images of a fine-tuning: what they are, and the state of every file that they are read from."""
         options = self._options
-        files = _data_files(options.train_data or options.data)
+        files = data_files(options.train_data or options.data)
         described = self._facts.recall(
             "training",
             lambda: training_images(options).describe(),
@@ -201,7 +200,7 @@ def _files_behind(options: ExportOptions) -> list[Path] | None:
     elif options.weights != "random":
         config = Path(options.weights).with_name("config.json")  # read beside weights of save_pretrained
         weights = [Path(options.weights), *([config] if config.is_file() else [])]
-    images = [_data_files(address) for address in (options.data, options.calibration_data or options.data)]
+    images = [data_files(address) for address in (options.data, options.calibration_data or options.data)]
     if any(files is None for files in images):
         return None
     if options.class_map is not None:
@@ -209,7 +208,7 @@ def _files_behind(options: ExportOptions) -> list[Path] | None:
     return [*weights, *(path for files in images for path in files or ())]
 
 
-def _data_files(address: str) -> list[Path] | None:
+def data_files(address: str) -> list[Path] | None:
     """The files or the folder that an address of images is read from; None for data sets that others keep."""
     kind, _, rest = address.partition("/")
     if address == "digits":

@@ -5,6 +5,7 @@ Each is a function of what it needs, and its result is kept in the work folder u
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -25,13 +26,15 @@ from export.latency.conditions import TimingConditions
 from export.source import ExportSource, LazyModule, ModelFacts
 from patchslim.arrays import Array
 from patchslim.choices import EngineName, Layout, Precision
-from patchslim.errors import InputRejected
+from patchslim.errors import InputRejected, Unavailable
 from patchslim.latency_table import load_table
 from patchslim.plan import SlimPlan, load_plan
 from patchslim.progress import Reporter
+from patchslim.records import load_record, save_record
 from patchslim.timing import processor_name
 from slimming.search.budget import LATENCY
 from slimming.session import search
+from validate.manifest import LatencyRecord
 
 if TYPE_CHECKING:
     from export.options import ExportOptions
@@ -80,7 +83,7 @@ def latency_table(options: ExportOptions, source: ExportSource, work: Workspace)
         from export.latency.measure import measure_table
 
         with work.reporter.stages("points") as progress:
-            measure_table(dense, plan, conditions, progress=progress).save(part / "latency_table.json")
+            measure_table(work.cache.verified(dense), plan, conditions, progress=progress).save(part / "latency_table.json")
 
     work.cache.make(folder, build)
     return folder / "latency_table.json"
@@ -97,6 +100,52 @@ def latency_folder(options: ExportOptions, source: ExportSource, dense: Path, wo
     )
 
 
+def latency_record(
+    options: ExportOptions, source: ExportSource, table: Path | None, plan: SlimPlan, dense: Path, slim: Path, work: Workspace
+) -> LatencyRecord | None:
+    """What a budget of latency asked, what ``table`` promised of ``plan``, and what ``slim`` takes here; None without one."""
+    if table is None:
+        return None
+    known = load_table(table)
+    conditions = dataclasses.replace(_conditions(options, source), batch=known.batch, threads=known.threads)
+    folder = work.cache.path(
+        "measured",
+        table=work.facts.digest(table),
+        dense=work.facts.digest(dense),
+        slim=work.facts.digest(slim),
+        plan=plan.model_dump(mode="json"),
+        asked=dataclasses.asdict(options.budget),
+        conditions=dataclasses.asdict(conditions),
+        machine=(platform.node(), processor_name(), os.cpu_count(), cuda.local_target()),
+        providers=onnxruntime_providers(work.facts),
+    )
+
+    def build(part: Path) -> None:
+        from export.latency.measure import measure_pair
+
+        budget = options.budget
+        assert budget.criterion in LATENCY
+        record = LatencyRecord.model_validate(
+            {
+                "criterion": budget.criterion,
+                "asked": budget.value,
+                "batch": known.batch,
+                "device": known.device,
+                "table_dense_ms": known.dense(),
+                "promised_ms": known.of(plan.counts),
+            }
+        )
+        with contextlib.suppress(Unavailable), work.reporter.stages("rounds") as progress:  # a GPU that is not here
+            graphs = work.cache.verified(dense), work.cache.verified(slim)
+            found = measure_pair(*graphs, source.dense_plan, conditions, progress=progress)
+            here = {"measured_on": found.device, "dense_ms": found.dense_ms, "measured_ms": found.slim_ms}
+            record = record.model_copy(update=here)
+        save_record(part / "latency.json", record)
+
+    work.cache.make(folder, build)
+    return load_record(work.cache.verified(folder / "latency.json"), LatencyRecord, "latency record")
+
+
 def needs_latency_table(options: ExportOptions) -> bool:
     """Whether a plan is searched within a budget of latency."""
     return options.plan is None and not options.dense and options.budget.criterion in LATENCY
@@ -107,10 +156,10 @@ def known_latency_table(options: ExportOptions, source: ExportSource, work: Work
     if options.latency_table is not None or not needs_latency_table(options):
         return latency_table(options, source, work)
     dense = dense_folder(source.original, source.model, work.cache) / "dense.onnx"
-    if not dense.is_file():
+    if not work.cache.whole(dense.parent):
         return None
-    table = latency_folder(options, source, dense, work) / "latency_table.json"
-    return table if table.is_file() else None
+    folder = latency_folder(options, source, dense, work)
+    return folder / "latency_table.json" if work.cache.whole(folder) else None
 
 
 def _conditions(options: ExportOptions, source: ExportSource) -> TimingConditions:
@@ -157,7 +206,8 @@ def find_plan(options: ExportOptions, source: ExportSource, table: Path | None, 
         shutil.rmtree(checkpoint, ignore_errors=True)
 
     work.cache.make(folder, build)
-    return PlanFile(load_plan(folder / "plan.json"), folder / "plan.json")
+    path = work.cache.verified(folder / "plan.json")
+    return PlanFile(load_plan(path), path)
 
 
 def plan_folder(options: ExportOptions, source: ExportSource, table: Path | None, work: Workspace) -> Path:
@@ -191,7 +241,7 @@ def _given_plan(path: Path, source: ExportSource, facts: FactStore) -> SlimPlan:
     return plan
 
 
-def fitted_model(planned: PlanFile, source: ExportSource, facts: FactStore) -> LazyModule:
+def fitted_model(planned: PlanFile, source: ExportSource, work: Workspace) -> LazyModule:
     """The module that runs under the plan: the original, or a copy with the weights that were fitted to the cut.
 
     Raises ``InputRejected`` where those beside a given plan are not there, or not the ones that it names.
@@ -200,15 +250,19 @@ def fitted_model(planned: PlanFile, source: ExportSource, facts: FactStore) -> L
     if plan.weights is None or path is None:
         return source.original
 
+    weights = path.with_name(plan.weights.file or path.name)  # a bundle's plan names none, which load_fitted refuses
+
     @functools.cache
     def load() -> Any:
         from slimming.fitting.fitted_weights import load_fitted
 
+        work.cache.verified(weights)
         return load_fitted(plan, path, source.session.loaded.module)
 
-    if not path.is_relative_to(facts.folder.parent):  # what the search kept is whole; it is checked again when it is loaded
-        weights = path.with_name(plan.weights.file)
-        facts.recall("fitted", lambda: load() is not None, files=[weights], named=plan.weights.sha256, model=source.model.key)
+    if not path.is_relative_to(work.cache.root):  # what the search kept is whole; it is checked again when it is loaded
+        work.facts.recall(
+            "fitted", lambda: load() is not None, files=[weights], named=plan.weights.sha256, model=source.model.key
+        )
     return LazyModule(plan.weights.sha256, load)
 
 
@@ -242,7 +296,7 @@ def slim_onnx(dense: Path, plan: SlimPlan, layout: Layout, precision: Precision,
         from graph_passes import load_model, save_model, slim, to_fp16
 
         work.reporter.say(f"cutting tokens out of the graph ({layout} qkv)")
-        result = slim(load_model(dense), plan, layout=layout)
+        result = slim(load_model(work.cache.verified(dense)), plan, layout=layout)
         save_model(result.model, part / "model.onnx")
         if precision == "fp16":
             save_model(to_fp16(result.model), part / "model.fp16.onnx")
@@ -276,11 +330,17 @@ def built_engine(onnx: Path, request: EngineRequest, work: Workspace) -> EngineR
                 return True
 
             result = build_engine(
-                request.engine, onnx, part, targets=request.backend.targets, precision=request.precision, progress=progress
+                request.engine,
+                work.cache.verified(onnx),
+                part,
+                targets=request.backend.targets,
+                precision=request.precision,
+                progress=progress,
             )
         result.save(part)
 
     work.cache.make(folder, build)
+    work.cache.verified(folder / "result.json")
     return EngineResult.load(folder)
 
 

@@ -6,21 +6,50 @@ import sys
 from typing import Any
 
 from export.pipeline import Outcome
+from validate.manifest import LatencyRecord
+from validate.parity import what_it_proves
 
 
 def as_json(outcome: Outcome) -> dict[str, Any]:
     """The outcome as plain JSON values."""
     parity = outcome.parity.model_dump(mode="json")
+    proves = what_it_proves(outcome.parity.rungs, outcome.parity.gate.max_top1_drop)
     return {
         "bundle": str(outcome.bundle),
         "dense_onnx": str(outcome.dense_onnx),
+        "dense_onnx_holds": dense_onnx_holds(outcome),
         "size": outcome.size,
         "passed": parity["passed"],
+        "gate": parity["gate"] | {"proves": proves},
         "macs": parity["macs"],
+        "latency": outcome.latency and outcome.latency.model_dump(mode="json"),
         "tokens_per_block": outcome.plan.counts,
         "rungs": parity["rungs"],
         "engine": parity["engine"] | {"kernels": outcome.engine.kernels, "built": outcome.engine.status},
     }
+
+
+def dense_onnx_holds(outcome: Outcome) -> str:
+    """What the dense ONNX file of an export is."""
+    return "the original" if outcome.plan.weights is None else "the refitted weights, uncut"
+
+
+def latency_text(found: LatencyRecord) -> str:
+    """What a budget of latency asked, what the table promised, and what was measured in the end."""
+    reduces = found.criterion == "latency-reduction"
+    asked = f"{found.asked:.1%} less" if reduces else f"{found.asked:.4g} ms"
+    parts = [f"asked {asked}", f"table promised {_times(found.promised_ms, found.table_dense_ms)}"]
+    if found.measured_ms is None or found.dense_ms is None:
+        parts.append("not measured: the engine does not run here")
+    else:
+        limit = (1 - found.asked) * found.dense_ms if reduces else found.asked
+        kept = "" if found.measured_ms <= limit else " (more than asked)"
+        parts.append(f"measured {_times(found.measured_ms, found.dense_ms)}{kept}")
+    return f"{', '.join(parts)}; batches of {found.batch} on {found.measured_on or found.device}"
+
+
+def _times(slim: float, dense: float) -> str:
+    return f"{slim:.4g} of {dense:.4g} ms, {1 - slim / dense:.1%} less"
 
 
 def print_summary(outcome: Outcome) -> None:
@@ -29,7 +58,6 @@ def print_summary(outcome: Outcome) -> None:
     from rich.table import Table
 
     from patchslim.console import Console
-    from validate.parity import what_it_proves
     from validate.report import rung_table
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
@@ -38,9 +66,11 @@ def print_summary(outcome: Outcome) -> None:
     saved = f"{macs.slim / 1e9:.3f} G of {macs.dense / 1e9:.3f} G: {macs.reduction:.1%} removed"
     facts.add_row("MACs", f"{saved} ({macs.layout} qkv)")
     facts.add_row("tokens", " ".join(map(str, outcome.plan.counts)) + f" of {outcome.plan.tokens}")
+    if outcome.latency is not None:
+        facts.add_row("latency", escape(latency_text(outcome.latency)))
     facts.add_row("engine", outcome.engine.summary())
     facts.add_row("size", f"{outcome.size / 1e6:.1f} MB")
-    facts.add_row("dense ONNX", escape(str(outcome.dense_onnx)))
+    facts.add_row("dense ONNX", escape(f"{outcome.dense_onnx} ({dense_onnx_holds(outcome)})"))
     facts.add_row("bundle", escape(str(outcome.bundle)))
     console.print(rung_table(outcome.parity.rungs, f"top-1 on {outcome.parity.evaluation.images} held-out images"))
     for line in what_it_proves(outcome.parity.rungs, outcome.parity.gate.max_top1_drop):

@@ -47,8 +47,8 @@ FILE_NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]*$"
 class FittedWeights(StrictRecord):
     """The weights that go with a plan, where they are not the original's: refitted to the cut, or fine-tuned under it."""
 
-    file: Annotated[str, Field(pattern=FILE_NAME, max_length=200)] = Field(
-        description="safetensors file beside the plan: a whole state dict of the model"
+    file: Annotated[str, Field(pattern=FILE_NAME, max_length=200)] | None = Field(
+        description="safetensors file beside the plan: the model's whole state dict; null in a bundle: its ONNX files have it"
     )
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] = Field(description="digest over names, types, shapes and values")
     fit: Fit = Field(description="what refitted the blocks")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -14,6 +13,7 @@ from pydantic_core import CoreSchema
 
 from patchslim.errors import InputRejected
 from patchslim.files import read_bounded
+from patchslim.folders import temporary_file
 
 #: A number of tokens, blocks, images or channels: at least one.
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -118,11 +118,14 @@ def save_record(path: Path, record: StrictRecord) -> None:
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; it replaces ``path`` when the block succeeds, and vanishes when it does not."""
+    """Yield a temporary path beside ``path``; it replaces ``path`` when the block succeeds, and vanishes when it does not.
+
+    The file gets the mode that the umask gives, whoever writes it. What a killed process left of an earlier try is removed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with temporary_file(path) as part:
+        mode = part.stat().st_mode & 0o777
         yield part
+        if part.stat().st_mode & 0o777 != mode:  # some libraries' files are their owner's alone
+            part.chmod(mode)
         part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

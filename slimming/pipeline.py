@@ -15,7 +15,7 @@ from patchslim.latency_table import LatencyTable, load_table
 from patchslim.plan import SlimPlan
 from patchslim.progress import Reporter
 from slimming.api import dense_plan_of
-from slimming.data.source import evaluation_set, load_tensors
+from slimming.data.source import load_tensors
 from slimming.distributed import ProcessGroup
 from slimming.fitting.fitted_weights import save_fitted
 from slimming.models.vit_reader import LoadedVit
@@ -23,7 +23,15 @@ from slimming.options import ModelOptions
 from slimming.report.page import write_page
 from slimming.report.sweep import Sweep, measure_plans, plans_at
 from slimming.search.budget import LATENCY
-from slimming.session import SlimmingSession, class_names, open_finder, open_graph_session, open_session, search
+from slimming.session import (
+    SlimmingSession,
+    class_names,
+    evaluation_images,
+    open_finder,
+    open_graph_session,
+    open_session,
+    search,
+)
 
 #: Calibration images that are shown on a plan's page.
 PAGE_IMAGES = 4
@@ -63,7 +71,7 @@ def save_plan(options: ModelOptions, job: PlanJob, process_group: ProcessGroup) 
     images = None
     if job.measured_images:
         classes = class_names(options, reporter, graph=job.onnx is not None)
-        images = evaluation_set(options.data, job.measured_images, classes)
+        images = evaluation_images(options, job.measured_images, classes)
     session: SlimmingSession[LoadedVit]
     if job.onnx is not None:
         graph = open_graph_session(options, job.onnx, images)
@@ -94,7 +102,7 @@ def save_plan(options: ModelOptions, job: PlanJob, process_group: ProcessGroup) 
         raise UsageError(f"--output {job.output}: cannot be written: {error.strerror or error}") from error
     shutil.rmtree(checkpoint, ignore_errors=True)
     process_group.barrier()
-    weights = job.output.with_name(plan.weights.file) if plan.weights else None
+    weights = job.output.with_name(plan.weights.file) if plan.weights and plan.weights.file else None
     return SavedPlan(plan, job.output, page, weights, sweep)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -123,6 +124,19 @@ def calibration_images(options: ModelOptions) -> ImageSet:
 
     address = options.calibration_data or options.data
     return calibration_set(address, options.calibration_images, options.seed, apart=_apart(address, options.data))
+
+
+def evaluation_images(options: ModelOptions, count: int | None, classes: Sequence[str] = ()) -> ImageSet:
+    """Return ``count`` held-out images (None: all), of all of ``--data`` where plans are made from other images.
+
+    ``classes`` are the names of the model's classes, in order.
+    """
+    from slimming.data.source import evaluation_set
+
+    others = [options.calibration_data or options.data]
+    if options.finetune_epochs:
+        others.append(options.train_data or options.data)
+    return evaluation_set(options.data, count, classes, apart=all(_apart(address, options.data) for address in others))
 
 
 def _apart(address: str, evaluated: str) -> bool:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str], None]
 _MAX_TOTAL = 64 << 30  # bytes of a bundle: a file may be as large as it says and hold nothing, but it would be hashed
+_ATTEMPTS = 3  # at a folder whose place other bundles take while it is read
 _CHUNK = 8  # images per run of a model with a free batch axis
 _ORT_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "bfloat16": "tensor(bfloat16)"}
 
@@ -100,10 +101,36 @@ def check_bundle(
 
     The digests prove that the files are those of the manifest, and nothing against one who can write the folder: with
     ``expect_manifest_sha256``, which came another way, they do. ``require_executed`` fails a bundle whose engine never ran
-    where it was built. Raises ``Unavailable`` where ONNX Runtime or ``provider`` is not here.
+    where it was built. Where another bundle takes the folder's place meanwhile, that one is checked. Raises ``Unavailable``
+    where ONNX Runtime or ``provider`` is not here.
     """
     say = progress or (lambda _: None)
-    limits = limits or Limits()
+    before = _identity(folder)
+    for _ in range(_ATTEMPTS):
+        verdict = _check_bundle(folder, say, limits or Limits(), provider, threads, expect_manifest_sha256, require_executed)
+        if verdict.passed or (after := _identity(folder)) == before:
+            break
+        before = after
+    return verdict
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """What another folder of the same name does not have; None where there is none."""
+    with contextlib.suppress(OSError):
+        found = folder.stat()
+        return found.st_dev, found.st_ino
+    return None
+
+
+def _check_bundle(
+    folder: Path,
+    say: Progress,
+    limits: Limits,
+    provider: str,
+    threads: int,
+    expect_manifest_sha256: str | None,
+    require_executed: bool,
+) -> BundleVerdict:
     checks: list[Check] = []
     manifest: Manifest | None = None
     gate: float | None = None
@@ -124,8 +151,8 @@ def check_bundle(
         else:
             checks += _check_engine_ran(manifest, require_executed)
             checks += _check_graphs(folder, manifest, say, limits, provider, threads)
-    except InputRejected as error:
-        checks.append(_failed("manifest" if manifest is None else "bundle", str(folder), error))
+    except (InputRejected, OSError) as error:  # OSError: a file went away after it was listed
+        checks.append(_failed("manifest" if manifest is None else "bundle", str(folder), str(error)))
     if manifest is not None and any(check.name == "files" and check.status == "passed" for check in checks):
         with contextlib.suppress(InputRejected):  # said already
             gate = _read_parity(folder, manifest).gate.max_top1_drop

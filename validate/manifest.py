@@ -20,6 +20,7 @@ _Size = Annotated[int, Field(ge=1, le=1 << 24)]
 _Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 _Points = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 _Error = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Ms = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Stage = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,63}$")]
 _Text = Annotated[str, Field(max_length=4096)]
@@ -226,6 +227,25 @@ class CalibrationRecord(StrictRecord):
     fingerprint: _Text
 
 
+class LatencyRecord(StrictRecord):
+    """A budget of latency: what was asked, what the latency table promised, and what was measured in the end.
+
+    Times are of one batch, medians in milliseconds. What was measured is null where the engine did not run where it was built.
+    """
+
+    criterion: Literal["latency-reduction", "latency-budget-ms"]
+    asked: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        description="fraction of the dense model's latency to remove, or milliseconds that a batch may take"
+    )
+    batch: _Size = Field(description="images per batch")
+    device: _Text = Field(description="the processor that the table was measured on")
+    table_dense_ms: _Ms
+    promised_ms: _Ms = Field(description="of the plan, by the table")
+    measured_on: _Text | None = Field(default=None, description="the processor that the finished graph was measured on")
+    dense_ms: _Ms | None = Field(default=None, description="measured side by side with measured_ms")
+    measured_ms: _Ms | None = Field(default=None, description="of the finished graph")
+
+
 class OnnxRecord(StrictRecord):
     """One ONNX file of the bundle and what it must answer on the golden inputs in ONNX Runtime."""
 
@@ -253,6 +273,7 @@ class Manifest(_Results):
     preprocessing: Preprocessing
     labels: list[str] = Field(description="class names in output order; empty if unknown")
     calibration: CalibrationRecord | None = None
+    latency: LatencyRecord | None = Field(default=None, description="where the plan was found within a budget of latency")
     tokens_per_block: list[_Size] = Field(min_length=1, description="tokens that each block's output has")
     onnx: list[OnnxRecord] = Field(min_length=1)
     files: list[FileRecord] = Field(min_length=1, description="every file but manifest.json, sorted by path")

@@ -106,6 +106,17 @@ class ModelParts:
         return export_model(graph, like=model)
 
 
+def with_batch(model: OnnxModel, batch: int) -> OnnxModel:
+    """A whole model, slim or dense, that takes ``batch`` images and no other number."""
+    from graph_passes.onnx_io.graph_convert import export_model, import_graph, with_shapes
+
+    graph = import_graph(with_shapes(model))
+    _batch_is_known(graph, batch)
+    for tensor in (*graph.inputs, *graph.outputs):
+        tensor.shape = [batch, *tensor.shape[1:]]
+    return export_model(graph, like=model)
+
+
 def _batch_is_known(graph: gs.Graph, batch: int) -> None:
     """Put constants for the shape of the images, which an attention pool's query takes its batch from, far behind them."""
     from graph_passes.node_builder import make_constant, replace_all_uses

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from export.latency.block_extraction import HEAD, STEM, WHOLE, Key, ModelParts
+from export.latency.block_extraction import HEAD, STEM, WHOLE, Key, ModelParts, with_batch
 from export.latency.conditions import TimingConditions
 from export.latency.timed_runs import Run, open_timer
 from patchslim.choices import Mode
@@ -90,6 +91,45 @@ def measure_table(
         repeats=rounds,
         spread=float(np.median((high - low) / middle)),
     )
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """Median times of a batch of the dense and of the slim model, in milliseconds, measured in turn on ``device``."""
+
+    dense_ms: float
+    slim_ms: float
+    device: str
+
+
+def measure_pair(
+    dense_onnx: Path,
+    slim_onnx: Path,
+    model_plan: SlimPlan,
+    conditions: TimingConditions,
+    *,
+    rounds: int = ROUNDS,
+    progress: StageProgress | None = None,
+) -> SideBySide:
+    """Time ``dense_onnx``, through the same passes as in a table, and the finished ``slim_onnx``, in turn.
+
+    Raises as ``measure_table`` does.
+    """
+    from graph_passes import load_model, save_model
+
+    report = progress or (lambda stage, done, total: None)
+    timer = open_timer(dense_onnx, conditions)
+    try:
+        with tempfile.TemporaryDirectory(prefix="patchslim-") as folder:
+            paths = [Path(folder) / "dense.onnx", Path(folder) / "slim.onnx"]
+            ModelParts(dense_onnx, model_plan, conditions).write(WHOLE, paths[0])
+            save_model(with_batch(load_model(slim_onnx), conditions.batch), paths[1])
+            runs = [timer.open(path) for path in paths]
+            timed = interleaved(runs, rounds, progress=lambda done, total: report("timing the result", done, total))
+    finally:
+        timer.close()
+    dense_ms, slim_ms = (float(value) for value in np.median(level_rounds(np.array(timed)), axis=0) * 1e3)
+    return SideBySide(dense_ms, slim_ms, timer.device)
 
 
 def _grid(plan: SlimPlan, mode: Mode, grid: Sequence[int] | None) -> list[tuple[int, int]]:

@@ -95,13 +95,14 @@ def calibration_set(address: str, count: int, seed: int = 0, *, apart: bool = Fa
     return replace(opened, indices=[pool[index] for index in sorted(rng.permutation(len(pool))[:count].tolist())])
 
 
-def evaluation_set(address: str, count: int | None, classes: Sequence[str] = ()) -> ImageSet:
+def evaluation_set(address: str, count: int | None, classes: Sequence[str] = (), *, apart: bool = False) -> ImageSet:
     """Return ``count`` held-out images (None: all), evenly spread, so that few images still cover every class.
 
-    ``classes`` are the names of the model's classes, in order; empty: those of the data set's training split.
-    Raises ``InputRejected`` or ``Unavailable``.
+    ``classes`` are the names of the model's classes, in order; empty: those of the data set's training split. ``apart`` says
+    that no plan is made from this data set, so that one without splits is held out whole. Raises ``InputRejected`` or
+    ``Unavailable``.
     """
-    opened = _open(address, training=False, limit=count, classes=classes)
+    opened = _open(address, training=False, limit=count, apart=apart, classes=classes)
     indices = opened.indices
     if count is not None and count < len(indices):
         if address == "digits":

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from patchslim.choices import Fit
 from patchslim.errors import InputRejected
-from patchslim.plan import FittedWeights, SlimPlan
+from patchslim.plan import FittedWeights, SlimPlan, load_plan
 from patchslim.records import atomic_path
 from slimming.models.checkpoint import read_checkpoint
 from slimming.models.weights import apply_weights, state_digest
@@ -22,19 +24,38 @@ def save_fitted(
 ) -> SlimPlan:
     """Write ``plan`` to ``path``, and ``model``'s weights beside it where they are not the original's.
 
-    Each file is whole or not there, and the plan comes last. Returns the plan as written. Raises ``OSError``.
+    The weights go to ``STEM-<start of their digest>.safetensors``, so that the pair which ``path`` held stays whole until the
+    new one is; then its weights are removed. Returns the plan as written. Raises ``OSError``.
     """
     from safetensors.torch import save_file
 
+    old = _weights_of(path)
     if fit != "none" or finetune is not None:
-        weights = path.with_suffix(".safetensors")
         state = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
+        digest = state_digest(state)
+        weights = path.with_name(f"{_plain(path.stem)}-{digest[:8]}.safetensors")
         with atomic_path(weights) as part:
             save_file(state, part)
-        record = FittedWeights(file=weights.name, sha256=state_digest(state), fit=fit, finetune=finetune)
+        record = FittedWeights(file=weights.name, sha256=digest, fit=fit, finetune=finetune)
         plan = plan.model_copy(update={"weights": record})
     plan.save(path)
+    if old is not None and (plan.weights is None or old.name != plan.weights.file):
+        old.unlink(missing_ok=True)
     return plan
+
+
+def _plain(stem: str) -> str:
+    """A plan's name as a file name of any system: what a plan may name."""
+    return re.sub(r"[^A-Za-z0-9._-]", "_", stem)[:100].lstrip(".-") or "plan"
+
+
+def _weights_of(path: Path) -> Path | None:
+    """The weights that ``save_fitted`` wrote beside the plan at ``path``, if that is how this plan was written."""
+    with contextlib.suppress(InputRejected):  # nothing there, or no plan
+        record = load_plan(path).weights
+        if record and record.file and re.fullmatch(rf"{re.escape(_plain(path.stem))}-[0-9a-f]{{8}}\.safetensors", record.file):
+            return path.with_name(record.file)
+    return None
 
 
 def load_fitted(plan: SlimPlan, path: Path, model: nn.Module) -> nn.Module:
@@ -44,6 +65,11 @@ def load_fitted(plan: SlimPlan, path: Path, model: nn.Module) -> nn.Module:
     """
     if plan.weights is None:
         return model
+    if plan.weights.file is None:
+        raise InputRejected(
+            f"{path}: its weights were fitted to the cut, and a bundle has them in its ONNX files alone; "
+            "pass a plan.json of slimming.run, or search again with the same options"
+        )
     file = path.with_name(plan.weights.file)
     if not file.is_file():
         raise InputRejected(

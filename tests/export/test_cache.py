@@ -156,11 +156,12 @@ def test_weights_beside_a_given_plan_that_changed_are_refused(
     found = next(path for path in plans if (read(path)["weights"] or {}).get("sha256") == named)
     plan = tmp_path / "plan.json"
     shutil.copy(found, plan)
-    shutil.copy(found.with_suffix(".safetensors"), plan.with_suffix(".safetensors"))
+    weights = tmp_path / read(found)["weights"]["file"]
+    shutil.copy(found.with_name(weights.name), weights)
     options = tiny(export_work, "given", plan=plan)
     assert digests(export_bundle(options).bundle)["model.onnx"] == digests(ort_export.bundle)["model.onnx"]
-    content = plan.with_suffix(".safetensors").read_bytes()
-    rewrite(plan.with_suffix(".safetensors"), content[:-4] + b"\0\0\0\x40")  # the last float32 of a tensor becomes 2
+    content = weights.read_bytes()
+    rewrite(weights, content[:-4] + b"\0\0\0\x40")  # the last float32 of a tensor becomes 2
     with pytest.raises(InputRejected, match=r"not the weights that plan\.json was made with"):
         export_bundle(options)
 

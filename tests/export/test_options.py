@@ -44,7 +44,7 @@ def test_a_plan_is_used_as_it_is_and_not_searched_again(ort_export: Outcome, exp
 
 def test_a_plan_without_the_weights_that_were_fitted_to_it_is_refused(ort_export: Outcome, export_work: Path) -> None:
     alone = ort_export.bundle / "plan.json"  # in a bundle the fitted weights are in the ONNX
-    with pytest.raises(InputRejected, match=r"belong beside it, as plan\.safetensors; there are none"):
+    with pytest.raises(InputRejected, match=r"a bundle has them in its ONNX files alone; pass a plan\.json of slimming\.run"):
         export_bundle(tiny(export_work, "refused", plan=alone))
 
 

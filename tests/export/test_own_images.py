@@ -64,12 +64,13 @@ def test_the_head_and_the_labels_are_the_datas(outcome: Outcome) -> None:
 
 def test_other_images_may_calibrate(folder: Path, export_work: Path, tmp_path: Path) -> None:
     draw(tmp_path / "more", start=IMAGES, count=12, names=("a", "b"))
-    options = tiny(export_work, "apart", data=str(folder), calibration_data=str(tmp_path / "more"), eval_images=10)
+    options = tiny(export_work, "apart", data=str(folder), calibration_data=str(tmp_path / "more"), eval_images="all")
     manifest = read(export_bundle(options).bundle / "manifest.json")
     assert manifest["calibration"]["data"].startswith(str(tmp_path / "more"))
     assert manifest["calibration"]["images"] == 12  # all of them: none of these is measured
     assert manifest["calibration"]["share"] is None
     assert manifest["evaluation"]["data"] == str(folder)
+    assert (manifest["evaluation"]["images"], manifest["evaluation"]["split"]) == (IMAGES, "none (all)")  # and all of those
     assert manifest["labels"] == list(NAMES)  # of the images that are measured
 
 

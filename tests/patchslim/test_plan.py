@@ -184,7 +184,7 @@ def test_the_rules_of_pooled_plans_are_held(tmp_path: Path, where: str, value: A
         "-rf",
         "~",
         "w" * 201,
-        None,
+        7,
     ],
 )
 def test_fitted_weights_lie_beside_the_plan_and_nowhere_else(tmp_path: Path, file: Any) -> None:
