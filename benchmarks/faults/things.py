@@ -82,7 +82,8 @@ def _plan_state(path: Path) -> State:
 
     try:
         plan = load_plan(path)
-        if plan.weights is None or state_digest(load_file(path.with_name(plan.weights.file))) == plan.weights.sha256:
+        named = plan.weights
+        if not named or not named.file or state_digest(load_file(path.with_name(named.file))) == named.sha256:
             return "whole"
     except (InputRejected, OSError, SafetensorError):
         pass
