@@ -30,7 +30,9 @@ def raise_when_interrupted() -> None:
 
 
 def ignore_interrupts() -> None:
-    """Take no notice of Ctrl-C or SIGTERM: for the time in which all is done and the process ends by itself."""
+    """Take no notice of Ctrl-C or SIGTERM, and forget earlier ones: for the time in which all is done and the process ends."""
+    global _interrupted
+    _interrupted = False
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
