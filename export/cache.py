@@ -83,11 +83,11 @@ class StageCache:
 
         Raises ``Unavailable`` where the work folder cannot be written, ``UsageError`` where its disk is full.
         """
+        self._sweep()
         if self.has(folder):
             return False
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            self._sweep()
             with temporary_folder(f".{folder.name}.", "", self.root) as part:
                 self._fill(part, build)
                 try:
@@ -159,8 +159,11 @@ class StageCache:
         return f"{changed[0]} was changed or cut off" if changed else ""
 
     def _sweep(self) -> None:
-        if not self._swept:
-            self._swept = True
+        """Once, whether or not a stage is to be made: a run that finds all of them must not leave what a killed one left."""
+        if self._swept:
+            return
+        self._swept = True
+        with contextlib.suppress(OSError):  # a folder that is not there, or cannot be read, is told of where it is used
             sweep(_TEMPORARY, self.root)
             sweep(r"\..+\.[0-9]+\.part", self.facts.folder)
 
