@@ -74,7 +74,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device", "/disk/file")
         (chained(UsageError("--output x: cannot be written"), FULL), 2, "paint: --output x: cannot be written\n"),
         (chained(InputRejected("a: no plan"), OSError(errno.ENAMETOOLONG, "File name too long", "a")), 3, "a: no plan"),
         (OSError(errno.ENAMETOOLONG, "File name too long", "aaaa"), 2, "aaaa: the name is too long"),
-        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 4, "/root/x: permission denied"),
+        (PermissionError(errno.EACCES, "Permission denied", "/place/x"), 4, "/place/x: permission denied"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
