@@ -7,6 +7,7 @@ from pathlib import Path
 
 from export.cache import copy_verified, tool_versions
 from export.engines.base import EngineResult
+from export.golden import preprocessing
 from export.logits import PYTORCH, PYTORCH_SLIM, Measured
 from export.onnx_export import INPUT, OUTPUT
 from export.source import ModelFacts
@@ -26,7 +27,8 @@ class BundleContents:
     """Everything that a bundle says or holds; ``graphs`` are ONNX files by stage name.
 
     ``share`` is the part of an undivided data set that calibrated, ``labels`` are the class names of the held-out images,
-    ``latency_table`` and ``latency`` are there where the plan was solved on one.
+    ``golden_images`` are PNG files by row of the golden inputs. ``latency_table`` and ``latency`` are there where the plan was
+    solved on one.
     """
 
     name: str
@@ -40,6 +42,7 @@ class BundleContents:
     measured: Measured
     parity: schema.ParityReport
     picture: Path
+    golden_images: dict[int, Path]
     latency_table: Path | None
     latency: schema.LatencyRecord | None
 
@@ -55,6 +58,9 @@ def write_contents(contents: BundleContents, folder: Path) -> schema.Manifest:
     copy_verified(contents.picture, folder / "kept_patches.png")
     write_parity(folder, contents.parity)
     write_golden(folder / "golden.npz", _golden(contents.measured))
+    for row, path in contents.golden_images.items():
+        (folder / "golden").mkdir(exist_ok=True)
+        copy_verified(path, folder / "golden" / f"{row}.png")
     return _manifest(contents, folder)
 
 
@@ -97,14 +103,7 @@ def _manifest(contents: BundleContents, folder: Path) -> schema.Manifest:
         precision=contents.request.precision,
         inputs=[schema.TensorSpec(name=INPUT, dtype="float32", shape=["batch", *config["input_size"]])],
         outputs=[schema.TensorSpec(name=OUTPUT, dtype="float32", shape=["batch", model.classes])],
-        preprocessing=schema.Preprocessing(
-            input_size=tuple(config["input_size"]),
-            interpolation=config["interpolation"],
-            crop_pct=config["crop_pct"],
-            crop_mode=config["crop_mode"],
-            mean=list(config["mean"]),
-            std=list(config["std"]),
-        ),
+        preprocessing=preprocessing(model),
         labels=contents.labels if len(contents.labels) == model.classes else [],
         calibration=None
         if calibration is None
@@ -115,6 +114,7 @@ def _manifest(contents: BundleContents, folder: Path) -> schema.Manifest:
             fingerprint=calibration.fingerprint,
         ),
         latency=contents.latency,
+        golden_images=[schema.GoldenImage(path=f"golden/{row}.png", row=row) for row in contents.golden_images],
         tokens_per_block=plan.counts,
         onnx=_onnx_records(contents),
         files=record_files(folder),

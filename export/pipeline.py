@@ -11,6 +11,7 @@ from export.cache import StageCache, StageDamaged
 from export.engines import cuda
 from export.engines.base import EngineResult
 from export.engines.build import choose_backend
+from export.golden import golden_images
 from export.logits import answering_stages, measured_logits
 from export.options import ExportOptions
 from export.parity import parity_report
@@ -107,6 +108,7 @@ def _export(options: ExportOptions, request: EngineRequest, source: ExportSource
         measured=measured,
         parity=parity,
         picture=kept_patches(plan, options.layout, measured.inputs[0], source.model, work),
+        golden_images=golden_images(source, measured.inputs, work),
         latency_table=table,
         latency=latency,
     )

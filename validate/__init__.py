@@ -8,7 +8,7 @@ from patchslim.lazy import lazy_names
 
 if TYPE_CHECKING:
     from validate.bundle import load_manifest, load_parity
-    from validate.check import BundleVerdict, check_bundle
+    from validate.check import check_bundle
     from validate.latency import compare_latency
     from validate.manifest import Manifest, ParityReport, Rung, manifest_schema, parity_schema
     from validate.parity import gate, rung
@@ -31,7 +31,7 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "BundleVerdict": "validate.check",
+        "BundleVerdict": "validate.verdict",
         "Manifest": "validate.manifest",
         "ParityReport": "validate.manifest",
         "Rung": "validate.manifest",

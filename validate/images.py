@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,61 +12,56 @@ import numpy as np
 from patchslim.arrays import Array
 from patchslim.errors import InputRejected
 from patchslim.images import IMAGE_SUFFIXES, read_image, scan_class_folders
-from validate.manifest import Manifest, Preprocessing
+from validate.manifest import Manifest
+from validate.preprocessing import MAX_RESIZED_PIXELS, CropRule, Preprocessing, ResizeRule
 
 if TYPE_CHECKING:
     from PIL import Image
 
-_MAX_PIXELS = 1 << 26  # of a resized image: thin ones grow without bound
-
 
 def preprocess(image: Image.Image, spec: Preprocessing) -> Array:
-    """A (channels, height, width) float32 tensor of ``image``, as ``timm.data.create_transform`` makes it for evaluation.
+    """A (channels, height, width) float32 tensor of ``image``, by the rule of ``spec``; timm's transform gives the same bits.
 
-    Source: ``transforms_imagenet_eval`` of timm, over torchvision's rounding of sizes and offsets.
+    Raises ``InputRejected`` where no picture has so many channels, ``ValueError`` for one that cannot be resized.
     """
     from PIL import Image
 
-    channels, height, width = spec.input_size
-    mode = {1: "L", 3: "RGB"}.get(channels)
-    if mode is None:
-        raise InputRejected(f"input_size: no way to make {channels} channels of an image")
-    image = image.convert(mode)
-    filters = Image.Resampling[spec.interpolation.upper()]
-    scaled = (math.floor(height / spec.crop_pct), math.floor(width / spec.crop_pct))
-    resized = _resized(image.size, scaled, spec.crop_mode)
-    if resized[0] * resized[1] > _MAX_PIXELS:
+    rule = spec.rule or spec.derived_rule()
+    if rule is None:
+        raise InputRejected(f"input_size: no way to make {spec.input_size[0]} channels of an image")
+    image = image.convert(rule.colours)
+    resized = resized_to(image.size, rule.resize)
+    if resized[0] * resized[1] > MAX_RESIZED_PIXELS:  # thin ones grow without bound
         raise ValueError(f"{image.width} x {image.height} pixels would be resized to {resized[0]} x {resized[1]}")
-    image = image.resize(resized, filters)
-    fill = [round(255 * value) for value in spec.mean] if spec.crop_mode == "border" else [0] * channels
-    image = _centre_crop(image, height, width, tuple(fill))
-    pixels = np.asarray(image, dtype=np.float32).reshape(height, width, channels) / np.float32(255)
+    image = _centre_crop(image.resize(resized, Image.Resampling[rule.resize.filter.upper()]), rule.crop)
+    pixels = np.asarray(image, dtype=np.float32).reshape(rule.crop.height, rule.crop.width, -1) / np.float32(rule.divide_by)
     mean, std = np.asarray(spec.mean, dtype=np.float32), np.asarray(spec.std, dtype=np.float32)
     return np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1))
 
 
-def _resized(size: tuple[int, int], scaled: tuple[int, int], crop_mode: str) -> tuple[int, int]:
-    """(width, height) to resize an image of ``size`` (width, height) to before the crop; ``scaled`` is (height, width)."""
+def resized_to(size: tuple[int, int], rule: ResizeRule) -> tuple[int, int]:
+    """(width, height) to resize an image of ``size`` (width, height) to before the crop."""
     width, height = size
-    if crop_mode == "squash":
-        return scaled[1], scaled[0]
-    if crop_mode == "center" and scaled[0] == scaled[1]:  # torchvision truncates the longer side, timm rounds it below
+    if rule.side == "both":
+        return rule.width, rule.height
+    if rule.rounding == "down":
         if width <= height:
-            return scaled[0], int(scaled[0] * height / width)
-        return int(scaled[0] * width / height), scaled[0]
-    ratios = height / scaled[0], width / scaled[1]
-    ratio = max(ratios) if crop_mode == "border" else min(ratios)
+            return rule.width, int(rule.height * height / width)
+        return int(rule.width * width / height), rule.height
+    ratios = height / rule.height, width / rule.width
+    ratio = min(ratios) if rule.side == "shorter" else max(ratios)
     return round(width / ratio), round(height / ratio)
 
 
-def _centre_crop(image: Image.Image, height: int, width: int, fill: tuple[int, ...]) -> Image.Image:
-    """Crop, or pad with ``fill``, to ``height`` by ``width`` around the centre."""
+def _centre_crop(image: Image.Image, rule: CropRule) -> Image.Image:
+    """Crop, or pad, to the rule's size around the centre."""
     from PIL import Image
 
-    pad_left, pad_top = max((width - image.width) // 2, 0), max((height - image.height) // 2, 0)
+    width, height = rule.width, rule.height
     if image.width < width or image.height < height:
-        canvas = Image.new(image.mode, (max(width, image.width), max(height, image.height)), fill if len(fill) > 1 else fill[0])
-        canvas.paste(image, (pad_left, pad_top))
+        fill = tuple(rule.fill) if len(rule.fill) > 1 else rule.fill[0]
+        canvas = Image.new(image.mode, (max(width, image.width), max(height, image.height)), fill)
+        canvas.paste(image, (max((width - image.width) // 2, 0), max((height - image.height) // 2, 0)))
         image = canvas
     top, left = round((image.height - height) / 2.0), round((image.width - width) / 2.0)
     return image.crop((left, top, left + width, top + height))

@@ -6,10 +6,11 @@ import re
 from fractions import Fraction
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, FiniteFloat, JsonValue, model_validator
+from pydantic import AfterValidator, Field, JsonValue, model_validator
 
 from patchslim.choices import Layout
 from patchslim.records import StrictRecord, VersionOne
+from validate.preprocessing import Preprocessing
 
 Status = Literal["passed", "failed", "not executed"]
 #: The stages of a parity report in order; an export may add others, such as ``onnx-slim-int8``.
@@ -25,7 +26,6 @@ _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Stage = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,63}$")]
 _Text = Annotated[str, Field(max_length=4096)]
 _Name = Annotated[str, Field(min_length=1, max_length=1024)]
-_MAX_PIXELS = 1 << 26  # that a picture is resized to: 8192 x 8192
 _ROUNDING = 1e-6  # points and percentages are written as floats; the integer counts beside them are the truth
 
 
@@ -180,29 +180,6 @@ class TensorSpec(StrictRecord):
     )
 
 
-class Preprocessing(StrictRecord):
-    """timm's evaluation transform in full, as ``timm.data.resolve_model_data_config`` names it."""
-
-    input_size: tuple[_Size, _Size, _Size] = Field(description="channels, height, width in pixels")
-    interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
-    crop_pct: Annotated[float, Field(gt=0, le=4)]
-    crop_mode: Literal["center", "squash", "border"]
-    mean: Annotated[list[FiniteFloat], Field(min_length=1, max_length=4)] = Field(
-        description="per channel, of pixels in [0, 1]"
-    )
-    std: Annotated[list[Annotated[FiniteFloat, Field(gt=0)]], Field(min_length=1, max_length=4)]
-
-    @model_validator(mode="after")
-    def _check(self) -> Preprocessing:
-        if not self.input_size[0] == len(self.mean) == len(self.std):
-            raise ValueError(f"mean, std: need one value for each of {self.input_size[0]} channels")
-        _, height, width = self.input_size
-        smallest = min(1.0, self.crop_pct)
-        if (height / smallest) * (width / smallest) > _MAX_PIXELS:
-            raise ValueError(f"input_size, crop_pct: ask for images of more than {_MAX_PIXELS} pixels")
-        return self
-
-
 class FileRecord(StrictRecord):
     """One file of the bundle."""
 
@@ -246,6 +223,13 @@ class LatencyRecord(StrictRecord):
     measured_ms: _Ms | None = Field(default=None, description="of the finished graph")
 
 
+class GoldenImage(StrictRecord):
+    """A picture, lossless and before any preprocessing, that one row of ``golden.npz`` was made of."""
+
+    path: PlainPath = Field(description="a PNG file of 8 bits per channel")
+    row: _Count = Field(description="of inputs, labels and logits in golden.npz")
+
+
 class OnnxRecord(StrictRecord):
     """One ONNX file of the bundle and what it must answer on the golden inputs in ONNX Runtime."""
 
@@ -274,6 +258,10 @@ class Manifest(_Results):
     labels: list[str] = Field(description="class names in output order; empty if unknown")
     calibration: CalibrationRecord | None = None
     latency: LatencyRecord | None = Field(default=None, description="where the plan was found within a budget of latency")
+    golden_images: list[GoldenImage] = Field(
+        default_factory=list,
+        description="what preprocessing.rule makes of each is its row of inputs in golden.npz, bit for bit",
+    )
     tokens_per_block: list[_Size] = Field(min_length=1, description="tokens that each block's output has")
     onnx: list[OnnxRecord] = Field(min_length=1)
     files: list[FileRecord] = Field(min_length=1, description="every file but manifest.json, sorted by path")
@@ -286,7 +274,12 @@ class Manifest(_Results):
         graphs = [record.path for record in self.onnx]
         if len(set(graphs)) != len(graphs):
             raise ValueError("onnx: a path is listed twice")
-        for path in [*graphs, *self.engine.files, "plan.json", "golden.npz", "parity.json"]:
+        pictures = [image.path for image in self.golden_images]
+        if len(set(pictures)) != len(pictures) or len({image.row for image in self.golden_images}) != len(pictures):
+            raise ValueError("golden_images: a path or a row is listed twice")
+        if pictures and self.preprocessing.rule is None:
+            raise ValueError("golden_images: there is no preprocessing.rule to make tensors of them")
+        for path in [*graphs, *self.engine.files, *pictures, "plan.json", "golden.npz", "parity.json"]:
             if path not in names:
                 raise ValueError(f"files: lacks {path}")
         if unrecorded := [name for name in names if name.casefold().endswith(".onnx") and name not in graphs]:

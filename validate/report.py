@@ -7,9 +7,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from patchslim.console import Console
-from validate.check import BundleVerdict
 from validate.manifest import Rung
 from validate.parity import what_it_proves
+from validate.verdict import BundleVerdict
 
 _STYLES = {"passed": "green", "failed": "red", "not executed": "yellow"}
 

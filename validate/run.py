@@ -21,8 +21,8 @@ from patchslim.errors import UsageError
 from patchslim.text import printable
 
 if TYPE_CHECKING:
-    from validate.check import BundleVerdict
     from validate.manifest import Rung
+    from validate.verdict import BundleVerdict
 
 EXAMPLES = (
     "bundles/vit_ti-ort",

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 
 from patchslim.latency_table import LatencyPoint, LatencyTable
 from patchslim.macs import Geometry
@@ -25,25 +26,27 @@ from patchslim.plan import Calibration, FittedWeights, Origin, SlimPlan
 from validate import parity
 from validate.bundle import digest, record_files, write_manifest, write_parity
 from validate.golden import Golden, write_golden
+from validate.images import preprocess
 from validate.manifest import (
     CalibrationRecord,
     EngineRecord,
     Evaluation,
     Gate,
+    GoldenImage,
     Macs,
     Manifest,
     OnnxRecord,
     ParityReport,
-    Preprocessing,
     TensorSpec,
     Weights,
 )
+from validate.preprocessing import Preprocessing
 
 SIDE, CLASSES, IMAGES = 8, 6, 4
 MODEL = "vit_tiny_patch16_224"
 PREPROCESSING = Preprocessing(
-    input_size=(3, SIDE, SIDE), interpolation="bicubic", crop_pct=0.9, crop_mode="center", mean=[0.5] * 3, std=[0.5] * 3
-)
+    input_size=(3, SIDE, SIDE), interpolation="bicubic", crop_pct=0.9, crop_mode="center", mean=[0.5] * 3, std=[0.25] * 3
+).with_rule()
 GEOMETRY = Geometry(embed_dim=8, mlp_hidden_dim=16, patch_macs=100, head_macs=48)
 _VIT = """
 vit (float[batch, 3, 8, 8] images) => (float[batch, 3] logits) {
@@ -109,13 +112,17 @@ def bundle() -> dict[str, bytes]:
     """The files of a bundle that passes every check."""
     with tempfile.TemporaryDirectory() as folder:
         _write_bundle(Path(folder))
-        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+        paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 def _write_bundle(folder: Path) -> None:
     rng = np.random.default_rng(1)
     weight = rng.standard_normal((3 * SIDE * SIDE, CLASSES)).astype(np.float32) / 14
-    inputs = rng.standard_normal((IMAGES, 3, SIDE, SIDE)).astype(np.float32)
+    pictures = [Image.fromarray(rng.integers(0, 256, (12, 10, 3), dtype=np.uint8)) for _ in range(IMAGES)]
+    inputs = np.stack([preprocess(picture, PREPROCESSING) for picture in pictures])
+    (folder / "golden").mkdir()
+    pictures[0].save(folder / "golden" / "0.png")
     original = inputs.reshape(IMAGES, -1) @ weight
     slim, labels = original + np.float32(1e-5), original.argmax(axis=1)
     p = plan().model_copy(update={"weights": None})
@@ -167,6 +174,7 @@ def _write_bundle(folder: Path) -> None:
         inputs=[TensorSpec(name="image", dtype="float32", shape=["batch", 3, SIDE, SIDE])],
         outputs=[TensorSpec(name="logits", dtype="float32", shape=["batch", CLASSES])],
         preprocessing=PREPROCESSING,
+        golden_images=[GoldenImage(path="golden/0.png", row=0)],
         labels=[f"class {number}" for number in range(CLASSES)],
         calibration=CalibrationRecord(data="digits", images=4, fingerprint="0" * 64),
         tokens_per_block=p.counts,
@@ -286,7 +294,6 @@ def zipped(members: list[Member], compression: int = zipfile.ZIP_STORED) -> byte
 @cache
 def images() -> tuple[tuple[str, bytes], ...]:
     """Pictures of every format that is read: (suffix, bytes)."""
-    from PIL import Image
 
     pixels = np.random.default_rng(0).integers(0, 256, (12, 10, 3), dtype=np.uint8)
     picture = Image.fromarray(pixels)

@@ -476,6 +476,8 @@ def _bundle(rng: Random) -> Files:
         changed = rng.choice((_npz_bytes, _npz_arrays))(rng)[name]
     elif name == "model.onnx":
         changed = _mutated_onnx(rng, files[name])
+    elif name.endswith(".png"):
+        changed = mutate_bytes(rng, files[name])
     else:
         changed = mutate_json(rng, files[name].decode())
     files[name] = changed

@@ -61,14 +61,14 @@ def test_an_empty_work_folder_gives_the_same_bytes(ort_export: Outcome, tmp_path
     outcome = export_bundle(tiny(tmp_path / "work", ort_export.bundle.name))
     assert digests(outcome.bundle) == digests(ort_export.bundle)
     kinds = {name.partition("-")[0] for name in stages_in(tmp_path / "work")}
-    assert kinds == {"plan", "dense", "slim", "engine", "logits", "picture"}
+    assert kinds == {"plan", "dense", "slim", "engine", "logits", "picture", "golden"}
 
 
 def test_only_what_a_choice_changes_is_made_again(ort_export: Outcome, export_work: Path) -> None:
     before = set(stages_in(export_work))
     export_bundle(tiny(export_work, "images", eval_images=36))
     made = {name.partition("-")[0] for name in set(stages_in(export_work)) - before}
-    assert made == {"logits"}
+    assert made == {"logits", "golden"}
     before = set(stages_in(export_work))
     export_bundle(tiny(export_work, "budget", macs_reduction=0.2))
     made = {name.partition("-")[0] for name in set(stages_in(export_work)) - before}

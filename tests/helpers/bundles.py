@@ -9,31 +9,34 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 
 from patchslim.macs import Geometry
 from patchslim.plan import Origin, SlimPlan
 from validate import check_bundle, parity
 from validate.bundle import digest, load_manifest, record_files, write_manifest, write_parity
 from validate.golden import Golden, write_golden
+from validate.images import preprocess
 from validate.manifest import (
     EngineRecord,
     Evaluation,
     Gate,
+    GoldenImage,
     Macs,
     Manifest,
     OnnxRecord,
     ParityReport,
-    Preprocessing,
     TensorSpec,
     Weights,
 )
+from validate.preprocessing import Preprocessing
 
-SIZE, CLASSES, IMAGES = 8, 6, 10
+SIZE, CLASSES, IMAGES, PICTURES = 8, 6, 10, 3
 TOLERANCE = 2e-4
 MODEL = "vit_tiny_patch16_224"
 PREPROCESSING = Preprocessing(
-    input_size=(3, SIZE, SIZE), interpolation="bicubic", crop_pct=0.9, crop_mode="center", mean=[0.5] * 3, std=[0.5] * 3
-)
+    input_size=(3, SIZE, SIZE), interpolation="bicubic", crop_pct=0.9, crop_mode="center", mean=[0.5] * 3, std=[0.25] * 3
+).with_rule()
 
 
 def weight(seed: int = 0) -> np.ndarray:
@@ -60,6 +63,16 @@ def write_onnx(path: Path, matrix: np.ndarray, batch: str | int = "batch", exter
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
 
 
+def write_pictures(folder: Path) -> np.ndarray:
+    """Ten pictures, the first of which are saved as 0.png and so on; returns what ``PREPROCESSING`` makes of all."""
+    folder.mkdir()
+    rng = np.random.default_rng(1)
+    pictures = [Image.fromarray(rng.integers(0, 256, (12, 10 + row, 3), dtype=np.uint8)) for row in range(IMAGES)]
+    for row, picture in enumerate(pictures[:PICTURES]):
+        picture.save(folder / f"{row}.png")
+    return np.stack([preprocess(picture, PREPROCESSING) for picture in pictures])
+
+
 def plan() -> SlimPlan:
     """A plan of three blocks over one class token and a 2 x 2 grid."""
     return SlimPlan(
@@ -79,8 +92,7 @@ def plan() -> SlimPlan:
 def make_bundle(folder: Path, **changes: Any) -> Path:
     """Write a bundle that passes every check, but for ``changes`` to its manifest's fields."""
     folder.mkdir(parents=True)
-    rng = np.random.default_rng(1)
-    inputs = rng.standard_normal((IMAGES, 3, SIZE, SIZE)).astype(np.float32)
+    inputs = write_pictures(folder / "golden")
     original = inputs.reshape(IMAGES, -1) @ weight()
     slim = original + np.float32(1e-5)
     slim_weight = weight()
@@ -126,6 +138,7 @@ def make_bundle(folder: Path, **changes: Any) -> Path:
         "inputs": [TensorSpec(name="image", dtype="float32", shape=["batch", 3, SIZE, SIZE])],
         "outputs": [TensorSpec(name="logits", dtype="float32", shape=["batch", CLASSES])],
         "preprocessing": PREPROCESSING,
+        "golden_images": [GoldenImage(path=f"golden/{row}.png", row=row) for row in range(PICTURES)],
         "labels": [f"class {number}" for number in range(CLASSES)],
         "tokens_per_block": p.counts,
         "onnx": [

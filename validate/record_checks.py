@@ -1,0 +1,141 @@
+"""Checks of what a bundle's records say: of one another, of the plan, of the golden arrays and pictures, of the engines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from patchslim.errors import EXIT_PARITY, InputRejected
+from patchslim.plan import SlimPlan
+from patchslim.records import MAX_JSON_BYTES, parse_record
+from validate import bundle as files
+from validate.bundle import parse_parity, read_file
+from validate.engine_file import check_engine
+from validate.manifest import Manifest, ParityReport
+from validate.verdict import Check, failed
+
+if TYPE_CHECKING:
+    from validate.golden import Golden
+
+
+def check_records(folder: Path, manifest: Manifest, say: Callable[[str], None]) -> Iterator[Check]:
+    """``plan.json``, ``parity.json``, ``golden.npz`` and engines are what the manifest says; the build's gate was passed."""
+    from validate.figures import contradictions, failed_stages
+
+    say(files.PLAN)
+    try:
+        _check_plan(folder, manifest)
+        yield Check(name="plan", subject=files.PLAN, status="passed", detail=f"{manifest.tokens_per_block} tokens per block")
+    except InputRejected as error:
+        yield failed("plan", files.PLAN, error)
+    for name in manifest.engine.files:
+        try:
+            if name not in [record.path for record in manifest.onnx]:
+                check_engine(folder / name, manifest.engine.backend)
+                yield Check(name="engine", subject=name, status="passed", detail=f"the header is {manifest.engine.backend}'s")
+        except InputRejected as error:
+            yield failed("engine", name, error)
+    path = folder / files.PARITY
+    try:
+        report = read_parity(folder, manifest)
+        for field in ("macs", "rungs", "engine", "evaluation"):
+            if getattr(report, field) != getattr(manifest, field):
+                raise InputRejected(f"{path}: {field} is not what manifest.json says")
+        for fault in contradictions(report):
+            raise InputRejected(f"{path}: {fault}")
+    except InputRejected as error:
+        yield failed("parity report", files.PARITY, error)
+        return
+    gate = f"gate of {report.gate.max_top1_drop:g} points"
+    if stages := failed_stages(report):
+        yield failed(
+            "parity report", files.PARITY, f"{path}: the build did not pass its {gate}: {', '.join(stages)}", EXIT_PARITY
+        )
+        return
+    detail = f"{len(report.rungs)} stages, {gate}, recomputed"
+    yield Check(name="parity report", subject=files.PARITY, status="passed", detail=detail)
+    found = _check_golden(folder, manifest, report, say)
+    yield found
+    if not found.exit_code:
+        yield _check_preprocessing(folder, manifest, say)
+
+
+def _check_golden(folder: Path, manifest: Manifest, report: ParityReport, say: Callable[[str], None]) -> Check:
+    """``golden.npz`` is well formed, and what it shows is not more than what the report admits and the manifest allows."""
+    from validate.figures import golden_contradictions, overgenerous
+
+    say(files.GOLDEN)
+    try:
+        golden = read_golden(folder, manifest)
+        for fault in golden_contradictions(report, golden):
+            raise InputRejected(f"{folder / files.PARITY}: {fault}")
+        for fault in overgenerous(manifest, golden):
+            raise InputRejected(f"{folder / files.MANIFEST}: {fault}")
+    except InputRejected as error:
+        return failed("golden", files.GOLDEN, error)
+    return Check(
+        name="golden", subject=files.GOLDEN, status="passed", detail=f"{len(golden.labels)} images, as the figures say"
+    )
+
+
+def _check_preprocessing(folder: Path, manifest: Manifest, say: Callable[[str], None]) -> Check:
+    """The manifest's rule makes the golden inputs of the pictures that lie beside them."""
+    from validate.golden_images import replay
+
+    if not manifest.golden_images:
+        detail = "not checked: the bundle, made before it had to, holds no pictures that its golden inputs were made of"
+        return Check(name="preprocessing", subject=files.GOLDEN, status="not executed", detail=detail)
+    try:
+        replay(folder, manifest, read_golden(folder, manifest), say)
+    except InputRejected as error:
+        return failed("preprocessing", files.GOLDEN, error)
+    detail = f"the rule makes the golden inputs of {len(manifest.golden_images)} pictures, bit for bit"
+    return Check(name="preprocessing", subject=files.GOLDEN, status="passed", detail=detail)
+
+
+def check_engine_ran(manifest: Manifest, required: bool) -> Iterator[Check]:
+    engine = manifest.engine
+    if engine.status != "not executed":
+        return
+    detail = f"the engine ({engine.backend} for {', '.join(engine.targets) or 'no target'}) never ran where it was built"
+    if required:
+        yield failed("engine ran", "engine", f"{detail}, and --require-executed asks for that", EXIT_PARITY)
+    else:
+        yield Check(name="engine ran", subject="engine", status="not executed", detail=detail)
+
+
+def _check_plan(folder: Path, manifest: Manifest) -> None:
+    """Raise ``InputRejected`` unless the plan is valid and all that the manifest says of it follows from it."""
+    path = folder / files.PLAN
+    data = read_file(folder, manifest, files.PLAN, MAX_JSON_BYTES)
+    if next(file.sha256 for file in manifest.files if file.path == files.PLAN) != manifest.plan_digest:
+        raise InputRejected(f"{path}: its SHA-256 is not manifest.json's plan_digest")
+    plan = parse_record(data, SlimPlan, "plan", path)
+    calibration = plan.origin.calibration
+    derived: dict[str, tuple[object, object]] = {
+        "model": (plan.model, manifest.model),
+        "tokens per block": (plan.counts, manifest.tokens_per_block),
+        "macs.dense": (plan.dense_macs(), manifest.macs.dense),
+        "macs.slim": (plan.macs(manifest.macs.layout), manifest.macs.slim),
+    }
+    if (stated := manifest.calibration) is not None:
+        derived["calibration"] = (
+            None if calibration is None else (calibration.data, calibration.images, calibration.fingerprint),
+            (stated.data, stated.images, stated.fingerprint),
+        )
+    for field, (of_plan, of_manifest) in derived.items():
+        if of_plan != of_manifest:
+            raise InputRejected(f"{path}: {field} of the plan: {of_plan}, and manifest.json says {of_manifest}")
+
+
+def read_parity(folder: Path, manifest: Manifest) -> ParityReport:
+    return parse_parity(folder, read_file(folder, manifest, files.PARITY, files.MAX_RECORD_BYTES))
+
+
+def read_golden(folder: Path, manifest: Manifest) -> Golden:
+    from validate.golden import most_bytes, parse_golden
+
+    size, classes = manifest.preprocessing.input_size, manifest.classes
+    data = read_file(folder, manifest, files.GOLDEN, most_bytes(size, classes))
+    return parse_golden(data, folder / files.GOLDEN, size, classes)

@@ -1,0 +1,71 @@
+"""What a check of a bundle found: one record per thing looked at, and the exit code that follows from all of them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from patchslim.errors import (
+    EXIT_DONE,
+    EXIT_PARITY,
+    EXIT_REJECTED,
+    EXIT_UNAVAILABLE,
+    InputRejected,
+    ParityFailed,
+    PatchslimError,
+)
+from patchslim.records import StrictRecord
+from validate.manifest import Manifest, Status
+
+
+class Check(StrictRecord):
+    """One thing looked at: ``name`` says what, ``subject`` which file, ``detail`` what was found."""
+
+    name: str
+    subject: str
+    status: Status
+    detail: str = ""
+    exit_code: Literal[0, 3, 4, 5] = EXIT_DONE
+
+
+class BundleVerdict(StrictRecord):
+    """What ``check_bundle`` found; ``manifest`` is None where it could not be read."""
+
+    folder: str
+    checks: list[Check]
+    manifest: Manifest | None = None
+    max_top1_drop: float | None = Field(default=None, description="the build's gate in points; None where it could not be read")
+
+    @property
+    def exit_code(self) -> int:
+        """0 when the bundle is whole and answers right; 3 broken, 4 cannot be run here, 5 answers wrongly."""
+        codes = [check.exit_code for check in self.checks]
+        return next((code for code in (EXIT_REJECTED, EXIT_PARITY, EXIT_UNAVAILABLE) if code in codes), EXIT_DONE)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check that could be made passed."""
+        return self.exit_code == EXIT_DONE
+
+    @property
+    def faults(self) -> list[str]:
+        """One line for every failed check."""
+        return [check.detail for check in self.checks if check.status == "failed"]
+
+    @property
+    def error(self) -> PatchslimError | None:
+        """``InputRejected`` or ``ParityFailed`` with every fault; None where nothing failed."""
+        if self.passed:
+            return None
+        return (ParityFailed if self.exit_code == EXIT_PARITY else InputRejected)("; ".join(self.faults))
+
+    def raise_if_failed(self) -> None:
+        """Raise ``InputRejected`` or ``ParityFailed`` with every fault, or do nothing."""
+        if (error := self.error) is not None:
+            raise error
+
+
+def failed(name: str, subject: str, fault: PatchslimError | str, code: Literal[3, 4, 5] = EXIT_REJECTED) -> Check:
+    """A check that failed; ``fault`` says what was found."""
+    return Check(name=name, subject=subject, status="failed", detail=str(fault), exit_code=code)
