@@ -23,9 +23,10 @@ import hashlib
 import json
 import math
 import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from accelerate import Accelerator
@@ -50,6 +51,9 @@ from slimming.models.weights import state_digest
 
 _LEAST_LR, _WARMUP_LR = 1 / 50, 1 / 500  # of the learning rate, as in DeiT
 _EMA_SHARE = 25_000 / 375_000  # of the steps, as in DeiT
+#: What makes the batches of steps ``start`` to ``stop`` of a run, on its device: images (b, 3, h, w) and classes (b,), or
+#: shares of classes (b, classes). The same for the same steps, wherever a run is taken up.
+Feed: TypeAlias = Callable[[int, int], Iterable[tuple[Tensor, Tensor]]]
 _SAVES = 20  # checkpoints in a run where no interval is asked for
 
 
@@ -76,6 +80,7 @@ def finetune(
     recipe: Recipe,
     checkpoint: Path | None = None,
     checkpoint_steps: int | None = None,
+    feed: Feed | None = None,
     progress: StageProgress | None = None,
 ) -> FinetuneReport:
     """Train ``slim`` (a ``SlimViT``) in place on labelled ``images``; at the end it holds the averaged (EMA) weights.
@@ -85,7 +90,8 @@ def finetune(
     process must call it; each ends with equal weights. With a folder ``checkpoint`` the run's state is saved there every
     ``checkpoint_steps`` steps (a twentieth of the run by default), whole or not at all, and a call with the same arguments
     goes on from it: on a CPU to the same weights, bit for bit, as without the interruption. Resume your own folders only:
-    they hold pickles. ``progress`` is called with ("fine-tuning", steps done, steps), by the first process only.
+    they hold pickles. ``feed`` makes the batches in place of a loader of ``images``, which then say only how long an epoch is
+    and which run this is. ``progress`` is called with ("fine-tuning", steps done, steps), by the first process only.
 
     On any error ``slim`` is put back to the weights that it came with; flags, devices and generators always are. No other
     ``Accelerator`` may be in use. Raises ``UsageError`` for a recipe that means nothing here or that diverges, and
@@ -105,7 +111,7 @@ def finetune(
         try:
             with unfused_attention(slim) if accelerator.device.type == "cpu" else contextlib.nullcontext():
                 run = _Run(slim, teacher, images, data_config, recipe)
-                return _train(accelerator, run, checkpoint, checkpoint_steps, progress)
+                return _train(accelerator, run, feed, checkpoint, checkpoint_steps, progress)
         finally:
             for name in ("_is_accelerate_prepared", "forward", "_original_forward"):  # marks that Accelerate leaves
                 slim.__dict__.pop(name, None)
@@ -162,6 +168,7 @@ class _Run:
 def _train(
     accelerator: Accelerator,
     run: _Run,
+    feed: Feed | None,
     checkpoint: Path | None,
     checkpoint_steps: int | None,
     progress: StageProgress | None,
@@ -181,12 +188,9 @@ def _train(
     decay = recipe.ema if recipe.ema is not None else max(0.0, 1 - 1 / max(1.0, _EMA_SHARE * steps))
     average = ModelEmaV3(slim, decay=decay)
     position = _Position(accelerator.device)
-    hflip = recipe.hflip if recipe.hflip is not None else 0.0 if images.address == "digits" else 0.5
-    transform = train_transform(run.data_config, hflip=hflip, auto_augment=recipe.auto_augment)
+    wrapped, optimizer = accelerator.prepare(slim, optimizer)
     classes = int(network.num_classes)
-    draws = Draws(images, transform, count=steps * total, classes=classes, seed=recipe.seed)
-    loader = loader_of(draws, recipe.batch_size, cuda=accelerator.device.type == "cuda")
-    wrapped, optimizer, loader = accelerator.prepare(slim, optimizer, loader)
+    feed = feed or _LoaderFeed(accelerator, run, total, classes)
     accelerator.register_for_checkpointing(average, scheduler, position)
     if checkpoint is not None:
         resume(accelerator, checkpoint, parts)
@@ -195,7 +199,7 @@ def _train(
     interval = checkpoint_steps or math.ceil(steps / _SAVES)
     start = time.perf_counter() - position.seconds
     if position.step < steps:
-        for inputs, labels in read(images, skip_first_batches(loader, position.step)):
+        for inputs, labels in feed(position.step, steps):
             mixed, targets = (inputs, labels) if mix is None else mix(inputs, labels)
             loss = _loss(accelerator, wrapped, teacher, mixed, targets, recipe)
             accelerator.backward(loss)
@@ -228,6 +232,22 @@ def _train(
         seconds=position.seconds,
         fingerprint=hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest(),
     )
+
+
+class _LoaderFeed:
+    """The batches of a run from its images, this process's share of each, decoded and augmented by worker processes."""
+
+    def __init__(self, accelerator: Accelerator, run: _Run, total: int, classes: int) -> None:
+        self.accelerator, self.run, self.total, self.classes = accelerator, run, total, classes
+
+    def __call__(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of steps ``start`` to ``stop`` of the run."""
+        images, recipe = self.run.images, self.run.recipe
+        hflip = recipe.hflip if recipe.hflip is not None else 0.0 if images.address == "digits" else 0.5
+        transform = train_transform(self.run.data_config, hflip=hflip, auto_augment=recipe.auto_augment)
+        draws = Draws(images, transform, count=stop * self.total, classes=self.classes, seed=recipe.seed)
+        loader = loader_of(draws, recipe.batch_size, cuda=self.accelerator.device.type == "cuda")
+        yield from read(images, skip_first_batches(self.accelerator.prepare(loader), start))
 
 
 def _optimiser(network: Any, recipe: Recipe, lr: float, steps: int) -> tuple[Any, Any]:

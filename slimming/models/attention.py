@@ -25,7 +25,7 @@ class TokenMix:
     def __call__(self, tokens: Tensor) -> Tensor:
         """Return the sums (b, k, c) of tokens (b, n, c)."""
         own, taken = self.own.to(tokens.dtype), self.taken.to(tokens.dtype)
-        return tokens[:, self.rows] * own + taken @ tokens[:, self.dropped]
+        return tokens.index_select(1, self.rows) * own + taken @ tokens.index_select(1, self.dropped)
 
 
 @dataclass(frozen=True)

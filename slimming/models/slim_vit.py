@@ -39,7 +39,7 @@ class SlimViT(nn.Module):
         for block, cut, rope in zip(reader.blocks, self.cuts, ropes, strict=True):
             assert isinstance(cut, Cut)  # a ModuleList does not know
             tokens = self._block(block, cut, tokens, rope)
-        return reader.head.logits(tokens[:, self.head_rows])
+        return reader.head.logits(tokens.index_select(1, self.head_rows))
 
     def _block(self, block: BlockReader, cut: Cut, tokens: Tensor, rope: Tensor | None) -> Tensor:
         result = block.run(cut.view(tokens, rope))

@@ -65,7 +65,7 @@ class Cut(nn.Module):
         mix = None
         if isinstance(own, Tensor) and isinstance(taken, Tensor):
             mix = TokenMix(self.rows, self.dropped, own, taken)
-        queried = tokens[:, self.rows] if mix is None else mix(tokens)
+        queried = tokens.index_select(1, self.rows) if mix is None else mix(tokens)
         return AttentionInput(tokens, queried, table, None if table is None else table[..., self.rows, :], bias, mix=mix)
 
 
