@@ -127,7 +127,8 @@ def ensure_provider(provider: str) -> Any:
     try:
         import onnxruntime as ort
     except ImportError as error:
-        raise Unavailable(f"ONNX Runtime is not installed; install it: {install_command('edge')}") from error
+        fault = "is not installed" if error.name == "onnxruntime" else f"cannot be imported ({_first_line(error)})"
+        raise Unavailable(f"ONNX Runtime {fault}; install it: {install_command('edge')}") from error
     if provider not in ort.get_available_providers():
         here = ort.get_available_providers()
         raise Unavailable(f"ONNX Runtime has no {provider} here; it has {', '.join(here)}{did_you_mean(provider, here)}")

@@ -6,7 +6,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from patchslim.errors import InputRejected
+from patchslim.errors import InputRejected, Unavailable
+from patchslim.packages import install_command
 from validate import bundle as files
 from validate.bundle import list_files, read_manifest
 from validate.graph_checks import check_graphs
@@ -23,7 +24,7 @@ _ATTEMPTS = 3  # at a folder whose place other bundles take while it is read
 def check_bundle(
     folder: Path,
     *,
-    provider: str = "CPUExecutionProvider",
+    provider: str | None = None,
     threads: int = 0,
     progress: Progress | None = None,
     limits: Limits | None = None,
@@ -37,8 +38,10 @@ def check_bundle(
 
     The digests prove that the files are those of the manifest, and nothing against one who can write the folder: with
     ``expect_manifest_sha256``, which came another way, they do. ``require_executed`` fails a bundle whose engine never ran
-    where it was built. Where another bundle takes the folder's place meanwhile, that one is checked. Raises ``Unavailable``
-    where ONNX Runtime or ``provider`` is not here.
+    where it was built. Where another bundle takes the folder's place meanwhile, that one is checked.
+
+    What a package that is not installed would be needed for is ``unchecked``. Raises ``Unavailable`` where a ``provider`` is
+    asked for (None: the CPU's, if there is any) and is not here, and with ``require_executed`` where anything is unchecked.
     """
     say = progress or (lambda _: None)
     before = _identity(folder)
@@ -47,6 +50,8 @@ def check_bundle(
         if verdict.passed or (after := _identity(folder)) == before:
             break
         before = after
+    if require_executed and verdict.passed and verdict.unchecked:
+        raise Unavailable(f"{'; '.join(verdict.unchecked)}; install it: {install_command('edge')}")
     return verdict
 
 
@@ -62,7 +67,7 @@ def _check_bundle(
     folder: Path,
     say: Progress,
     limits: Limits,
-    provider: str,
+    provider: str | None,
     threads: int,
     expect_manifest_sha256: str | None,
     require_executed: bool,

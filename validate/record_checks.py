@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from patchslim.errors import EXIT_PARITY, InputRejected
+from patchslim.packages import missing
 from patchslim.plan import SlimPlan
 from patchslim.records import MAX_JSON_BYTES, parse_record
 from validate import bundle as files
 from validate.bundle import parse_parity, read_file
 from validate.engine_file import check_engine
 from validate.manifest import Manifest, ParityReport
-from validate.verdict import Check, failed
+from validate.verdict import Check, failed, not_checked
 
 if TYPE_CHECKING:
     from validate.golden import Golden
@@ -81,11 +82,13 @@ def _check_golden(folder: Path, manifest: Manifest, report: ParityReport, say: C
 
 def _check_preprocessing(folder: Path, manifest: Manifest, say: Callable[[str], None]) -> Check:
     """The manifest's rule makes the golden inputs of the pictures that lie beside them."""
-    from validate.golden_images import replay
-
     if not manifest.golden_images:
         detail = "not checked: the bundle, made before it had to, holds no pictures that its golden inputs were made of"
         return Check(name="preprocessing", subject=files.GOLDEN, status="not executed", detail=detail)
+    if absent := missing(["PIL"]):
+        return not_checked("preprocessing", files.GOLDEN, absent)
+    from validate.golden_images import replay
+
     try:
         replay(folder, manifest, read_golden(folder, manifest), say)
     except InputRejected as error:

@@ -33,7 +33,8 @@ def print_verdict(verdict: BundleVerdict, measured: list[Rung], console: Console
     if measured:
         console.print(rung_table(measured, "Measured here on the images given"))
     word = "passed" if verdict.passed else "failed"
-    console.print(f"[{_STYLES[word]}]{word}[/]: exit code {verdict.exit_code}")
+    limit = " as far as it could be checked here" if verdict.unchecked and verdict.passed else ""
+    console.print(f"[{_STYLES[word]}]{word}[/]{limit}: exit code {verdict.exit_code}")
 
 
 def _print_rungs(rungs: list[Rung], title: str, console: Console) -> None:

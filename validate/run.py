@@ -1,4 +1,4 @@
-"""``python -m validate.run BUNDLE``: check a bundle whole, on any device, with the ``edge`` extra alone."""
+"""``python -m validate.run BUNDLE``: check a bundle on any device; whole with the ``edge`` extra, its records without it."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ class ImageGroup:
 class EngineGroup:
     """How ONNX Runtime runs."""
 
-    provider: str = "CPUExecutionProvider"
-    """ONNX Runtime's execution provider."""
+    provider: str | None = None
+    """ONNX Runtime's execution provider. Default: CPUExecutionProvider; without ONNX Runtime no model is run."""
     threads: int = 0
     """Threads of ONNX Runtime; 0 leaves the choice to it."""
 
@@ -78,7 +78,8 @@ class TrustGroup:
     expect_manifest_sha256: Annotated[str | None, tyro.conf.arg(metavar="HEX")] = None
     """SHA-256 that manifest.json must have, from whoever made the bundle; any other is refused with exit code 3."""
     require_executed: bool = False
-    """Fail with exit code 5 where the engine never ran on the machine that built it."""
+    """Fail with exit code 5 where the engine never ran on the machine that built it, and with 4 where anything of the bundle
+    cannot be checked here."""
     timeout: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 300.0
     """Seconds that a model may take to load and answer the golden inputs, or a batch of --images; then it is ended."""
     memory: Annotated[float | None, tyro.conf.arg(metavar="GIB")] = None
@@ -108,22 +109,28 @@ class ValidateOptions(OutputGroup, TrustGroup, EngineGroup, ImageGroup, BundleGr
 
 
 def run(options: ValidateOptions) -> int:
-    """Check the bundle, print what was found, and return the exit code: 0 right, 3 broken, 5 wrong answers."""
+    """Check the bundle, print what was found, and return the exit code: 0 right, 3 broken, 5 wrong answers.
+
+    Raises ``Unavailable`` where models are to be run and cannot be: with ``images``, a ``provider`` or ``require_executed``.
+    """
     options.check()
     from rich.markup import escape
 
     from patchslim.console import Console
+    from patchslim.ort_runner import CPU
+    from patchslim.packages import install_command
     from validate.check import check_bundle
     from validate.isolated import Limits
 
     memory = None if options.memory is None else round(options.memory * (1 << 30))
     limits = Limits(options.timeout, memory)
+    provider = options.provider or (None if options.images is None else CPU)
     errors = Console(stderr=True)
     measured: list[Rung] = []
     with errors.status("") as status:
         verdict = check_bundle(
             options.bundle,
-            provider=options.provider,
+            provider=provider,
             threads=options.threads,
             progress=lambda what: status.update(escape(what)),
             limits=limits,
@@ -139,7 +146,7 @@ def run(options: ValidateOptions) -> int:
                 options.images,
                 ImageGates(options.min_top1, options.max_top1_drop),
                 batch=options.batch,
-                provider=options.provider,
+                provider=provider or CPU,
                 threads=options.threads,
                 limits=limits,
             )
@@ -147,6 +154,9 @@ def run(options: ValidateOptions) -> int:
     _print(verdict, measured, options)
     for fault in verdict.faults:
         print(f"validate: {printable(fault)}", file=sys.stderr)
+    if verdict.unchecked:
+        unchecked = f"{len(verdict.unchecked)} of {len(verdict.checks)} checks need packages that are not installed"
+        print(f"validate: {unchecked}; install them: {install_command('edge')}", file=sys.stderr)
     return verdict.exit_code
 
 
@@ -157,6 +167,7 @@ def _print(verdict: BundleVerdict, measured: list[Rung], options: ValidateOption
         record = verdict.model_dump(mode="json") | {
             "passed": verdict.passed,
             "exit_code": verdict.exit_code,
+            "unchecked": verdict.unchecked,
             "measured": [one.model_dump(mode="json") for one in measured],
         }
         if (error := verdict.error) is not None:

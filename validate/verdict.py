@@ -20,12 +20,16 @@ from validate.manifest import Manifest, Status
 
 
 class Check(StrictRecord):
-    """One thing looked at: ``name`` says what, ``subject`` which file, ``detail`` what was found."""
+    """One thing looked at: ``name`` says what, ``subject`` which file, ``detail`` what was found.
+
+    ``missing`` are the packages without which it could not be looked at here.
+    """
 
     name: str
     subject: str
     status: Status
     detail: str = ""
+    missing: list[str] = Field(default_factory=list)
     exit_code: Literal[0, 3, 4, 5] = EXIT_DONE
 
 
@@ -54,6 +58,11 @@ class BundleVerdict(StrictRecord):
         return [check.detail for check in self.checks if check.status == "failed"]
 
     @property
+    def unchecked(self) -> list[str]:
+        """What could not be looked at here, for want of a package: a line each."""
+        return [f"{check.name} of {check.subject}: {check.detail}" for check in self.checks if check.missing]
+
+    @property
     def error(self) -> PatchslimError | None:
         """``InputRejected`` or ``ParityFailed`` with every fault; None where nothing failed."""
         if self.passed:
@@ -64,6 +73,12 @@ class BundleVerdict(StrictRecord):
         """Raise ``InputRejected`` or ``ParityFailed`` with every fault, or do nothing."""
         if (error := self.error) is not None:
             raise error
+
+
+def not_checked(name: str, subject: str, missing: list[str]) -> Check:
+    """A check that the packages ``missing`` would be needed for."""
+    detail = f"not checked: {' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not installed"
+    return Check(name=name, subject=subject, status="not executed", detail=detail, missing=missing)
 
 
 def failed(name: str, subject: str, fault: PatchslimError | str, code: Literal[3, 4, 5] = EXIT_REJECTED) -> Check:

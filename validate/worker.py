@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from patchslim.errors import PatchslimError
+from patchslim.errors import EXIT_REJECTED, EXIT_UNAVAILABLE, PatchslimError
+from patchslim.packages import install_command
 
 _HEADER_BYTES = 1 << 20
 
@@ -67,8 +68,10 @@ def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
         return
     except PatchslimError as error:
         send(replies, {"error": str(error), "exit_code": error.exit_code})
+    except ImportError as error:
+        send(replies, {"error": f"{error}; install it: {install_command('edge')}", "exit_code": EXIT_UNAVAILABLE})
     except MemoryError:
-        send(replies, {"error": f"{task['path']}: needs more memory than it may have", "exit_code": 3})
+        send(replies, {"error": f"{task['path']}: needs more memory than it may have", "exit_code": EXIT_REJECTED})
 
 
 def _open(task: dict[str, Any]) -> Any:

@@ -27,10 +27,14 @@ UNREACHABLE = ("dns error", "error sending request", "failed to fetch", "connect
 @pytest.fixture(scope="module")
 def edge(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Python of a throw-away environment: the project's wheel with the locked packages of ``edge``, nothing else."""
+    return installed(tmp_path_factory.mktemp("edge") / "venv", "--extra", "edge")
+
+
+def installed(folder: Path, *extras: str) -> Path:
+    """The Python of a new environment in ``folder`` with the project's wheel and the locked packages of ``extras``."""
     uv = shutil.which("uv")
     if uv is None:
         pytest.skip("uv is not on PATH")
-    folder = tmp_path_factory.mktemp("edge") / "venv"
     settings = {"UV_PROJECT_ENVIRONMENT": str(folder), "UV_PYTHON": sys.executable}
     environment = {key: value for key, value in os.environ.items() if key != "VIRTUAL_ENV"} | settings
     command = [
@@ -39,8 +43,7 @@ def edge(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--frozen",
         "--no-default-groups",
         "--no-editable",
-        "--extra",
-        "edge",
+        *extras,
         "--reinstall-package",
         "patchslim",
     ]
@@ -149,3 +152,19 @@ def test_validate_checks_a_bundle(edge: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (tmp_path / "bundle" / "model.onnx").write_bytes(b"not what was promised")
     assert run(edge, "-m", "validate.run", "bundle", cwd=tmp_path).returncode == 3
+
+
+def test_the_base_install_checks_a_bundle_but_for_its_models(tmp_path: Path) -> None:
+    base = installed(tmp_path / "venv")
+    for module in ("onnx", "onnxruntime", "PIL", "torch"):
+        assert run(base, "-c", f"import {module}", cwd=tmp_path).returncode == 1
+    make_bundle(tmp_path / "bundle")
+    done = run(base, "-m", "validate.run", "bundle", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["unchecked"]) == 3
+    assert f'pip install "{WHEEL.replace("export", "edge")}"' in done.stderr
+    done = run(base, "-m", "validate.run", "bundle", cwd=tmp_path)
+    assert (done.returncode, "passed as far as it could be checked here" in done.stdout) == (0, True), done.stderr
+    assert run(base, "-m", "validate.run", "bundle", "--provider", "CPUExecutionProvider", cwd=tmp_path).returncode == 4
+    (tmp_path / "bundle" / "model.onnx").write_bytes(b"not what was promised")
+    assert run(base, "-m", "validate.run", "bundle", cwd=tmp_path).returncode == 3

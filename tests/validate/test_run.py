@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 from patchslim.errors import InputRejected, Unavailable, UsageError
-from tests.helpers.bundles import PREPROCESSING, SIZE, make_bundle, reseal, weight, write_onnx
+from tests.helpers.bundles import PREPROCESSING, SIZE, Answer, make_bundle, reseal, weight, write_onnx
 from tests.helpers.validate_process import BLOCKED, run
 from validate import run as door
 from validate.images import list_images, preprocess
@@ -79,9 +80,83 @@ def test_exit_codes(good: Path, tmp_path: Path) -> None:
     assert told["exit_code"] == told["error"]["code"] == 5
     assert (told["error"]["kind"], told["passed"]) == ("ParityFailed", False)
     assert "max error" in told["error"]["message"]
-    answer = run(good, blocked=(*BLOCKED, "onnxruntime"))
-    assert answer.code == 4
+
+
+def without_edge(*arguments: object) -> Answer:
+    """The base install: NumPy, pydantic, rich and tyro."""
+    return run(*arguments, blocked=(*BLOCKED, "onnx", "onnxruntime", "onnx_graphsurgeon", "google", "PIL"))
+
+
+def test_the_base_install_checks_what_it_can(good: Path, tmp_path: Path) -> None:
+    answer = without_edge(good, "--json")
+    assert answer.code == 0, answer.err
+    record = json.loads(answer.out)
+    assert {check["name"]: check["status"] for check in record["checks"]} == {
+        "manifest": "passed",
+        "files": "passed",
+        "plan": "passed",
+        "parity report": "passed",
+        "golden": "passed",
+        "preprocessing": "not executed",
+        "engine ran": "not executed",
+        "golden parity": "not executed",
+    }
+    assert record["unchecked"] == [
+        "preprocessing of golden.npz: not checked: PIL is not installed",
+        "golden parity of model.onnx: not checked: onnx and onnxruntime are not installed",
+        "golden parity of model-fp16.onnx: not checked: onnx and onnxruntime are not installed",
+    ]
+    assert "validate: 3 of 9 checks need packages that are not installed; install them: pip install" in answer.err
     assert "[edge]" in answer.err
+    broken = Path(shutil.copytree(good, tmp_path / "broken"))
+    data = bytearray((broken / "model.onnx").read_bytes())
+    data[-1] ^= 1
+    (broken / "model.onnx").write_bytes(data)
+    answer = without_edge(broken)
+    assert (answer.code, "model.onnx: its SHA-256 is not" in answer.err) == (3, True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--provider", "CPUExecutionProvider"),
+        ("--images", "images"),
+        pytest.param(("--require-executed",), marks=pytest.mark.slow),
+    ],
+)
+def test_the_base_install_where_models_are_to_run(good: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+    bundle = Path(shutil.copytree(good, tmp_path / "bundle"))
+    mark_executed(bundle)
+    answer = without_edge(bundle, *options)
+    assert answer.code == 4, answer.out
+    assert "install it: pip install" in answer.err
+
+
+def mark_executed(bundle: Path) -> None:
+    """Let the records say that the engine ran, as ONNX Runtime's does."""
+    for name in ("parity.json", "manifest.json"):
+        record = json.loads((bundle / name).read_text())
+        record["rungs"][3] = record["rungs"][2] | {"stage": "engine"}
+        record["engine"]["status"] = "passed"
+        (bundle / name).write_text(json.dumps(record))
+    reseal(bundle)
+
+
+def test_what_is_required_and_cannot_be_checked(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = Path(shutil.copytree(good, tmp_path / "bundle"))
+    mark_executed(bundle)
+    options = door.ValidateOptions(bundle, threads=1, require_executed=True)
+    assert door.run(options) == 0
+    there = importlib.util.find_spec
+    for module in ("onnx", "onnxruntime"):
+        with monkeypatch.context() as patch:
+            patch.setattr("importlib.util.find_spec", lambda name, gone=module: None if name == gone else there(name))
+            with pytest.raises(Unavailable, match=rf"golden parity of model\.onnx: not checked: {module} is not installed"):
+                door.run(options)
+            assert door.run(door.ValidateOptions(bundle, threads=1)) == 0
+            assert "passed as far as it could be checked here: exit code 0" in capsys.readouterr().out
 
 
 def test_options_that_cannot_be_met(good: Path, tmp_path: Path) -> None:
