@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-#: Inches of a panel with its title, of the heading, of the legend; and the least width that both of these fit into.
-_PANEL, _HEADING, _LEGEND, _LEAST_WIDTH = (2.1, 2.35), 0.45, 0.4, 6.3
+#: Inches of a panel with its title above the image, of the image's longer side; of the heading, of the legend; and the least
+#: width that both of these fit into.
+_PANEL, _SIDE, _HEADING, _LEGEND, _LEAST_WIDTH = (2.1, 2.35), 1.95, 0.45, 0.4, 6.3
 _MOST_COLUMNS = 6
 _DIMMED = 0.12  # of the brightness of a patch that is dropped
 
@@ -36,13 +37,14 @@ def draw_kept_patches(plan: SlimPlan, layout: Layout, image: npt.NDArray[Any], p
     rows = math.ceil(plan.depth / _MOST_COLUMNS)
     columns = math.ceil(plan.depth / rows)  # no row is much emptier than the others
     width, height = max(_LEAST_WIDTH, _PANEL[0] * columns), _PANEL[1] * rows + _HEADING + _LEGEND
-    figure, axes = pyplot.subplots(rows, columns, figsize=(width, height), squeeze=False)
+    figure = pyplot.figure(figsize=(width, height))
     stands, sizes = plan.stands_for(), plan.sizes()
     pixels = [np.arange(length) * count // length for length, count in zip(image.shape[:2], plan.grid, strict=True)]
-    for index, axis in enumerate(axes.flat):
+    for index in range(plan.depth):
+        row, column = divmod(index, columns)
+        left, bottom = (column + 0.5) * width / columns - _SIDE / 2, _LEGEND + 0.1 + (rows - 1 - row) * _PANEL[1]
+        axis = figure.add_axes((left / width, bottom / height, _SIDE / width, _SIDE / height))
         axis.set_axis_off()
-        if index >= plan.depth:
-            continue
         groups = np.array(stands[index][plan.prefix_tokens :]).reshape(plan.grid)[pixels[0]][:, pixels[1]]
         merged = [token for token, size in zip(plan.kept[index], sizes[index], strict=True) if size > 1]
         axis.imshow(np.clip(_mosaic(image, groups, merged), 0, 1), interpolation="nearest")
@@ -50,7 +52,6 @@ def draw_kept_patches(plan: SlimPlan, layout: Layout, image: npt.NDArray[Any], p
     saved = 1 - plan.macs(layout) / plan.dense_macs()
     heading = [f"{plan.model}: tokens kept after each block", f"({plan.mode}, {saved:.1%} of MACs removed)"]
     figure.text(0.5, 1 - 0.08 / height, (" " if width >= 8 else "\n").join(heading), fontsize=10, ha="center", va="top")
-    figure.tight_layout(rect=(0, _LEGEND / height, 1, 1 - _HEADING / height))
     _draw_legend(figure, image, _legend(plan))
     figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(figure)

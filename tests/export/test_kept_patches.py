@@ -45,6 +45,14 @@ def test_the_canvas_fits_the_blocks(tmp_path: Path, depth: int, columns: int, ro
     assert height == pytest.approx((2.35 * rows + 0.85) * 110, abs=2)
 
 
+@pytest.mark.parametrize(("depth", "rows"), [(1, 1), (12, 2), (24, 4)])
+def test_no_title_touches_an_image(tmp_path: Path, depth: int, rows: int) -> None:
+    drawn_lines = (drawn(plan(depth, merged=False), tmp_path / "a.png") < 255).any(axis=(1, 2))
+    bands = int(drawn_lines[0]) + int((np.diff(drawn_lines.astype(int)) == 1).sum())
+    heading_lines = 2 if depth == 1 else 1
+    assert bands == heading_lines + 2 * rows + 1  # a title and an image a row, and the legend
+
+
 @pytest.mark.parametrize("merged", [True, False])
 def test_the_legend_names_what_is_shown(tmp_path: Path, merged: bool) -> None:
     pixels = drawn(plan(2 if merged else 1, merged=merged), tmp_path / "a.png")
