@@ -12,9 +12,10 @@ from export.logits import PYTORCH, PYTORCH_SLIM, Measured
 from export.onnx_export import INPUT, OUTPUT
 from export.source import ModelFacts
 from export.stages import ONNX_FP16, ONNX_SLIM, EngineRequest
+from patchslim.files import digest
 from patchslim.plan import SlimPlan
 from validate import manifest as schema
-from validate.bundle import digest, record_files, write_parity
+from validate.bundle import record_files, write_parity
 from validate.golden import Golden, write_golden
 from validate.parity import FP16_MIN_AGREEMENT, fp16_tolerance, fp32_tolerance
 

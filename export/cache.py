@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from patchslim.errors import InputRejected, PatchslimError, Unavailable, UsageError
+from patchslim.files import digest
 from patchslim.folders import disk_full, locked, sweep, temporary_folder, temporary_form
 from patchslim.records import atomic_path
-from validate.bundle import digest
 
 #: Nanoseconds that a file must have been left alone before what is known of it is kept: a file system's clock ticks every few
 #: milliseconds (FAT: 2 s), and two writes within one tick leave the same times (the "racy" problem of git's index).

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from patchslim.errors import InputRejected, UsageError
+from patchslim.files import digest
 from patchslim.folders import disk_full, exchange, leftovers, locked, temporary_folder, temporary_form
-from validate.bundle import MANIFEST, PLAN, digest, list_files, load_manifest, write_manifest
+from validate.bundle import MANIFEST, PLAN, list_files, load_manifest, write_manifest
 from validate.manifest import Manifest
 
 _NEW, _OLD = "new", "old"

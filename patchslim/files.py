@@ -33,6 +33,12 @@ def open_regular(path: Path, *, follow: bool = True) -> io.BufferedReader:
     raise InputRejected(f"{path}: is not a regular file")
 
 
+def digest(path: Path) -> str:
+    """SHA-256 of a regular file's bytes, in hexadecimal; raises ``InputRejected`` for what is none, ``OSError``."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def read_bounded(path: Path, limit: int, what: str, *, follow: bool = True) -> bytes:
     """The bytes of a regular file of at most ``limit``; ``what`` is what messages call it.
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from patchslim.errors import InputRejected
-from patchslim.files import open_regular, read_bounded, read_verified
+from patchslim.files import digest, read_bounded, read_verified
 from patchslim.records import parse_record, save_record
 from validate.manifest import FileRecord, Manifest, ParityReport, plain_path
 
@@ -18,12 +18,6 @@ GOLDEN = "golden.npz"
 #: A manifest or parity report of more bytes is refused.
 MAX_RECORD_BYTES = 8 << 20
 _MAX_FILES = 10_000
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal; raises ``OSError``."""
-    with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def list_files(folder: Path) -> list[str]:

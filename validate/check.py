@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from patchslim.errors import InputRejected, Unavailable
+from patchslim.files import digest
 from patchslim.packages import install_command
 from validate import bundle as files
 from validate.bundle import list_files, read_manifest
@@ -122,7 +123,7 @@ def _check_files(folder: Path, manifest: Manifest, say: Progress) -> Iterator[Ch
         if any(fault.subject == record.path for fault in faults):
             continue
         say(record.path)
-        if files.digest(folder / record.path) != record.sha256:
+        if digest(folder / record.path) != record.sha256:
             fault = f"{folder / record.path}: its SHA-256 is not the one in manifest.json: corrupt or replaced"
             faults.append(failed("files", record.path, fault))
             yield faults[-1]

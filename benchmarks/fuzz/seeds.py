@@ -20,11 +20,12 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
+from patchslim.files import digest
 from patchslim.latency_table import LatencyPoint, LatencyTable
 from patchslim.macs import Geometry
 from patchslim.plan import Calibration, FittedWeights, Origin, SlimPlan
 from validate import parity
-from validate.bundle import digest, record_files, write_manifest, write_parity
+from validate.bundle import record_files, write_manifest, write_parity
 from validate.golden import Golden, write_golden
 from validate.images import preprocess
 from validate.manifest import (

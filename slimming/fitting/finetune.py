@@ -86,12 +86,13 @@ def finetune(
     """Train ``slim`` (a ``SlimViT``) in place on labelled ``images``; at the end it holds the averaged (EMA) weights.
 
     ``teacher`` is the dense original, a module of its own that maps the same images to the same classes; without one, labels
-    alone teach. ``data_config`` is timm's. Runs where ``slim`` is, or on one device per process under ``torchrun``, where every
-    process must call it; each ends with equal weights. With a folder ``checkpoint`` the run's state is saved there every
+    alone teach. ``data_config`` is timm's. Runs where ``slim`` is, or on one device per process under ``torchrun``, where
+    every process must call it; each ends with equal weights. With a folder ``checkpoint`` the run's state is saved there every
     ``checkpoint_steps`` steps (a twentieth of the run by default), whole or not at all, and a call with the same arguments
-    goes on from it: on a CPU to the same weights, bit for bit, as without the interruption. Resume your own folders only:
-    they hold pickles. ``feed`` makes the batches in place of a loader of ``images``, which then say only how long an epoch is
-    and which run this is. ``progress`` is called with ("fine-tuning", steps done, steps), by the first process only.
+    goes on from it: on a CPU to the same weights, bit for bit, as without the interruption. Of a folder's pickles only
+    tensors, numbers and text are taken. ``feed`` makes the batches in place of a loader of ``images``, which then say only how
+    long an epoch is and which run this is. ``progress`` is called with ("fine-tuning", steps done, steps), by the first process
+    only.
 
     On any error ``slim`` is put back to the weights that it came with; flags, devices and generators always are. No other
     ``Accelerator`` may be in use. Raises ``UsageError`` for a recipe that means nothing here or that diverges, and
@@ -191,9 +192,9 @@ def _train(
     wrapped, optimizer = accelerator.prepare(slim, optimizer)
     classes = int(network.num_classes)
     feed = feed or _LoaderFeed(accelerator, run, total, classes)
-    accelerator.register_for_checkpointing(average, scheduler, position)
+    states = {"average": average, "schedule": scheduler, "position": position}  # the checkpoint's part beside Accelerate's
     if checkpoint is not None:
-        resume(accelerator, checkpoint, parts)
+        resume(accelerator, checkpoint, parts, states)
 
     mix = _mix(recipe, classes)
     interval = checkpoint_steps or math.ceil(steps / _SAVES)
@@ -218,7 +219,7 @@ def _train(
                         f"fine-tuning diverged before step {position.step} of {steps}: take a lower lr than {lr:g}"
                     )
                 if checkpoint is not None:
-                    save(accelerator, checkpoint, parts, position.step)
+                    save(accelerator, checkpoint, parts, position.step, states)
             if progress is not None and accelerator.is_main_process:
                 progress("fine-tuning", position.step, steps)
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)

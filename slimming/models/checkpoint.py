@@ -160,7 +160,7 @@ def _read_pickle(file: Path) -> object:
 
     allowed: list[Any] = [(_Ignored, name) for name in HARMLESS]
     try:
-        with torch.serialization.safe_globals(allowed), _SizedReader(FileIO(file)) as opened:
+        with torch.serialization.safe_globals(allowed), SizedReader(FileIO(file)) as opened:
             return torch.load(opened, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|[Uu]nsupported class|instantiate) ([\w.]{1,200})", str(error))
@@ -174,7 +174,7 @@ def _read_pickle(file: Path) -> object:
         raise InputRejected(f"{file}: truncated or corrupt weights: {first_line(error)}") from error
 
 
-class _SizedReader(BufferedReader):
+class SizedReader(BufferedReader):
     """A file that is never asked for more bytes than it has: PyTorch's unpickler trusts the lengths in it."""
 
     def read(self, size: int | None = -1, /) -> bytes:

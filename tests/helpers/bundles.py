@@ -11,10 +11,11 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
+from patchslim.files import digest
 from patchslim.macs import Geometry
 from patchslim.plan import Origin, SlimPlan
 from validate import check_bundle, parity
-from validate.bundle import digest, load_manifest, record_files, write_manifest, write_parity
+from validate.bundle import load_manifest, record_files, write_manifest, write_parity
 from validate.golden import Golden, write_golden
 from validate.images import preprocess
 from validate.manifest import (

@@ -17,6 +17,7 @@ from timm.data import create_transform
 from torch.nn import functional
 
 from patchslim.errors import InputRejected, UsageError
+from patchslim.files import digest
 from slimming.fitting import finetune_checkpoint as finetune_state
 from slimming.fitting.finetune_data import Draws, train_transform
 from slimming.fitting.recipe import Recipe
@@ -213,13 +214,53 @@ def test_a_checkpoint_of_another_run_is_refused_by_what_differs(change: dict[str
     assert (tmp_path / "step-1").is_dir()
 
 
+class Intruder:
+    """An object whose unpickling leaves a trace."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.trace,)
+
+
+def test_nothing_of_a_checkpoint_is_run(tmp_path: Path) -> None:
+    """A folder whose digests are right, as one who means harm leaves it."""
+    slim, teacher = models()
+    folder, trace = tmp_path / "run", tmp_path / "trace"
+    with pytest.raises(KeyboardInterrupt):
+        run(slim, teacher, checkpoint=folder, checkpoint_steps=1, progress=stop_after(1))
+    step = folder / "step-1"
+    assert not list(step.glob("custom_checkpoint*"))  # which Accelerate would read by any pickle
+    digests = json.loads((step / "digests.json").read_text(encoding="utf-8"))
+    for name in ("states.pt", "optimizer.bin"):
+        kept = (step / name).read_bytes()
+        torch.save({"average": Intruder(trace)}, step / name)
+        changed = digests | {name: digest(step / name)}
+        (step / "digests.json").write_text(json.dumps(changed), encoding="utf-8")
+        with pytest.raises(InputRejected, match="a damaged checkpoint"):
+            run(slim, teacher, checkpoint=folder)
+        assert not trace.exists()
+        (step / name).write_bytes(kept)
+
+
 def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
     slim, teacher = models()
     with pytest.raises(KeyboardInterrupt):
         run(slim, teacher, checkpoint=tmp_path, checkpoint_steps=1, progress=stop_after(1))
     before = state(slim)
-    (tmp_path / "step-1" / "optimizer.bin").write_bytes(b"damaged")
-    with pytest.raises(InputRejected, match="a damaged checkpoint"):
+    step = tmp_path / "step-1"
+    for name in ("random_states_0.pkl", "optimizer.bin", "states.pt", "model.safetensors"):
+        kept = (step / name).read_bytes()
+        (step / name).write_bytes(kept[:-1])
+        with pytest.raises(InputRejected, match=f"a damaged checkpoint: {name} is not as it was written"):
+            run(slim, teacher, checkpoint=tmp_path)
+        (step / name).write_bytes(kept)
+    (step / "states.pt").unlink()
+    with pytest.raises(InputRejected, match=r"a damaged checkpoint: states.pt"):
+        run(slim, teacher, checkpoint=tmp_path)
+    (step / "digests.json").write_text("[" * 100_000, encoding="utf-8")
+    with pytest.raises(InputRejected, match="cannot be read as a checkpoint"):
         run(slim, teacher, checkpoint=tmp_path)
     assert equal(state(slim), before)
     (tmp_path / "step-1" / "run.json").write_text("{", encoding="utf-8")
