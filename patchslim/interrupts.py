@@ -35,6 +35,9 @@ def ignore_interrupts() -> None:
     _interrupted = False
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    # CPython remembers a KeyboardInterrupt that left a text given to ``exec``, of which libraries have many, and kills its own
+    # process by SIGINT at the end, whatever code it was to exit with; the next such text makes it forget.
+    eval("0")
 
 
 def was_interrupted() -> bool:

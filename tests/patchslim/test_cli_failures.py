@@ -172,6 +172,29 @@ def test_a_signal_while_modules_load_is_130_without_a_traceback(door: str, numbe
     assert "interrupted; nothing was" in said
 
 
+def test_an_interrupt_inside_the_code_that_a_library_writes_is_130_too(tmp_path: Path) -> None:
+    """CPython ends ``python -m`` by SIGINT, whatever the exit code, after a KeyboardInterrupt that left ``exec`` of a text."""
+    script = """
+import dataclasses, os, signal, sys
+from patchslim.cli import run_command
+
+@dataclasses.dataclass(frozen=True)
+class Paint:
+    json: bool = False
+
+def main(options):
+    exec("os.kill(os.getpid(), signal.SIGTERM)\\nfor _ in range(10**9): pass")
+
+sys.exit(run_command(Paint, main, prog="paint", description="Paint."))
+"""
+    (tmp_path / "paint.py").write_text(script, encoding="utf-8")
+    path = os.pathsep.join(map(str, (tmp_path, ROOT)))
+    done = subprocess.run(
+        [sys.executable, "-m", "paint"], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, len(done.stderr.splitlines())) == (130, 1), done.stderr
+
+
 def test_a_signal_while_a_command_runs_is_130_even_if_a_library_swallows_it(capsys: pytest.CaptureFixture[str]) -> None:
     def main(options: Paint) -> int:
         try:
