@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Sequence
@@ -98,6 +99,18 @@ def preload() -> None:
     import_module("torch").set_num_threads(1)
     for name in ("export.pipeline", "export.summary", "slimming.pipeline", "graph_passes.pass_manager", "validate.check"):
         import_module(name)
+    _load_exporter()
+
+
+def _load_exporter() -> None:
+    """Export a model of one block: PyTorch's exporter loads most of itself, for seconds, when it is first used."""
+    import timm
+
+    from export.onnx_export import export_dense
+
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, embed_dim=6, num_heads=1).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        export_dense(model, (3, 32, 32), Path(folder) / "model.onnx")
 
 
 def _start(door: Door, log: Path, max_file_bytes: int | None) -> int:

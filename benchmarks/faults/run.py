@@ -1,37 +1,38 @@
 """``python -m benchmarks.faults``: hurt every command at random moments, and count what must never be.
 
-The models are tiny and random, so that a run takes seconds; each writes over what an earlier one made. Moments are drawn evenly
-over a run's length, from when the command handles signals (before that there is nothing of ours to be wrong). Half of the runs
-find their stages in the work folder, so that half of the moments fall near the publication. A full disk is a tmpfs of the size
-said, or, where this user may mount none, a limit on the size of a file (RLIMIT_FSIZE): the row is named after it.
+    python -m benchmarks.faults --output benchmarks/faults/results.json
+
+The models are tiny and random, so that a run takes seconds; each writes over what an earlier one made. Moments are drawn
+evenly over a run's length, from when the command handles signals (before that there is nothing of ours to be wrong). Half of
+the runs find their stages in the work folder, so that half of the moments fall near the publication. Commands are forked from a
+process that has loaded PyTorch, so that few moments fall into its loading; "fresh process" rows are for those. A full disk is a
+tmpfs on which only a share of what a run writes is left, or, where this user may mount none, a limit on the size of a file
+(RLIMIT_FSIZE): the row is named after it. The rows are written as they are found: a run that was stopped goes on with the next
+one, if its options and the code are the same.
 
 ``--short`` is the same with a few of each: ``pytest -m slow tests/benchmarks/test_faults.py`` runs it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import platform
 import random
-import shutil
-import signal
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from benchmarks.faults.processes import GRACE, Door, Ended, Running, preload
-from benchmarks.faults.things import SmallDisk, Thing, bundle_state
+from benchmarks.faults.processes import preload
+from benchmarks.faults.scenes import BAD, DOORS, Row, Workshop, scenes
+from benchmarks.faults.things import SmallDisk
+from export.cache import code_digest
 from patchslim.cli import run_command
-from patchslim.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_PARITY, EXIT_USAGE, UsageError
-
-DOORS = ("export", "slim", "cut", "validate")
-#: The columns that must be 0.
-BAD = ("missing", "half", "traceback", "wrong_code", "leftovers", "hung")
-#: Shares of what a run writes that fit on the full disk.
-DISK_SHARES = (0.0, 0.02, 0.1, 0.25, 0.5, 0.7, 0.85, 0.95)
+from patchslim.errors import EXIT_DONE, EXIT_PARITY, UsageError
+from patchslim.records import atomic_path
 
 
 @dataclass(frozen=True)
@@ -39,189 +40,15 @@ class FaultOptions:
     """Kill, interrupt, race and starve every command, and count what must never be."""
 
     short: bool = False
-    """A few of each, in a minute or two."""
+    """A few of each, in a minute or two for each door."""
     only: tuple[str, ...] = ()
     """These doors only, of export, slim, cut and validate."""
     output: Path | None = None
-    """Also write the rows here, as JSON."""
+    """Also write the rows here, as JSON, each as soon as it is found."""
     seed: int = 0
     """Draws the moments."""
     json: bool = False
     """Print one JSON object on stdout instead of a table."""
-
-
-@dataclass
-class Row:
-    """What became of the runs of one kind; the fields from ``missing`` on must be 0."""
-
-    what: str
-    runs: int = 0
-    finished: int = 0  # had ended before the moment came
-    missing: int = 0  # nothing was there
-    half: int = 0  # something was there, and not whole
-    traceback: int = 0
-    wrong_code: int = 0
-    leftovers: int = 0  # files left after a good run that followed
-    hung: int = 0
-    examples: list[str] = dataclasses.field(default_factory=list)
-
-    def count(self, ended: Ended, codes: tuple[int, ...], state: str) -> None:
-        """Count one run that should have ended with one of ``codes``."""
-        self.runs += 1
-        self.finished += ended.code == EXIT_DONE
-        bad = {
-            "missing": state == "missing",
-            "half": state == "half",
-            "traceback": ended.traceback,
-            "wrong_code": ended.code not in codes and not ended.hung,
-            "hung": ended.hung,
-        }
-        for name, found in bad.items():
-            setattr(self, name, getattr(self, name) + found)
-        if any(bad.values()) and len(self.examples) < 3:
-            self.examples.append(f"{', '.join(name for name in bad if bad[name])}: exit {ended.code}: {ended.said[-1500:]}")
-
-    @property
-    def bad(self) -> int:
-        """How much there is that must not be."""
-        return sum(getattr(self, name) for name in BAD)
-
-
-class Workshop:
-    """Where the commands run: a throw-away folder with what they are given, and a place for each thing that they make."""
-
-    def __init__(self, folder: Path, draws: random.Random) -> None:
-        self.folder, self.draws, self.log = folder, draws, folder / "log"
-        given = Thing("export", folder / "given", folder / "given" / "bundle")
-        given.folder.mkdir()
-        self._good(given.door(0))
-        shutil.copy(given.path / "plan.json", folder / "given" / "plan.json")
-        (dense,) = (given.folder / "work").glob("dense-*/*.onnx")
-        shutil.copy(dense, folder / "given" / "dense.onnx")
-        self._given = given.path
-
-    def thing(self, name: str, label: str, folder: Path | None = None) -> Thing:
-        """A thing that was made once already, whole."""
-        folder = folder or self.folder / f"{name}-{label}"
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / {"export": "bundle", "slim": "plan.json", "cut": "slim.onnx", "validate": "bundle"}[name]
-        thing = Thing(name, folder, path)
-        if name == "validate":
-            shutil.copytree(self._given, path)
-        else:
-            self._good(thing.door(0))
-        return thing
-
-    def length(self, thing: Thing, *, cold: bool, fresh: bool) -> float:
-        """Seconds that a run takes from when it handles signals."""
-        running = Running(thing.door(7, cold=cold), self.log, fresh=fresh)
-        running.await_ready()
-        began = time.monotonic()
-        ended = running.wait()
-        if ended.code != EXIT_DONE:
-            raise RuntimeError(f"{thing.name} fails unhurt: exit {ended.code}: {ended.said}")
-        return time.monotonic() - began
-
-    def hurt(self, name: str, number: int, runs: int, *, fresh: bool = False) -> Row:
-        """Send ``runs`` runs of a door a signal each, at random moments."""
-        word = signal.Signals(number).name
-        row = Row(f"{name}: {word}{', fresh process' if fresh else ''}")
-        thing = self.thing(name, f"{word}-{fresh}")
-        lengths = {cold: self.length(thing, cold=cold, fresh=fresh) for cold in (False, True)}
-        codes = (EXIT_DONE, -signal.SIGKILL if number == signal.SIGKILL else EXIT_INTERRUPTED)
-        for run in range(1, runs + 1):
-            cold = bool(run // 2 % 2)
-            running = Running(thing.door(run, cold=cold), self.log, fresh=fresh)
-            running.await_ready()
-            running.hurt(number, self.draws.uniform(0, 1.1 * lengths[cold]))
-            row.count(running.wait(GRACE), codes, thing.state())
-            if number != signal.SIGKILL:  # one that may tidy up must
-                row.leftovers += len(thing.leftovers())
-        self._after(thing, row)
-        return row
-
-    def race(self, writers: int, rounds: int) -> Row:
-        """Publish by several processes at once to one folder, and read it all the while."""
-        row = Row(f"export: {writers} writers and a reader")
-        thing = self.thing("export", f"race-{writers}")
-        self._good(thing.door(1))
-        for _ in range(rounds):
-            logs = [self.folder / f"log-{writer}" for writer in range(writers)]
-            running = [Running(thing.door(writer), log) for writer, log in enumerate(logs)]
-            ends: list[Ended] = []
-            while running:
-                state = bundle_state(thing.path)
-                row.missing += state == "missing"
-                row.half += state == "half"
-                for one in [one for one in running if one.ended()]:
-                    running.remove(one)
-                    ends.append(one.wait())
-            for ended in ends:
-                row.count(ended, (EXIT_DONE, EXIT_USAGE), thing.state())
-        self._after(thing, row)
-        return row
-
-    def fill(self, name: str, shares: tuple[float, ...]) -> Row:
-        """Run a door on a disk on which only a share of what it writes fits, over what an earlier run made."""
-        plain = self.thing(name, "size")
-        before = _size(plain.folder)
-        self._good(plain.door(1))
-        need = max(_size(plain.folder) - before, plain_size(plain.path))
-        row = Row(f"{name}: full disk")
-        for number, share in enumerate(shares):
-            disk = SmallDisk(self.folder / f"disk-{name}-{number}", before + (1 << 16) + int(share * need))
-            try:
-                limit = None
-                if not disk.mounted:
-                    limit = max(4096, int(share * plain_size(plain.path)))
-                    row.what = f"{name}: files limited in size"
-                thing = self.thing(name, "", disk.folder)
-                running = Running(thing.door(1, cold=True), self.log, max_file_bytes=limit)
-                row.count(running.wait(), (EXIT_DONE, EXIT_USAGE), thing.state())
-                row.leftovers += len(thing.leftovers())
-            finally:
-                disk.close()
-        return row
-
-    def _after(self, thing: Thing, row: Row) -> None:
-        """A good run must go through after all that, and leave nothing of the others behind."""
-        ended = Running(thing.door(0), self.log).wait()
-        row.count(ended, (EXIT_DONE,), thing.state())
-        left = thing.leftovers()
-        row.leftovers += len(left)
-        row.examples += [f"left behind: {', '.join(left[:5])}"] if left else []
-
-    def _good(self, door: Door) -> None:
-        ended = Running(door, self.log).wait()
-        if ended.code != EXIT_DONE:
-            raise RuntimeError(f"{door.module} fails unhurt: exit {ended.code}: {ended.said}")
-
-
-def plain_size(path: Path) -> int:
-    """Bytes of a file or a folder, and of what lies beside it under the same stem."""
-    return _size(path) if path.is_dir() else sum(one.stat().st_size for one in path.parent.glob(f"{path.stem}.*"))
-
-
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def scenes(shop: Workshop, *, short: bool, doors: Sequence[str]) -> Iterator[Callable[[], Row]]:
-    """Every kind of fault to ``doors``, in order."""
-    for name in doors:
-        kills = (6 if name == "export" else 3) if short else (200 if name == "export" else 100)
-        yield lambda name=name, kills=kills: shop.hurt(name, signal.SIGKILL, kills)  # type: ignore[misc]
-    for number in (signal.SIGINT, signal.SIGTERM):
-        for name in doors:
-            forked, fresh = (2, 1) if short else (75, 25)
-            yield lambda name=name, number=number, runs=forked: shop.hurt(name, number, runs)  # type: ignore[misc]
-            yield lambda name=name, number=number, runs=fresh: shop.hurt(name, number, runs, fresh=True)  # type: ignore[misc]
-    for writers in (2, 4) if "export" in doors else ():
-        yield lambda writers=writers: shop.race(writers, 1 if short else 25)  # type: ignore[misc]
-    for name in doors:
-        if name == "validate":  # writes nothing
-            continue
-        yield lambda name=name: shop.fill(name, DISK_SHARES[::4] if short else DISK_SHARES)  # type: ignore[misc]
 
 
 def run(options: FaultOptions) -> int:
@@ -230,22 +57,69 @@ def run(options: FaultOptions) -> int:
     if unknown := [name for name in doors if name not in DOORS]:
         raise UsageError(f"--only {unknown[0]}: not one of {', '.join(DOORS)}")
     preload()
-    rows: list[Row] = []
+    table = FaultTable(options)
     with tempfile.TemporaryDirectory(prefix="patchslim-faults-") as folder:
-        shop = Workshop(Path(folder), random.Random(options.seed))
-        for scene in scenes(shop, short=options.short, doors=doors):
-            began = time.monotonic()
-            rows.append(scene())
-            print(f"{rows[-1].what}: {rows[-1].bad} bad, {time.monotonic() - began:.0f} s", file=sys.stderr)
-    found = {"command": "python -m benchmarks.faults", "short": options.short, "seed": options.seed}
-    text = json.dumps({**found, "rows": [dataclasses.asdict(row) for row in rows]}, indent=1)
-    if options.output is not None:
-        options.output.write_text(text + "\n", encoding="utf-8")
+        mounts = SmallDisk.may_mount(Path(folder) / "trial")
+        waiting = list(scenes(short=options.short, doors=doors, mounts=mounts))
+        shop: Workshop | None = None
+        for number, scene in enumerate(waiting, start=1):
+            if not table.has(scene.what):
+                # Moments of their own for each scene: they are the same whether the ones before were run now or earlier.
+                draws = random.Random(f"{options.seed} {scene.what}")
+                shop = shop or Workshop(Path(folder), draws)
+                shop.draws = draws
+                row = scene.row(shop)
+                table.add(row, complete=number == len(waiting))
+                print(f"{row.what}: {row.bad} bad, {row.seconds:.0f} s", file=sys.stderr)
     if options.json:
-        print(text)
+        print(table.text())
     else:
-        print_table(rows)
-    return EXIT_PARITY if any(row.bad for row in rows) else EXIT_DONE
+        print_table(table.rows)
+    return EXIT_PARITY if any(row.bad for row in table.rows) else EXIT_DONE
+
+
+class FaultTable:
+    """The rows so far, in memory and in the file that the options name."""
+
+    def __init__(self, options: FaultOptions) -> None:
+        self.output = options.output
+        words = ["--short"] * options.short + [f"--only {' '.join(options.only)}"] * bool(options.only)
+        words += [f"--seed {options.seed}"] * (options.seed != 0)
+        self.head: dict[str, Any] = {
+            "command": " ".join(["python -m benchmarks.faults", *words]),
+            "short": options.short,
+            "seed": options.seed,
+            "code": code_digest(),
+            "python": platform.python_version(),
+        }
+        self.complete = False
+        self.rows = self._earlier()
+
+    def _earlier(self) -> list[Row]:
+        """The rows of a stopped run of the same command and code."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            found = json.loads(self.output.read_text(encoding="utf-8")) if self.output is not None else {}
+            if found and not found["complete"] and {name: found[name] for name in self.head} == self.head:
+                return [Row(**row) for row in found["rows"]]
+        return []
+
+    def has(self, what: str) -> bool:
+        """Whether the row of that name is there."""
+        return any(row.what == what for row in self.rows)
+
+    def add(self, row: Row, *, complete: bool) -> None:
+        """One more row; ``complete``: the last one."""
+        self.rows.append(row)
+        self.complete = complete
+        if self.output is not None:
+            with atomic_path(self.output) as part:
+                part.write_text(self.text() + "\n", encoding="utf-8")
+
+    def text(self) -> str:
+        """The table as JSON."""
+        rows = [dataclasses.asdict(row) for row in self.rows]
+        total = {name: sum(row[name] for row in rows) for name in ("runs", "finished", *BAD)}
+        return json.dumps({**self.head, "complete": self.complete, "total": total, "rows": rows}, indent=1)
 
 
 def print_table(rows: list[Row]) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from benchmarks.faults.processes import Door
 
@@ -100,19 +101,60 @@ def _onnx_state(path: Path) -> State:
     return "whole"
 
 
+def size_of(path: Path) -> int:
+    """Bytes of a folder's files, or of a file and what lies beside it under the same stem, as its weights do."""
+    return sum(one.stat().st_size for one in _files(path))
+
+
+def largest_file(path: Path) -> int:
+    """Bytes of the largest file that ``size_of`` counts."""
+    return max(one.stat().st_size for one in _files(path))
+
+
+def _files(path: Path) -> list[Path]:
+    found = path.rglob("*") if path.is_dir() else path.parent.glob(f"{path.stem}[.-]*")
+    return [one for one in found if one.is_file()]
+
+
 class SmallDisk:
-    """A file system of ``size`` bytes at ``folder`` (tmpfs), where this user may mount one; ``mounted`` says whether."""
+    """A file system of its own at ``folder`` (tmpfs), or, without ``mounts``, an ordinary folder there."""
 
-    def __init__(self, folder: Path, size: int) -> None:
-        self.folder = folder
+    _ROOM = 1 << 30  # bytes, before ``leave`` says how many
+
+    def __init__(self, folder: Path, *, mounts: bool) -> None:
+        self.folder, self.mounts = folder, mounts
+
+    @classmethod
+    def may_mount(cls, folder: Path) -> bool:
+        """Whether this user may mount one, tried at ``folder``."""
         folder.mkdir(parents=True)
-        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
         try:
-            self.mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
-        except FileNotFoundError:
-            self.mounted = False
+            return cls._mount("-t", "tmpfs", "-o", f"size={cls._ROOM}", "tmpfs", str(folder))
+        finally:
+            subprocess.run(["umount", str(folder)], capture_output=True, check=False)
 
-    def close(self) -> None:
-        """Take it away again."""
-        if self.mounted:
+    def __enter__(self) -> Self:
+        self.folder.mkdir(parents=True)
+        if self.mounts and not self._mount("-t", "tmpfs", "-o", f"size={self._ROOM}", "tmpfs", str(self.folder)):
+            raise OSError(f"{self.folder}: no tmpfs can be mounted any more")
+        return self
+
+    def leave(self, free: int) -> None:
+        """Leave ``free`` bytes of room beside what lies there now."""
+        if not self.mounts:
+            return
+        used = os.statvfs(self.folder)
+        size = (used.f_blocks - used.f_bfree) * used.f_frsize + free
+        if not self._mount("-o", f"remount,size={size}", str(self.folder)):
+            raise OSError(f"{self.folder}: cannot be made smaller")
+
+    def __exit__(self, *raised: object) -> None:
+        if self.mounts:
             subprocess.run(["umount", str(self.folder)], capture_output=True, check=False)
+
+    @staticmethod
+    def _mount(*arguments: str) -> bool:
+        try:
+            return subprocess.run(["mount", *arguments], capture_output=True, check=False).returncode == 0
+        except FileNotFoundError:
+            return False

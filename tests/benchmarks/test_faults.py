@@ -7,13 +7,15 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks.faults.processes import Door, Running
-from benchmarks.faults.run import BAD, Row
-from benchmarks.faults.things import Thing, bundle_state
+from benchmarks.faults.processes import Door, Ended, Running
+from benchmarks.faults.run import FaultOptions, FaultTable
+from benchmarks.faults.scenes import BAD, DOORS, Row, Scene, UnhurtError, Workshop
+from benchmarks.faults.things import SmallDisk, Thing, bundle_state, largest_file, size_of
 from tests.helpers.bundles import make_bundle
 
 ROOT = Path(__file__).parents[2]
@@ -47,8 +49,45 @@ def test_a_process_that_is_hurt(tmp_path: Path, fresh: bool) -> None:
     assert (bad.code, {name: getattr(row, name) for name in BAD if getattr(row, name)}) == (2, {"half": 1, "wrong_code": 1})
 
 
+def test_a_stopped_run_goes_on_with_the_next_row(tmp_path: Path) -> None:
+    options = FaultOptions(short=True, only=("cut",), output=tmp_path / "rows.json")
+    table = FaultTable(options)
+    table.add(Row("cut: SIGKILL", runs=3, finished=1), complete=False)
+    again = FaultTable(options)
+    assert again.has("cut: SIGKILL")
+    assert again.rows == table.rows
+    assert not FaultTable(replace(options, seed=1)).rows  # other moments
+    again.add(Row("cut: SIGINT", runs=2, hung=1), complete=True)
+    found = json.loads((tmp_path / "rows.json").read_text())
+    assert (found["total"]["runs"], found["total"]["hung"], found["complete"]) == (5, 1, True)
+    assert not FaultTable(options).rows  # a whole table is made anew
+
+
+def test_a_command_that_fails_unhurt_is_counted() -> None:
+    def play(shop: Workshop, row: Row) -> None:
+        row.count(Ended(0, "", hung=False, seconds=1.0), (0,), "whole")
+        raise UnhurtError(Door("cut.run", []), Ended(2, "no such file", hung=False, seconds=1.0))
+
+    row = Scene("cut: SIGKILL", play).row(object.__new__(Workshop))
+    assert (row.runs, row.bad, row.wrong_code) == (1, 1, 1)
+    assert "fails unhurt: exit 2: no such file" in row.examples[0]
+
+
+def test_a_small_disk_has_the_room_that_was_left(tmp_path: Path) -> None:
+    mounts = SmallDisk.may_mount(tmp_path / "trial")
+    with SmallDisk(tmp_path / "disk", mounts=mounts) as disk:
+        (disk.folder / "there").write_bytes(bytes(100_000))
+        disk.leave(8192)
+        if mounts:
+            (disk.folder / "fits").write_bytes(bytes(4096))
+            with pytest.raises(OSError, match="No space"):
+                (disk.folder / "more").write_bytes(bytes(100_000))
+        assert size_of(disk.folder) >= 100_000 == largest_file(disk.folder)
+    assert not mounts or not list((tmp_path / "disk").iterdir())
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("door", ["slim", "cut", "validate"])  # export: races and full disks have not run yet
+@pytest.mark.parametrize("door", DOORS)
 def test_nothing_is_ever_half(door: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.faults", "--short", "--only", door, "--output", str(tmp_path / "rows.json")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
