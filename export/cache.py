@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from patchslim.errors import InputRejected, PatchslimError, Unavailable, UsageError
-from patchslim.files import digest
+from patchslim.files import digest, read_bounded
 from patchslim.folders import disk_full, locked, sweep, temporary_folder, temporary_form
 from patchslim.records import atomic_path
 
@@ -26,6 +26,7 @@ SETTLED_NS = 2_000_000_000
 
 #: The file of a stage's folder that names the SHA-256 of every other one.
 DIGESTS = "digests.json"
+_MAX_DIGESTS = 1 << 20  # bytes: a stage has a dozen files
 _TEMPORARY = temporary_form(r"\.[a-z]+-[0-9a-f]{20}\.", "")
 
 
@@ -148,14 +149,16 @@ class StageCache:
 
     def _fault(self, folder: Path) -> str:
         """What is wrong with a stage's folder; "" for nothing."""
+        record = _record_of(folder)
+        if record is None:
+            return f"{DIGESTS} cannot be read"
         try:
-            record = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))
             names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {DIGESTS}
             if names != set(record):
                 return f"{min(names ^ set(record))} is {'missing' if names < set(record) else 'not of it'}"
             changed = [name for name in sorted(names) if self.facts.digest(folder / name) != record[name]]
-        except (OSError, ValueError, TypeError):
-            return f"{DIGESTS} cannot be read"
+        except OSError as error:
+            return f"a file cannot be read: {error.strerror or error}"
         return f"{changed[0]} was changed or cut off" if changed else ""
 
     def _sweep(self) -> None:
@@ -175,9 +178,15 @@ class StageCache:
 
 def recorded_digest(path: Path) -> str | None:
     """The SHA-256 that a stage's folder records of its file ``path``; None where there is no such record."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        found = json.loads((path.parent / DIGESTS).read_text(encoding="utf-8")).get(path.name)
-        return found if isinstance(found, str) else None
+    found = (_record_of(path.parent) or {}).get(path.name)
+    return found if isinstance(found, str) else None
+
+
+def _record_of(folder: Path) -> dict[str, object] | None:
+    """What a stage's folder records of its files; None where that is missing or damaged."""
+    with contextlib.suppress(InputRejected, ValueError, RecursionError):
+        found = json.loads(read_bounded(folder / DIGESTS, _MAX_DIGESTS, "record of digests"))
+        return found if isinstance(found, dict) else None
     return None
 
 

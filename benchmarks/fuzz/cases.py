@@ -11,7 +11,7 @@ from pathlib import Path
 from random import Random
 from typing import Literal
 
-from benchmarks.fuzz.targets import Files, Target
+from benchmarks.fuzz.target import Files, Target
 
 Kind = Literal["read", "refused", "undocumented", "crash", "hang", "memory"]
 KINDS: tuple[Kind, ...] = ("read", "refused", "undocumented", "crash", "hang", "memory")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.fuzz.cases import BAD, Outcome, files_of, outcome_of, remove, targets_of, write
-from benchmarks.fuzz.targets import Target
+from benchmarks.fuzz.target import Target
 
 #: Bad inputs that one answer tells of; further ones are counted.
 MOST_TOLD = 20

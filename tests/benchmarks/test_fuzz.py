@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 
 import pytest
+from pydantic import ValidationError
 
 from benchmarks.fuzz import seeds
 from benchmarks.fuzz.cases import BAD, KINDS, files_of
 from benchmarks.fuzz.mutators import mutate_json
 from benchmarks.fuzz.run import FuzzOptions, fuzz, run
+from benchmarks.fuzz.strategies import drawn_records
 from benchmarks.fuzz.targets import TARGETS, counts
+from patchslim.plan import SlimPlan
 from patchslim.progress import Reporter
 from tests.helpers import planted_faults
 from tests.helpers.commands import door_here
+
+ROOT = Path(__file__).parents[2]
 
 
 def planted(output: Path, seed: int = 0) -> FuzzOptions:
@@ -84,6 +92,35 @@ def test_an_input_is_the_same_for_the_same_seed_and_another_for_another() -> Non
     for target in TARGETS:
         assert files_of(target, 0, 5) == files_of(target, 0, 5)
         assert any(files_of(target, 0, index) != files_of(target, 1, index) for index in range(5)), target.name
+
+
+def digests() -> list[str]:
+    drawn = [files_of(target, 0, index) for target in TARGETS for index in range(3)]
+    return [hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest() for files in drawn]
+
+
+@pytest.mark.slow
+def test_an_input_is_the_same_in_another_process() -> None:
+    script = "from tests.benchmarks.test_fuzz import digests; print(*digests())"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == digests(), done.stderr
+
+
+def test_a_record_drawn_from_its_schema_is_right_in_every_type_and_often_whole() -> None:
+    valid = seeds.plan().model_dump(mode="json")
+    draw = drawn_records(SlimPlan, valid)
+    made = [json.loads(draw(Random(number))) for number in range(60)]
+    assert len({json.dumps(record) for record in made}) > 50
+    faults: Counter[str] = Counter()
+    for record in made:
+        try:
+            SlimPlan.model_validate(record)
+        except ValidationError as error:
+            faults.update(fault["type"] for fault in error.errors())
+        else:
+            faults["none"] += 1
+    assert set(faults) == {"none", "value_error"}  # the record's own rules, and nothing that a schema says
+    assert min(faults.values()) > 10
 
 
 def test_mutations_of_json_are_mostly_json_and_seldom_the_same() -> None:

@@ -61,7 +61,15 @@ def scribble(folder: Path) -> None:
     (folder / DIGESTS).write_text("[1")
 
 
-@pytest.mark.parametrize("damage", [cut, flip, remove, add, forget, scribble])
+def nest(folder: Path) -> None:
+    (folder / DIGESTS).write_text("[" * 100_000)
+
+
+def swell(folder: Path) -> None:
+    (folder / DIGESTS).write_text((folder / DIGESTS).read_text() + " " * (2 << 20))
+
+
+@pytest.mark.parametrize("damage", [cut, flip, remove, add, forget, scribble, nest, swell])
 def test_a_damaged_stage_is_made_anew_and_that_is_said(tmp_path: Path, damage: object) -> None:
     said: list[str] = []
     _, folder = made(tmp_path / "work", said)

@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 from random import Random
 
-from benchmarks.fuzz.targets import Files, Target
+from benchmarks.fuzz.target import Files, Target
 from patchslim.errors import InputRejected
 
 
