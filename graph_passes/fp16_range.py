@@ -12,6 +12,7 @@ from onnx import TensorProto, helper
 
 from graph_passes.onnx_io.files import save_model
 from graph_passes.onnx_io.graph_convert import with_shapes
+from graph_passes.onnx_io.metadata import FULL_RANGE, PIXEL_RANGE
 from graph_passes.onnx_io.model import OnnxModel, copy_fields
 from graph_passes.report import Fp16Range
 from patchslim.errors import InputRejected, Unavailable
@@ -46,7 +47,7 @@ def _largest(model: OnnxModel, samples: NDArray[np.generic] | None, name: str) -
             if len(runner.inputs) != 1:
                 raise InputRejected(f"it has {len(runner.inputs)} inputs, and images are one")
             taken = runner.inputs[0]
-            images = _random(taken.type, taken.shape) if samples is None else samples
+            images = _random(taken.type, taken.shape, pixels=_takes_pixels(model)) if samples is None else samples
             batch = taken.shape[0] if taken.shape and isinstance(taken.shape[0], int) else len(images)
             largest = np.zeros(len(sites))
             for start in range(0, len(images), max(batch, 1)):
@@ -84,14 +85,20 @@ def _watched(model: OnnxModel) -> tuple[OnnxModel, dict[str, str]]:
     return OnnxModel(skeleton, model.weights), sites
 
 
-def _random(kind: str, shape: tuple[int | str, ...]) -> NDArray[np.generic]:
-    """Noise, and two images of one colour, bright and dark, in the type and size that a model takes."""
+def _takes_pixels(model: OnnxModel) -> bool:
+    """Whether the model's metadata say that its images are pixels from 0 to 255."""
+    return any(entry.key == PIXEL_RANGE and entry.value == FULL_RANGE for entry in model.skeleton.metadata_props)
+
+
+def _random(kind: str, shape: tuple[int | str, ...], *, pixels: bool) -> NDArray[np.generic]:
+    """Noise, and two images of one colour, bright and dark, in the type, size and range that a model takes."""
     sides = [length if isinstance(length, int) else _SIDE for length in shape[1:]]
     rng = np.random.default_rng(0)
-    if kind == "tensor(uint8)":
+    dtypes = {"tensor(uint8)": np.uint8, "tensor(float16)": np.float16, "tensor(double)": np.float64}
+    if pixels or kind == "tensor(uint8)":
         images = rng.integers(0, 256, (_RANDOM_IMAGES, *sides), dtype=np.uint8)
         images[-2], images[-1] = 255, 0
-        return images
+        return images.astype(dtypes.get(kind, np.float32))
     values = rng.standard_normal((_RANDOM_IMAGES, *sides), dtype=np.float32)
     values[-2], values[-1] = 2.5, -2.5
-    return values.astype({"tensor(float16)": np.float16, "tensor(double)": np.float64}.get(kind, np.float32))
+    return values.astype(dtypes.get(kind, np.float32))

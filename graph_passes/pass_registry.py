@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 #: The operators that take rows: see ``graph_passes.cutting.row_ops.take_rows``.
 CutForm = Literal["auto", "slice", "gather", "matmul"]
-#: What images come as: float32 and normalised outside, or bytes in one of two orders.
-ImageForm = Literal["float", "uint8-nchw", "uint8-nhwc"]
+#: What images come as: float32 and normalised outside; bytes in one of two orders; or float32 from 0 to 255.
+ImageForm = Literal["float", "uint8-nchw", "uint8-nhwc", "float-nchw-255"]
 
 
 @dataclass(frozen=True)

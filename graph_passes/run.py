@@ -74,8 +74,9 @@ class CutGroup:
 class ImageGroup:
     """What images the result takes."""
 
-    image: Literal["float", "uint8-nchw", "uint8-nhwc"] = "float"
-    """What the result takes: normalised floats as before, or bytes in this order, normalised inside by --mean and --std."""
+    image: Literal["float", "uint8-nchw", "uint8-nhwc", "float-nchw-255"] = "float"
+    """What the result takes: normalised floats as before; or bytes in this order, or floats from 0 to 255 (DeepStream), which
+    are normalised inside by --mean and --std."""
     mean: tuple[float, ...] = ()
     """Mean of each channel, for pixels from 0 to 1."""
     std: tuple[float, ...] = ()

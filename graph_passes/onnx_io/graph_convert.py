@@ -62,11 +62,15 @@ def with_shapes(model: OnnxModel | onnx.ModelProto) -> OnnxModel:
 
 
 def import_graph(model: OnnxModel) -> gs.Graph:
-    """The graph of a model from ``with_shapes``; its large constants are read when a pass asks for their values."""
+    """The graph of a model from ``with_shapes``; its large constants are read when a pass asks for their values.
+
+    ``graph.metadata`` has the model's metadata by key; what a pass writes there, ``export_model`` writes into the model.
+    """
     proto = onnx.ModelProto()
     proto.CopyFrom(model.skeleton)
     proto.graph.initializer.extend(weight.head() for weight in model.weights.values())
     graph = gs.import_onnx(proto)
+    graph.metadata = {entry.key: entry.value for entry in proto.metadata_props}  # graphsurgeon has no place for them
     for tensor in _constants(graph):
         if tensor.name in model.weights:
             tensor.values = LazyWeight(model.weights[tensor.name])
@@ -78,7 +82,7 @@ def import_graph(model: OnnxModel) -> gs.Graph:
 
 
 def export_model(graph: gs.Graph, like: OnnxModel) -> OnnxModel:
-    """The graph as a checked model without inner shapes, with the versions and metadata of ``like``.
+    """The graph as a checked model without inner shapes, with the versions of ``like`` and the graph's metadata, or its own.
 
     Nodes are in a stable topological order and unused ones are gone, with their weights, so equal graphs give equal models.
     Large arrays that passes made become weights as they are.
@@ -94,7 +98,10 @@ def export_model(graph: gs.Graph, like: OnnxModel) -> OnnxModel:
     proto.ir_version = max(header.ir_version, _FREE_INITIALIZERS)
     proto.producer_name, proto.producer_version = header.producer_name, header.producer_version
     del proto.metadata_props[:]
-    proto.metadata_props.extend(header.metadata_props)
+    if (metadata := getattr(graph, "metadata", None)) is None:
+        proto.metadata_props.extend(header.metadata_props)
+    else:
+        helper.set_model_props(proto, metadata)
     model = OnnxModel(proto, weights)
     checker.check_model(weights_as_inputs(model), full_check=True)  # a failure here is a bug in a pass
     return model

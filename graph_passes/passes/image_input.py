@@ -1,18 +1,20 @@
-"""Take images as bytes, and normalise them in the graph.
+"""Take pixels from 0 to 255, as bytes or floats, and normalise them in the graph.
 
-DeepStream and edge cameras deliver bytes in [0, 255], and DeepStream's own normalisation has one scale for all channels.
+Edge cameras deliver bytes in [0, 255]; DeepStream's nvinfer gives float32 planes and has one scale for all channels.
 ``mean`` and ``std`` are those of pixels in [0, 1], in the order in which the model takes its channels. Where a convolution
 without padding reads the images, ``(pixel / 255 - mean) / std`` goes into its weights and bias, in float64, and costs nothing.
 With padding, which would have to be of grey rather than of zeros, or before another operator, two nodes compute it.
 
-Before: float images, normalised outside: [B, C, H, W], or [B, H, W, C] where the model itself takes that. After: uint8 images
-of the same name, [B, C, H, W] or [B, H, W, C] as asked (``--image``), a Cast, and a Transpose where the order differs. It runs
-before ``drop_patches``, which leaves no convolution; before or behind ``to_fp16``. Site: the input.
+Before: float images, normalised outside: [B, C, H, W], or [B, H, W, C] where the model itself takes that. After: images of the
+same name, [B, C, H, W] or [B, H, W, C] as asked (``--image``): uint8 and a Cast, or float32 (``float-nchw-255``); and a
+Transpose where the order differs. The model's metadata say it as ONNX does: ``Image.NominalPixelRange``. It runs before
+``drop_patches``, which leaves no convolution; before or behind ``to_fp16``. Site: the input.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -23,11 +25,24 @@ from graph_passes.analysis.axes import Axes, Pixels, has
 from graph_passes.analysis.patterns import MatchFailure, constant_value, is_unpadded, label
 from graph_passes.analysis.vit_structure import find_structure
 from graph_passes.node_builder import NodeBuilder, make_constant, replace_all_uses, replace_input
+from graph_passes.onnx_io.metadata import FULL_RANGE, NORMALIZATION, PIXEL_RANGE
 from graph_passes.pass_registry import Settings, graph_pass
 from patchslim.errors import UsageError
 
-#: The axis of the channels in each form.
-_CHANNELS = {"uint8-nchw": 1, "uint8-nhwc": 3}
+
+@dataclass(frozen=True)
+class _Form:
+    """Images as a graph may take them: the axis of their channels, and their type."""
+
+    channels: int
+    dtype: np.dtype[np.generic]
+
+
+_FORMS = {
+    "uint8-nchw": _Form(1, np.dtype(np.uint8)),
+    "uint8-nhwc": _Form(3, np.dtype(np.uint8)),
+    "float-nchw-255": _Form(1, np.dtype(np.float32)),
+}
 
 
 @graph_pass("image_input", default=False)
@@ -40,22 +55,25 @@ def run(graph: gs.Graph, settings: Settings) -> int:
             label(images.inputs[0]),
             "the graph prepares its images itself up to here; leave out --image, or give the model without its pre-processing",
         )
-    if settings.image not in _CHANNELS:
-        raise UsageError("image_input: say what the images are to be: --image uint8-nchw or uint8-nhwc")
-    wanted, place = _CHANNELS[settings.image], _channel_axis(axis_map.of(images) or ())
-    if images.dtype == np.uint8:
-        if place != wanted:
-            raise MatchFailure(f"graph input '{images.name}'", f"takes bytes already, but not as {settings.image}")
+    if settings.image not in _FORMS:
+        raise UsageError(f"image_input: say what the images are to be: --image {', '.join(_FORMS)}")
+    form, place = _FORMS[settings.image], _channel_axis(axis_map.of(images) or ())
+    if images.dtype == np.uint8 or graph.metadata.get(PIXEL_RANGE) == FULL_RANGE:
+        if _Form(place, np.dtype(images.dtype)) != form:
+            kind = "bytes" if images.dtype == np.uint8 else "floats from 0 to 255"
+            raise MatchFailure(f"graph input '{images.name}'", f"takes {kind} already, but not as {settings.image}")
         return 0
     mean, std = _normalisation(settings, int(images.shape[place]))
     source = _as_computed_with(images)
-    pixels = _read_bytes(graph, images, source, place, wanted)
+    pixels = _read_pixels(graph, images, source, place, form)
     convolutions = [node for node in pixels.outputs if node.op != "Shape"]
     if place == 1 and all(_can_take(node) for node in convolutions):
         for conv in convolutions:
             _fold(conv, mean, std)
     else:
         _normalise(graph, pixels, place, mean, std)
+    graph.metadata[PIXEL_RANGE] = FULL_RANGE
+    graph.metadata.pop(NORMALIZATION, None)
     return 1
 
 
@@ -80,20 +98,22 @@ def _as_computed_with(images: gs.Variable) -> gs.Variable:
     return readers[0].outputs[0] if len(readers) == 1 and readers[0].op == "Cast" else images
 
 
-def _read_bytes(graph: gs.Graph, images: gs.Variable, source: gs.Variable, place: int, wanted: int) -> gs.Variable:
-    """Make ``images`` bytes, and return them as floats, laid out as ``source``, whose readers now read them."""
-    readers = [(node, tensor) for tensor in (source, images) for node in list(tensor.outputs)]
+def _read_pixels(graph: gs.Graph, images: gs.Variable, source: gs.Variable, place: int, form: _Form) -> gs.Variable:
+    """Give ``images`` the form, and return them as floats, laid out as ``source``, whose readers now read them."""
+    tensors = (images,) if source is images else (source, images)
+    readers = [(node, tensor) for tensor in tensors for node in list(tensor.outputs)]
     shape, dtype = list(images.shape), np.dtype(source.dtype)
-    images.dtype = np.dtype(np.uint8)
+    images.dtype, pixels = form.dtype, images
     build = NodeBuilder(graph, images.name, dtype)
-    to = int(onnx.helper.np_dtype_to_tensor_dtype(dtype))
-    pixels = build.op("Cast", [images], {"to": to}, name="cast", output=build.name_of("floats"))
-    if place != wanted:
-        order = _moving(wanted, place)  # of the bytes' axes, to have the graph's own
+    if form.dtype != dtype:
+        to = int(onnx.helper.np_dtype_to_tensor_dtype(dtype))
+        pixels = build.op("Cast", [images], {"to": to}, name="cast", output=build.name_of("floats"))
+    if place != form.channels:
+        order = _moving(form.channels, place)  # of the pixels' axes, to have the graph's own
         images.shape = [shape[order.index(axis)] for axis in range(4)]
         pixels = build.op("Transpose", [pixels], {"perm": order}, name="transpose", output=build.name_of("moved"))
     for node, tensor in readers:
-        if node.op == "Cast" and node.outputs[0] is source:
+        if node.op == "Cast" and node.outputs and node.outputs[0] is source:
             node.outputs.clear()
         else:
             replace_input(node, tensor, pixels)

@@ -185,63 +185,74 @@ def normalised() -> torch.Tensor:
     return ((PIXELS.double() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)).float()
 
 
-def logits_of_bytes(model: OnnxModel, image: ImageForm) -> NDArray[np.float32]:
-    pixels = PIXELS if image == "uint8-nchw" else PIXELS.permute(0, 2, 3, 1).contiguous()
+FORMS: tuple[ImageForm, ...] = ("uint8-nchw", "uint8-nhwc", "float-nchw-255")
+#: Nodes that a form needs between the input and a stem of float32 planes.
+NODES = {"uint8-nchw": ["Cast"], "uint8-nhwc": ["Cast", "Transpose"], "float-nchw-255": []}
+
+
+def logits_of_pixels(model: OnnxModel, image: ImageForm) -> NDArray[np.float32]:
+    pixels = PIXELS.permute(0, 2, 3, 1).contiguous() if image == "uint8-nhwc" else PIXELS
+    pixels = pixels.float() if image == "float-nchw-255" else pixels
     (value,) = model.graph.input
-    assert value.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    kind = onnx.TensorProto.FLOAT if image == "float-nchw-255" else onnx.TensorProto.UINT8
+    assert value.type.tensor_type.elem_type == kind
+    metadata = {entry.key: entry.value for entry in model.skeleton.metadata_props}
+    assert metadata["Image.NominalPixelRange"] == "NominalRange_0_255"
     assert [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim][1:] == list(pixels.shape[1:])
     assert value.type.tensor_type.shape.dim[0].dim_param
     return ort_logits(model, pixels)
 
 
-@pytest.mark.parametrize("image", ["uint8-nchw", "uint8-nhwc"])
+@pytest.mark.parametrize("image", FORMS)
 @pytest.mark.parametrize("kind", ["plain", "registers", "distilled"])
-def test_bytes_give_what_normalised_floats_gave(kind: str, image: ImageForm) -> None:
+def test_pixels_give_what_normalised_floats_gave(kind: str, image: ImageForm) -> None:
     _, exported = dense(kind)
     plan = plan_of(kind)
     for passes in (["image_input"], names("image_input"), names("image_input", before="elide_identities")):
         result = run_passes(exported, passes, of_bytes(image, plan))
         assert [entry.refused for entry in result.results if entry.refused] == []
         wanted = run_passes(exported, [name for name in passes if name != "image_input"], Settings(plan)).model
-        np.testing.assert_allclose(logits_of_bytes(result.model, image), ort_logits(wanted, normalised()), atol=1e-4)
+        np.testing.assert_allclose(logits_of_pixels(result.model, image), ort_logits(wanted, normalised()), atol=1e-4)
         more = [node.op_type for node in result.model.graph.node if node.name.startswith("images.")]
-        assert more == (["Cast"] if image == "uint8-nchw" else ["Cast", "Transpose"])
+        assert more == NODES[image]
         again = run_passes(result.model, passes, of_bytes(image, plan))
         assert not again.modified
         assert [entry.refused for entry in again.results if entry.refused] == []
 
 
-@pytest.mark.parametrize("image", ["uint8-nchw", "uint8-nhwc"])
-def test_bytes_with_dropped_patches(image: ImageForm) -> None:
+@pytest.mark.parametrize("image", FORMS)
+def test_pixels_with_dropped_patches(image: ImageForm) -> None:
     model, exported = dense("plain")
     plan = plan_of("plain")
     expected = masked(model, plan, normalised())
     for also, spare in ((["image_input", "drop_patches"], 0), (["drop_patches", "image_input"], 2)):
         result = run_passes(exported, names(*also), of_bytes(image, plan)).model
-        np.testing.assert_allclose(logits_of_bytes(result, image), expected, atol=1e-4)
+        np.testing.assert_allclose(logits_of_pixels(result, image), expected, atol=1e-4)
         assert sum(node.op_type in ("Sub", "Mul") for node in result.graph.node) == spare
         assert not run_passes(result, names(*also), of_bytes(image, plan)).modified
 
 
 @pytest.mark.parametrize("order", [["image_input", "to_fp16"], ["to_fp16", "image_input"]])
-@pytest.mark.parametrize("image", ["uint8-nchw", "uint8-nhwc"])
-def test_bytes_before_and_behind_fp16_are_one_cast(order: list[str], image: ImageForm) -> None:
+@pytest.mark.parametrize("image", FORMS)
+def test_pixels_before_and_behind_fp16_are_one_cast(order: list[str], image: ImageForm) -> None:
     model, exported = dense("plain")
     plan = plan_of("plain")
     result = run_passes(exported, [*names(), *order], of_bytes(image, plan)).model
     casts = [node for node in result.graph.node if node.op_type == "Cast" and node.input[0] == "images"]
     assert [attribute.i for node in casts for attribute in node.attribute] == [onnx.TensorProto.FLOAT16]
     expected = reference(model, plan, normalised())
-    assert np.abs(logits_of_bytes(result, image) - expected).max() < 0.01 * np.abs(expected).max()
+    assert np.abs(logits_of_pixels(result, image) - expected).max() < 0.01 * np.abs(expected).max()
     assert not run_passes(result, order, of_bytes(image, plan)).modified
 
 
-def test_padding_and_other_stems_are_normalised_by_two_nodes() -> None:
+@pytest.mark.parametrize("image", FORMS)
+def test_padding_and_other_stems_are_normalised_by_two_nodes(image: ImageForm) -> None:
     for change, spare in (("padding", 2), ("two convolutions", 0)):
         model = stem(change)
-        result = run_passes(model, ["image_input"], of_bytes("uint8-nhwc")).model
+        result = run_passes(model, ["image_input"], of_bytes(image)).model
         expected = ort_logits(model, normalised())
-        np.testing.assert_allclose(logits_of_bytes(result, "uint8-nhwc"), expected, atol=1e-4)
+        np.testing.assert_allclose(logits_of_pixels(result, image), expected, atol=1e-4)
+        assert not run_passes(result, ["image_input"], of_bytes(image)).modified
         assert sum(node.op_type in ("Sub", "Mul") and node.name.startswith("images.") for node in result.graph.node) == spare
 
 
@@ -261,7 +272,7 @@ def test_weights_that_something_else_reads_too_stay_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("settings", "fault"),
     [
-        (Settings(), "--image uint8-nchw or uint8-nhwc"),
+        (Settings(), "--image uint8-nchw, uint8-nhwc, float-nchw-255"),
         (Settings(image="uint8-nchw", std=STD), "--mean must have one value for each of the 3 channels; none was given"),
         (Settings(image="uint8-nchw", mean=MEAN), "--std must have one value .* none was given"),
         (Settings(image="uint8-nhwc", mean=MEAN[:2], std=STD), "--mean must have .* 2 were given"),
@@ -274,10 +285,24 @@ def test_settings_that_do_not_fit_are_usage_errors(settings: Settings, fault: st
         run_passes(dense("plain")[1], ["image_input"], settings)
 
 
-def test_bytes_in_the_other_order_are_refused() -> None:
-    taken = run_passes(dense("plain")[1], ["image_input"], of_bytes("uint8-nhwc")).model
-    (report,) = run_passes(taken, ["image_input"], of_bytes("uint8-nchw")).results
-    assert "takes bytes already, but not as uint8-nchw" in report.refused[0].reason
+@pytest.mark.parametrize("asked", FORMS)
+@pytest.mark.parametrize("has", FORMS)
+def test_pixels_of_another_form_are_refused(has: ImageForm, asked: ImageForm) -> None:
+    taken = run_passes(dense("plain")[1], ["image_input"], of_bytes(has)).model
+    (report,) = run_passes(taken, ["image_input"], of_bytes(asked)).results
+    kind = "floats from 0 to 255" if has == "float-nchw-255" else "bytes"
+    expected = [] if has == asked else [f"takes {kind} already, but not as {asked}"]
+    assert [refusal.reason for refusal in report.refused] == expected
+    assert not report.modified
+
+
+def test_what_was_to_be_done_outside_is_no_longer_in_the_metadata() -> None:
+    model = onnx.ModelProto()
+    model.CopyFrom(dense("plain")[1])
+    onnx.helper.set_model_props(model, {"normalization": "outside", "labels": "kept"})
+    result = run_passes(model, ["image_input"], of_bytes("float-nchw-255")).model
+    found = {entry.key: entry.value for entry in result.skeleton.metadata_props}
+    assert found == {"labels": "kept", "Image.NominalPixelRange": "NominalRange_0_255"}
 
 
 def symbolic(shape: Sequence[int | str]) -> OnnxModel:

@@ -78,6 +78,20 @@ def test_fp16_is_checked_on_the_images_given(
     assert "--precision fp16" in capsys.readouterr().err
 
 
+def test_fp16_is_checked_on_pixels_where_the_model_takes_pixels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model.onnx").write_bytes(tiny_vit().SerializeToString())
+    plan().save(tmp_path / "plan.json")
+    normalised = ["--mean", "0.5", "0.5", "0.5", "--std", "0.001", "0.001", "0.001"]
+    arguments = [tmp_path / "model.onnx", "--plan", tmp_path / "plan.json", "--precision", "fp16", "--json", *normalised]
+    largest = {}
+    for image in ("uint8-nchw", "float-nchw-255"):
+        assert door(monkeypatch, *arguments, "--image", image) == 0
+        largest[image] = json.loads(capsys.readouterr().out)["fp16"]["largest"]
+    assert largest["uint8-nchw"] == pytest.approx(largest["float-nchw-255"], rel=1e-5)  # white images, not noise
+
+
 @pytest.mark.parametrize(("name", "code"), [("a b [c] é.onnx", 0), ("x" * 250 + ".onnx", 2), ("folder", 2)])
 def test_an_output_of_an_odd_name_is_written_or_refused_before_the_work(
     name: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -130,14 +130,15 @@ def test_options_that_do_not_go_together_exit_with_2(arguments: list[str], fault
     assert not door.output.exists()
 
 
-@pytest.mark.parametrize("form", ["uint8-nchw", "uint8-nhwc"])
-def test_images_come_as_bytes_and_are_normalised_inside(form: str, door: Door, plan: SlimPlan) -> None:
+@pytest.mark.parametrize("form", ["uint8-nchw", "uint8-nhwc", "float-nchw-255"])
+def test_images_come_as_pixels_and_are_normalised_inside(form: str, door: Door, plan: SlimPlan) -> None:
     mean, std = np.array([0.4, 0.5, 0.6], np.float32), np.array([0.2, 0.3, 0.25], np.float32)
     report = door.slim("--image", form, "--mean", *mean, "--std", *std)
     assert "image_input" in names(report)
     pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 32, 32), dtype=np.uint8)
     normalised = (pixels / np.float32(255) - mean.reshape(3, 1, 1)) / std.reshape(3, 1, 1)
-    given = torch.from_numpy(pixels if form == "uint8-nchw" else pixels.transpose(0, 2, 3, 1).copy())
+    given = torch.from_numpy(pixels.transpose(0, 2, 3, 1).copy() if form == "uint8-nhwc" else pixels)
+    given = given.float() if form.startswith("float") else given
     wanted = reference(dense("plain")[0], plan, torch.from_numpy(normalised.astype(np.float32)))
     np.testing.assert_allclose(ort_logits(onnx.load(door.output), given), wanted, atol=1e-3)
 
