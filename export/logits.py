@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from export.source import ExportSource, LazyModule
 from export.stages import Workspace, onnxruntime_providers
 from patchslim.arrays import Array
 from patchslim.plan import SlimPlan
+from patchslim.runner import infer_in_batches
+from validate.parity import logit_errors
 
 if TYPE_CHECKING:
     from patchslim.runner import Runner
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 PYTORCH, PYTORCH_SLIM, ENGINE = "pytorch", "pytorch-slim", "engine"
 #: Images whose pixels are kept: they are the inputs of ``golden.npz``, and the first is drawn.
 GOLDEN_IMAGES = 8
+#: Batches in which they are run again; the last does not divide them.
+BATCH_SIZES = (1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -76,12 +81,14 @@ def _open_graph(path: Path, work: Workspace) -> Runner:
 class Measured:
     """What every stage answered on the held-out images: logits (n, classes) float32 by stage, and the images' classes (n,).
 
-    ``inputs`` are the pixels (k, 3, h, w) float32 of the first ``GOLDEN_IMAGES`` of them.
+    ``inputs`` are the pixels (k, 3, h, w) float32 of the first ``GOLDEN_IMAGES`` of them; ``batch_errors`` by stage the largest
+    difference of a logit of theirs where they are run in batches of ``BATCH_SIZES``, NaN where none is finite.
     """
 
     logits: dict[str, Array]
     targets: Array
     inputs: Array
+    batch_errors: dict[str, float]
 
 
 def measured_logits(stages: Mapping[str, AnsweringStage], source: ExportSource, batch_size: int, work: Workspace) -> Measured:
@@ -94,6 +101,7 @@ def measured_logits(stages: Mapping[str, AnsweringStage], source: ExportSource, 
         "model": source.model.key,
         "device": (source.model.device, cuda.local_target(), onnxruntime_providers(work.facts)),
         "batch": batch_size,  # libraries sum in another order, which the last bits of a logit show
+        "batches": BATCH_SIZES,
     }
     folders = {name: work.cache.path("logits", stage=name, key=stage.key, **shared) for name, stage in stages.items()}
     missing = [name for name, folder in folders.items() if not work.cache.has(folder)]
@@ -109,15 +117,33 @@ def measured_logits(stages: Mapping[str, AnsweringStage], source: ExportSource, 
             )
         answers.check_classes(images.address, source.model.classes)
         for name, logits in answers.logits.items():
+            error = batch_error(runners[name], answers.inputs, logits[: len(answers.inputs)])
 
-            def build(part: Path, logits: Array = logits) -> None:
+            def build(part: Path, logits: Array = logits, error: float = error) -> None:
                 np.save(part / "logits.npy", logits)
                 np.save(part / "targets.npy", answers.targets)
                 np.save(part / "inputs.npy", answers.inputs)
+                np.save(part / "batch_error.npy", np.float64(error))
 
             work.cache.make(folders[name], build)
     read = {name: _read(folder, "logits", work) for name, folder in folders.items()}
-    return Measured(read, _read(folders[PYTORCH], "targets", work), _read(folders[PYTORCH], "inputs", work))
+    errors = {name: float(_read(folder, "batch_error", work)) for name, folder in folders.items()}
+    return Measured(read, _read(folders[PYTORCH], "targets", work), _read(folders[PYTORCH], "inputs", work), errors)
+
+
+def batch_error(runner: Runner, inputs: Array, logits: Array) -> float:
+    """The largest difference from ``logits`` (k, classes) where ``inputs`` (k, 3, h, w) are run in batches of ``BATCH_SIZES``.
+
+    NaN where some logit is not finite in one of the runs alone, or in all of both.
+    """
+    worst = 0.0
+    for size in BATCH_SIZES:
+        again = infer_in_batches(runner, inputs, size)
+        error, _ = logit_errors(again, logits)
+        if error is None or not np.array_equal(np.isfinite(again), np.isfinite(logits)):
+            return math.nan
+        worst = max(worst, error)
+    return worst
 
 
 def _read(folder: Path, name: str, work: Workspace) -> Array:

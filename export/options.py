@@ -14,6 +14,7 @@ from patchslim.choices import EngineName, Layout, Precision
 from patchslim.environment import processes
 from patchslim.errors import UsageError
 from slimming.options import ModelOptions
+from validate.manifest import GateRule
 
 
 def default_work() -> Path:
@@ -61,6 +62,9 @@ class GateGroup:
     """Held-out images that every stage is measured on."""
     max_top1_drop: float = 0.2
     """Points of top-1 that any stage may lose against the PyTorch original; more means exit code 5 and no bundle."""
+    gate: GateRule = "point"
+    """What must be within --max-top1-drop: the drop itself (point), or the bad end of its 95 % interval (confidence). Where the
+    images can tell neither way, confidence says undecided (exit code 5), and how many images would settle it."""
     require_executed: bool = False
     """Exit code 5 and no bundle where the engine did not run here, as one for another machine's GPU."""
     batch_size: int = 8

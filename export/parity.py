@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 from export.engines.base import EngineResult
-from export.logits import ENGINE, PYTORCH, PYTORCH_SLIM, Measured
+from export.logits import BATCH_SIZES, ENGINE, PYTORCH, PYTORCH_SLIM, Measured
 from export.stages import ONNX_FP16, ONNX_SLIM
 from patchslim.choices import Layout
 from patchslim.plan import SlimPlan
 from validate import manifest as schema
+from validate.comparison import compare
 from validate.parity import fp16_tolerance, fp32_tolerance, gate, not_executed, rung
 
 
@@ -17,13 +20,14 @@ def parity_report(
     plan: SlimPlan,
     layout: Layout,
     engine: EngineResult,
-    max_top1_drop: float,
+    asked: schema.Gate,
 ) -> schema.ParityReport:
-    """Compare each stage with the one that it was made from, and judge it by the gate: ``max_top1_drop`` points of top-1."""
-    judged, passed = gate(ladder(measured, engine), max_top1_drop)
+    """Compare each stage with the one that it was made from, and judge it by the gate that is ``asked`` for."""
+    judged, passed = gate(ladder(measured, engine), asked.max_top1_drop, asked.rule)
     dense, slim = plan.dense_macs(), plan.macs(layout)
     return schema.ParityReport(
-        gate=schema.Gate(max_top1_drop=max_top1_drop),
+        gate=asked,
+        comparison=comparison(measured),
         macs=schema.Macs(dense=dense, slim=slim, reduction=1 - slim / dense, layout=layout),
         rungs=judged,
         engine=schema.EngineRecord(
@@ -43,6 +47,26 @@ def parity_report(
 
 def ladder(measured: Measured, engine: EngineResult) -> list[schema.Rung]:
     """The rungs, from the PyTorch original down to the engine, not judged yet."""
+    fp16 = {ONNX_FP16} | ({ENGINE} if engine.precision == "fp16" else set())
+    return [_with_batches(one, measured, fp16=one.stage in fp16) for one in _rungs(measured, engine)]
+
+
+def comparison(measured: Measured) -> schema.Comparison:
+    """Original and candidate, the last stage that answered."""
+    stage = next(name for name in (ENGINE, ONNX_FP16, ONNX_SLIM, PYTORCH_SLIM) if name in measured.logits)
+    return compare(measured.logits[PYTORCH], measured.logits[stage], measured.targets, stages=(PYTORCH, stage))
+
+
+def _with_batches(one: schema.Rung, measured: Measured, *, fp16: bool) -> schema.Rung:
+    """``one`` with how far its answers depend on what is beside them in a batch."""
+    if (error := measured.batch_errors.get(one.stage)) is None:
+        return one
+    tolerance = (fp16_tolerance if fp16 else fp32_tolerance)(measured.logits[one.stage])
+    found = schema.BatchCheck(sizes=list(BATCH_SIZES), max_error=None if math.isnan(error) else error, tolerance=tolerance)
+    return one.model_copy(update={"batches": found})
+
+
+def _rungs(measured: Measured, engine: EngineResult) -> list[schema.Rung]:
     logits, targets = measured.logits, measured.targets
     original = logits[PYTORCH]
     rungs = [rung(PYTORCH, original, targets)]

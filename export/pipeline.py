@@ -38,7 +38,8 @@ from export.stages import (
 from patchslim.errors import ParityFailed
 from patchslim.plan import SlimPlan
 from patchslim.progress import Reporter
-from validate.manifest import LatencyRecord, Macs, ParityReport
+from validate.explain import verdict_of
+from validate.manifest import Gate, LatencyRecord, Macs, ParityReport
 
 #: Stages of one run that may be found damaged and made anew.
 _REPAIRS = 3
@@ -95,7 +96,8 @@ def _export(options: ExportOptions, request: EngineRequest, source: ExportSource
     latency = latency_record(options, source, table, plan, dense, served, work)
     stages = answering_stages(source, plan, fitted, graphs, engine, work)
     measured = measured_logits(stages, source, options.batch_size, work)
-    parity = parity_report(measured, source.evaluation_record(), plan, options.layout, engine, options.max_top1_drop)
+    gate = Gate(max_top1_drop=options.max_top1_drop, rule=options.gate)
+    parity = parity_report(measured, source.evaluation_record(), plan, options.layout, engine, gate)
     contents = BundleContents(
         name=options.bundle.name,
         model=source.model,
@@ -120,8 +122,7 @@ def _export(options: ExportOptions, request: EngineRequest, source: ExportSource
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     outcome = Outcome(folder, plan, parity.macs, parity, engine, size, dense, latency)
     if not passed:
-        failed = [f"{one.stage}: {one.note}" for one in parity.rungs if one.status == "failed"]
-        faults = "; ".join([*failed, *filter(None, [missed])])
+        faults = "; ".join(filter(None, [verdict_of(parity.rungs), missed]))
         old = f"; {options.bundle} is an earlier one" if options.bundle.exists() else ""
         raise GateFailed(f"the bundle is not published{old}: {faults}. It stays, marked failed, in {folder}", outcome)
     return outcome

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from typing import Any
 
 from export.pipeline import Outcome
+from validate.explain import blame, compared, verdict_of, what_it_proves
 from validate.manifest import LatencyRecord
-from validate.parity import what_it_proves
 
 
 def as_json(outcome: Outcome) -> dict[str, Any]:
     """The outcome as plain JSON values."""
     parity = outcome.parity.model_dump(mode="json")
-    proves = what_it_proves(outcome.parity.rungs, outcome.parity.gate.max_top1_drop)
+    gate = outcome.parity.gate
+    proves = what_it_proves(outcome.parity.rungs, gate.max_top1_drop, gate.rule)
     return {
         "bundle": str(outcome.bundle),
         "dense_onnx": str(outcome.dense_onnx),
@@ -25,6 +27,9 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "latency": outcome.latency and outcome.latency.model_dump(mode="json"),
         "tokens_per_block": outcome.plan.counts,
         "rungs": parity["rungs"],
+        "comparison": parity["comparison"],
+        "blame": [dataclasses.asdict(each) for each in blame(outcome.parity.rungs)],
+        "verdict": verdict_of(outcome.parity.rungs) or "passed",
         "engine": parity["engine"] | {"kernels": outcome.engine.kernels, "built": outcome.engine.status},
     }
 
@@ -58,7 +63,7 @@ def print_summary(outcome: Outcome) -> None:
     from rich.table import Table
 
     from patchslim.console import Console
-    from validate.report import rung_table
+    from validate.report import blame_table, rung_table
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     macs = outcome.macs
@@ -73,6 +78,11 @@ def print_summary(outcome: Outcome) -> None:
     facts.add_row("dense ONNX", escape(f"{outcome.dense_onnx} ({dense_onnx_holds(outcome)})"))
     facts.add_row("bundle", escape(str(outcome.bundle)))
     console.print(rung_table(outcome.parity.rungs, f"top-1 on {outcome.parity.evaluation.images} held-out images"))
-    for line in what_it_proves(outcome.parity.rungs, outcome.parity.gate.max_top1_drop):
+    gate = outcome.parity.gate
+    for line in what_it_proves(outcome.parity.rungs, gate.max_top1_drop, gate.rule):
         console.print(line)
+    if outcome.parity.comparison is not None:
+        console.print(compared(outcome.parity.comparison))
+    if not outcome.parity.passed:
+        console.print(blame_table(outcome.parity.rungs))
     console.print(facts)

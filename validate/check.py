@@ -13,7 +13,7 @@ from validate import bundle as files
 from validate.bundle import list_files, read_manifest
 from validate.graph_checks import check_graphs
 from validate.isolated import Limits
-from validate.manifest import Manifest
+from validate.manifest import Gate, Manifest
 from validate.record_checks import check_engine_ran, check_records, read_parity
 from validate.verdict import BundleVerdict, Check, failed
 
@@ -75,7 +75,7 @@ def _check_bundle(
 ) -> BundleVerdict:
     checks: list[Check] = []
     manifest: Manifest | None = None
-    gate: float | None = None
+    gate: Gate | None = None
     say("manifest.json")
     try:
         if not folder.is_dir():
@@ -97,8 +97,14 @@ def _check_bundle(
         checks.append(failed("manifest" if manifest is None else "bundle", str(folder), str(error)))
     if manifest is not None and any(check.name == "files" and check.status == "passed" for check in checks):
         with contextlib.suppress(InputRejected):  # said already
-            gate = read_parity(folder, manifest).gate.max_top1_drop
-    return BundleVerdict(folder=str(folder), checks=checks, manifest=manifest, max_top1_drop=gate)
+            gate = read_parity(folder, manifest).gate
+    return BundleVerdict(
+        folder=str(folder),
+        checks=checks,
+        manifest=manifest,
+        max_top1_drop=None if gate is None else gate.max_top1_drop,
+        gate_rule="point" if gate is None else gate.rule,
+    )
 
 
 def _check_files(folder: Path, manifest: Manifest, say: Progress) -> Iterator[Check]:

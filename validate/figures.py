@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from validate.comparison import mcnemar
 from validate.manifest import Manifest, ParityReport, Rung
 from validate.parity import FP16_MIN_AGREEMENT, drop_interval, fp16_tolerance, fp32_tolerance, gate, rung
 
@@ -22,16 +23,18 @@ _FP32_STAGES = ("pytorch-slim", "onnx-slim")
 
 def failed_stages(report: ParityReport) -> list[str]:
     """The stages that fail the report's own gate, by their figures or by their status; 'every stage after the original'."""
-    judged, passed = gate(report.rungs, report.gate.max_top1_drop)
+    judged, passed = gate(report.rungs, report.gate.max_top1_drop, report.gate.rule)
     failed = [
-        stated.stage for stated, found in zip(report.rungs, judged, strict=True) if "failed" in (stated.status, found.status)
+        stated.stage
+        for stated, found in zip(report.rungs, judged, strict=True)
+        if {"failed", "undecided"} & {stated.status, found.status}
     ]
     return failed or ([] if passed else ["every stage after the original"])
 
 
 def contradictions(report: ParityReport) -> Iterator[str]:
     """What of the report cannot be, if the rest of it is: counts, percentages, intervals and statuses. A message each."""
-    judged, _ = gate(report.rungs, report.gate.max_top1_drop)
+    judged, _ = gate(report.rungs, report.gate.max_top1_drop, report.gate.rule)
     original = report.rungs[0]
     for index, (one, found) in enumerate(zip(report.rungs, judged, strict=True)):
         if not one.images:
@@ -39,7 +42,7 @@ def contradictions(report: ParityReport) -> Iterator[str]:
         where, n = f"rungs: {one.stage}: ", one.images
         if n != report.evaluation.images:
             yield f"{where}measured on {n} images, and evaluation names {report.evaluation.images}"
-        if "failed" not in (one.status, found.status) and one.status != found.status:
+        if not {"failed", "undecided"} & {one.status, found.status} and one.status != found.status:
             yield f"{where}its status is {one.status!r}, and by its figures {found.status!r}"
         if one.agreeing is None:
             yield f"{where}lacks agreeing"
@@ -49,6 +52,36 @@ def contradictions(report: ParityReport) -> Iterator[str]:
         if index and one.tolerance is None and one.compared_to != original.stage:
             yield f"{where}lacks a tolerance; only the loss of slimming, against {original.stage}, has none"
         yield from (where + fault for fault in _impossible_counts(one, original))
+    yield from _comparison_contradictions(report)
+
+
+def _comparison_contradictions(report: ParityReport) -> Iterator[str]:
+    """What the comparison says against the rungs of the two models that it compares."""
+    compared = report.comparison
+    if compared is None:
+        return
+    rungs = {one.stage: one for one in report.rungs if one.images}
+    for side in (compared.original, compared.candidate):
+        one = rungs.get(side.stage)
+        if one is None or one.images != compared.images:
+            yield f"comparison: {side.stage} with {compared.images} images is no stage that ran"
+        elif not _same(side.top1, one.top1) or not _same(side.top5, one.top5):
+            yield f"comparison: {side.stage}: its top1 and top5 are not those of its rung"
+    candidate = rungs.get(compared.candidate.stage)
+    if compared.original.stage != report.rungs[0].stage:
+        yield f"comparison: {compared.original.stage} is not the original, {report.rungs[0].stage}"
+    elif candidate is not None and candidate.lost is not None and candidate.gained is not None:
+        if not _same(compared.mcnemar, mcnemar(candidate.lost, candidate.gained)):
+            counts = f"{candidate.lost} lost and {candidate.gained} gained"
+            yield f"comparison: mcnemar: {compared.mcnemar} is not what {counts} give"
+        if sum(each.original - each.candidate for each in compared.classes) != candidate.lost - candidate.gained:
+            yield "comparison: classes: their changes do not add up to the drop"
+    elif compared.mcnemar is not None or compared.classes:
+        yield "comparison: speaks of labels that the rungs do not have"
+
+
+def _same(one: float | None, other: float | None) -> bool:
+    return one is other is None or (one is not None and other is not None and abs(one - other) <= _ROUNDING)
 
 
 def _impossible_counts(one: Rung, original: Rung) -> Iterator[str]:
@@ -116,6 +149,9 @@ def overgenerous(manifest: Manifest, golden: Golden) -> Iterator[str]:
         most = _most_allowed(one.stage, golden)
         if one.tolerance is not None and one.tolerance > most:
             yield f"rungs: {one.stage}: tolerance: {one.tolerance:.3g} is more than an export allows here, {most:.3g}"
+        if one.batches is not None and one.batches.tolerance > most:
+            allowed = f"{one.batches.tolerance:.3g} is more than an export allows here, {most:.3g}"
+            yield f"rungs: {one.stage}: batches: tolerance: {allowed}"
 
 
 def _most_allowed(stage: str, golden: Golden) -> float:

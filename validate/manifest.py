@@ -12,7 +12,8 @@ from patchslim.choices import Layout
 from patchslim.records import StrictRecord, VersionOne
 from validate.preprocessing import Preprocessing
 
-Status = Literal["passed", "failed", "not executed"]
+#: ``undecided``: the gate asks for confidence, and so few images can tell neither way.
+Status = Literal["passed", "failed", "undecided", "not executed"]
 #: The stages of a parity report in order; an export may add others, such as ``onnx-slim-int8``.
 STAGES = ("pytorch", "pytorch-slim", "onnx-slim", "onnx-slim-fp16", "engine")
 
@@ -22,6 +23,8 @@ _Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 _Points = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 _Error = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Ms = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_MOST_CLASSES = 1 << 16
+GateRule = Literal["point", "confidence"]
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Stage = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,63}$")]
 _Text = Annotated[str, Field(max_length=4096)]
@@ -56,6 +59,14 @@ class Macs(StrictRecord):
         return self
 
 
+class BatchCheck(StrictRecord):
+    """The golden inputs run again in batches of other sizes: an answer must not depend on what is beside it."""
+
+    sizes: list[_Size] = Field(min_length=1, max_length=16, description="images per run, the last of which may be smaller")
+    max_error: _Error | None = Field(description="largest difference of a logit; null where none is finite on both sides")
+    tolerance: _Error = Field(description="largest max_error allowed")
+
+
 class Rung(StrictRecord):
     """One stage of an export, measured on the evaluation images.
 
@@ -78,6 +89,7 @@ class Rung(StrictRecord):
     mean_error: _Error | None = Field(default=None, description="mean absolute difference of the logits")
     tolerance: _Error | None = Field(default=None, description="largest max_error allowed; null where it is the slimming loss")
     non_finite: _Count = Field(default=0, description="logits that are NaN or infinite")
+    batches: BatchCheck | None = Field(default=None, description="null where it was not run at other batch sizes")
     status: Status = "not executed"
     note: _Text = ""
 
@@ -104,11 +116,66 @@ class Rung(StrictRecord):
             return None
         return Fraction(100 * (self.lost - self.gained), self.images)
 
+    @property
+    def changed(self) -> tuple[int, int]:
+        """Images lost and gained against the original; without labels those that disagree with it count as lost."""
+        if self.lost is None or self.gained is None:
+            return self.images - (self.agreeing or 0), 0
+        return self.lost, self.gained
+
 
 class Gate(StrictRecord):
     """What a bundle must keep to be published."""
 
     max_top1_drop: Annotated[float, Field(ge=0, le=100)] = Field(default=0.2, description="points of top-1")
+    rule: GateRule = Field(
+        default="point", description="what must be within max_top1_drop: the drop, or the bad end of its 95 % interval"
+    )
+
+
+class Answers(StrictRecord):
+    """How one of two compared models answers."""
+
+    stage: _Stage
+    top1: _Percent | None = Field(description="null without labels, as the two fields after it")
+    top5: _Percent | None
+    calibration_error: _Percent | None = Field(
+        description="expected calibration error in percent: 15 bins of equal width (Guo et al., ICML 2017)"
+    )
+    confidence: _Percent = Field(description="mean of the largest softmax probability, in percent")
+
+
+class ClassChange(StrictRecord):
+    """A class of which the two models answer different numbers of images rightly."""
+
+    label: _Count = Field(description="its place among the classes")
+    images: _Count
+    original: _Count = Field(description="of these, answered rightly by the original")
+    candidate: _Count
+
+
+class Disagreement(StrictRecord):
+    """An image that the two models answer differently; those of the largest divergence are listed, worst first."""
+
+    image: _Count = Field(description="its place among the evaluation images")
+    label: _Count | None = Field(description="null without labels")
+    original: _Count = Field(description="the class answered")
+    candidate: _Count
+    divergence: _Error = Field(description="KL divergence of the candidate's answer from the original's, in nats")
+
+
+class Comparison(StrictRecord):
+    """Original and candidate, the last stage that ran, on the same images."""
+
+    images: _Count
+    original: Answers
+    candidate: Answers
+    mcnemar: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        description="exact two-sided p-value of McNemar's test that the two are equally often right; null without labels"
+    )
+    divergence: _Error | None = Field(description="mean KL divergence in nats over the images with finite logits; null: none")
+    classes: list[ClassChange] = Field(max_length=_MOST_CLASSES)
+    worst: list[Disagreement] = Field(max_length=64)
 
 
 class EngineRecord(StrictRecord):
@@ -156,7 +223,8 @@ class ParityReport(_Results):
 
     schema_version: VersionOne = 1
     gate: Gate
-    passed: bool = Field(description="no rung failed, and at least one stage after the original was run")
+    comparison: Comparison | None = Field(default=None, description="original and candidate, image by image")
+    passed: bool = Field(description="no rung failed or is undecided, and at least one stage after the original was run")
 
     @model_validator(mode="after")
     def _check(self) -> ParityReport:
@@ -166,8 +234,10 @@ class ParityReport(_Results):
 
 
 def ladder_passed(rungs: list[Rung]) -> bool:
-    """Whether no rung failed and at least one stage after the original, which is the first, was run."""
-    return all(rung.status != "failed" for rung in rungs) and any(rung.status == "passed" for rung in rungs[1:])
+    """Whether no rung failed or is undecided, and at least one stage after the original, which is the first, was run."""
+    return all(rung.status in ("passed", "not executed") for rung in rungs) and any(
+        rung.status == "passed" for rung in rungs[1:]
+    )
 
 
 class TensorSpec(StrictRecord):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from fractions import Fraction
 
 import numpy as np
 
 from patchslim.arrays import Array
-from validate.manifest import Rung, ladder_passed
+from validate.manifest import GateRule, Rung, ladder_passed
 
 _FEWEST_POINTS = 1e-6  # of a gate that images can resolve at all
 _Z95 = 1.959963984540054  # the standard normal's 97.5 % point
@@ -160,66 +160,63 @@ def images_needed(lost: int, gained: int, images: int, points: float) -> int | N
     return math.ceil(exact / unit) * unit
 
 
-def what_it_proves(rungs: Sequence[Rung], max_top1_drop: float) -> list[str]:
-    """What a verdict rests on, a sentence each: the worst drop with its interval, and whether so few images can tell.
-
-    The original is the first of ``rungs``. Without labels images that disagree with it count as lost.
-    """
-    ran = [(_lost_and_gained(one), one) for one in rungs[1:] if one.images]
-    if not ran:
-        return [f"gate: at most {max_top1_drop:g} points of top-1 lost; no stage after the original was run"]
-    (lost, gained), worst = max(ran, key=lambda each: each[0][0] - each[0][1])
-    images, one_image = worst.images, 100 / worst.images
-    low, high = drop_interval(lost, gained, images)
-    said = [
-        f"gate: at most {max_top1_drop:g} points of top-1 lost; {worst.stage} lost {100 * (lost - gained) / images:.2f} "
-        f"on {images} images, 95 % CI {low:.2f} to {high:.2f}"
-    ]
-    needed = images_needed(lost, gained, images, max_top1_drop)
-    others = f"no number of images resolves {max_top1_drop:g} points" if needed is None else f"about {needed} could"
-    if one_image > max_top1_drop:
-        said.append(f"one image of {images} is {one_image:.3g} points and decides this gate alone: it proves nothing; {others}")
-    elif high > max_top1_drop:
-        said.append(f"{images} images cannot tell this from a drop above the gate; {others}")
-    return said
-
-
-def _lost_and_gained(one: Rung) -> tuple[int, int]:
-    if one.lost is None or one.gained is None:
-        return one.images - (one.agreeing or 0), 0
-    return one.lost, one.gained
-
-
-def gate(rungs: Iterable[Rung], max_top1_drop: float) -> tuple[list[Rung], bool]:
+def gate(rungs: Iterable[Rung], max_top1_drop: float, rule: GateRule = "point") -> tuple[list[Rung], bool]:
     """Decide the status of every rung, the original first, and of the whole ladder.
 
     A rung that ran fails when it has a NaN or infinite logit, when its top-1 is more than ``max_top1_drop`` points below the
-    original's (exactly as many passes), or when its ``max_error`` exceeds its ``tolerance``. Without labels the share of images
-    that disagree with the original is gated instead: the drop cannot be larger.
+    original's (exactly as many passes), when its ``max_error`` exceeds its ``tolerance``, or when its answers depend on the
+    batch by more than they may. Without labels the share of images that disagree with the original is gated instead: the drop
+    cannot be larger. By the rule ``confidence`` the whole 95 % interval of the drop must be within ``max_top1_drop``; the rung
+    fails where all of it is above, and is undecided where it is on both sides.
     """
-    judged = [_judge(one, max_top1_drop) for one in rungs]
+    judged = [_judge(one, max_top1_drop, "point" if not index else rule) for index, one in enumerate(rungs)]
     return judged, ladder_passed(judged)
 
 
-def _judge(one: Rung, max_top1_drop: float) -> Rung:
+def _judge(one: Rung, max_top1_drop: float, rule: GateRule) -> Rung:
     if not one.images:
         return one.model_copy(update={"status": "not executed"})
-    limit = Fraction(repr(float(max_top1_drop)))  # 0.2 means one fifth, not the binary float just above it
     faults = []
     if one.non_finite:
         faults.append(f"{one.non_finite} logits are NaN or infinite")
-    drop = one.exact_drop()
-    if drop is not None and drop > limit:
-        faults.append(f"top-1 drops by {float(drop):.3f} points, more than {max_top1_drop:g}")
-    if drop is None and one.agreeing is not None and Fraction(100 * (one.images - one.agreeing), one.images) > limit:
-        faults.append(f"no labels, and top-1 disagrees with the original on more than {max_top1_drop:g} % of the images")
+    doubt = ""
+    if rule == "point":
+        faults += _drop_fault(one, max_top1_drop)
+    else:
+        low, high = drop_interval(*one.changed, one.images)
+        if low > max_top1_drop:
+            faults.append(f"top-1 drops by {low:.3f} to {high:.3f} points (95 % CI), more than {max_top1_drop:g}")
+        elif high > max_top1_drop:
+            doubt = f"top-1 drops by {low:.3f} to {high:.3f} points (95 % CI), on both sides of {max_top1_drop:g}: "
+            doubt += images_to_decide(one, max_top1_drop)
     if one.tolerance is not None:
         if one.max_error is None:
             faults.append(f"no finite logits to compare with {one.compared_to}")
         elif one.max_error > one.tolerance:
             faults.append(f"max logit error {one.max_error:.3g} against {one.compared_to}, more than {one.tolerance:.3g}")
-    notes = [one.note] if one.note else []
-    return one.model_copy(update={"status": "failed" if faults else "passed", "note": "; ".join(notes + faults)})
+    if (batches := one.batches) is not None and (batches.max_error is None or batches.max_error > batches.tolerance):
+        found = "not finite" if batches.max_error is None else f"{batches.max_error:.3g} off, more than {batches.tolerance:.3g}"
+        faults.append(f"answers depend on the batch: in batches of {', '.join(map(str, batches.sizes))} logits are {found}")
+    status = "failed" if faults else "undecided" if doubt else "passed"
+    notes = [note for note in (one.note, *faults, doubt) if note]
+    return one.model_copy(update={"status": status, "note": "; ".join(notes)})
+
+
+def _drop_fault(one: Rung, max_top1_drop: float) -> list[str]:
+    limit = Fraction(repr(float(max_top1_drop)))  # 0.2 means one fifth, not the binary float just above it
+    drop = one.exact_drop()
+    if drop is not None and drop > limit:
+        return [f"top-1 drops by {float(drop):.3f} points, more than {max_top1_drop:g}"]
+    if drop is None and one.agreeing is not None and Fraction(100 * (one.images - one.agreeing), one.images) > limit:
+        return [f"no labels, and top-1 disagrees with the original on more than {max_top1_drop:g} % of the images"]
+    return []
+
+
+def images_to_decide(one: Rung, max_top1_drop: float) -> str:
+    """How many images would tell the drop of a rung from the gate, if the models differ on as many of them."""
+    lost, gained = one.changed
+    needed = images_needed(lost, gained, one.images, abs(max_top1_drop - 100 * (lost - gained) / one.images))
+    return "no number of images settles a drop that is the gate" if needed is None else f"about {needed} images would settle it"
 
 
 def _matrix(array: Array, name: str, shape: tuple[int, ...] | None = None) -> Array:

@@ -7,11 +7,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from patchslim.console import Console
+from validate.explain import blame, what_it_proves
 from validate.manifest import Rung
-from validate.parity import what_it_proves
 from validate.verdict import BundleVerdict
 
-_STYLES = {"passed": "green", "failed": "red", "not executed": "yellow"}
+_STYLES = {"passed": "green", "failed": "red", "undecided": "red", "not executed": "yellow"}
 
 
 def print_verdict(verdict: BundleVerdict, measured: list[Rung], console: Console) -> None:
@@ -27,7 +27,7 @@ def print_verdict(verdict: BundleVerdict, measured: list[Rung], console: Console
         where = f"{evaluation.data}, {evaluation.images} images"
         _print_rungs(manifest.rungs, f"Measured by the build ({escape(where)})", console)
         if verdict.max_top1_drop is not None:
-            for line in what_it_proves(manifest.rungs, verdict.max_top1_drop):
+            for line in what_it_proves(manifest.rungs, verdict.max_top1_drop, verdict.gate_rule):
                 console.print(escape(line), highlight=False)
     console.print(_check_table(verdict))
     if measured:
@@ -63,6 +63,17 @@ def rung_table(rungs: list[Rung], title: str) -> Table:
             rung.compared_to or "",
             _status(rung.status),
         )
+    return table
+
+
+def blame_table(rungs: list[Rung]) -> Table:
+    """Which stage lost what, against the stage that it was made from."""
+    table = Table(title="Where it was lost", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("stage", "made from", "points lost there", "max logit error"):
+        table.add_column(heading, overflow="fold")
+    for each in blame(rungs):
+        error = "" if each.max_error is None else f"{each.max_error:.2g}"
+        table.add_row(each.stage, each.before, f"{each.points:+.2f}", error)
     return table
 
 

@@ -16,7 +16,7 @@ from patchslim.errors import (
     PatchslimError,
 )
 from patchslim.records import StrictRecord
-from validate.manifest import Manifest, Status
+from validate.manifest import GateRule, Manifest, Status
 
 
 class Check(StrictRecord):
@@ -40,6 +40,7 @@ class BundleVerdict(StrictRecord):
     checks: list[Check]
     manifest: Manifest | None = None
     max_top1_drop: float | None = Field(default=None, description="the build's gate in points; None where it could not be read")
+    gate_rule: GateRule = "point"
 
     @property
     def exit_code(self) -> int:

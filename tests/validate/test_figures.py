@@ -13,9 +13,10 @@ import pytest
 
 from tests.helpers.bundles import make_bundle, refused, reseal
 from validate import check_bundle, load_manifest
+from validate.explain import what_it_proves
 from validate.golden import read_golden, write_golden
 from validate.manifest import EngineRecord, OnnxRecord
-from validate.parity import drop_interval, images_needed, proportion_interval, rung, what_it_proves
+from validate.parity import drop_interval, images_needed, proportion_interval, rung
 
 Change = Callable[[dict[str, Any]], Any]
 
