@@ -8,8 +8,9 @@ from pathlib import Path
 from patchslim.errors import InputRejected
 from patchslim.files import open_regular
 
-#: How the serialised plans of a backend begin; TensorRT's first letter changed with its releases (``ptrt``, ``ftrt``).
-_MAGIC = {"tensorrt-rtx": re.compile(rb"vtrt"), "tensorrt": re.compile(rb"[a-z]trt")}
+#: How the serialised plans of a backend begin; TensorRT's first letter changed with its releases (``ptrt``, ``ftrt``). By the
+#: names that an export gives; a hyphen in the place of the underscore is the same backend.
+_MAGIC = {"tensorrt_rtx": re.compile(rb"vtrt"), "tensorrt": re.compile(rb"[a-z]trt")}
 _HEAD = 24  # bytes. A TensorRT-RTX plan has a version at 8 and its own size at 16, little-endian: seen in release 1.7.1
 _RTX_VERSION = 2
 
@@ -27,11 +28,12 @@ def check_engine(path: Path, backend: str) -> None:
         raise InputRejected(f"{path}: cannot be read as an engine: {error.strerror or error}") from error
     if not size:
         raise InputRejected(f"{path}: is empty, and the manifest names it as an engine for {backend}")
-    magic = _MAGIC.get(backend)
+    known = backend.replace("-", "_")
+    magic = _MAGIC.get(known)
     if magic is None:
         return
     if len(head) < _HEAD or not magic.match(head):
         raise InputRejected(f"{path}: is no engine of {backend}: it begins with {head[:4]!r}, not {magic.pattern.decode()!r}")
     version, stated = (int.from_bytes(head[start : start + 8], "little") for start in (8, 16))
-    if backend == "tensorrt-rtx" and version == _RTX_VERSION and stated != size:
+    if known == "tensorrt_rtx" and version == _RTX_VERSION and stated != size:
         raise InputRejected(f"{path}: is a damaged engine of {backend}: has {size} bytes, and its header says {stated}")

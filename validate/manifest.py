@@ -181,7 +181,7 @@ class Comparison(StrictRecord):
 class EngineRecord(StrictRecord):
     """What serves the slim graph."""
 
-    backend: _Name = Field(description="'onnxruntime', 'tensorrt', 'tensorrt-rtx', 'openvino', ...")
+    backend: _Name = Field(description="'onnxruntime', 'tensorrt', 'tensorrt_rtx', 'openvino', ...")
     version: _Text
     targets: list[_Name] = Field(description="what it was built for, such as 'cpu' or 'sm89'")
     precision: _Name

@@ -11,10 +11,12 @@ import pytest
 from PIL import Image
 
 from export import ExportOptions
+from patchslim.errors import InputRejected
 from patchslim.plan import load_plan
 from slimming.search.budget import Budget
 from tests.helpers.exports import CALIBRATION, DEPTH, EVALUATION, MODEL, TOKENS, read
 from validate import check_bundle
+from validate.engine_file import check_engine
 
 if TYPE_CHECKING:
     from export.pipeline import Outcome
@@ -91,7 +93,7 @@ def test_the_rungs_of_onnx_runtime(ort_export: Outcome) -> None:
     assert not (ort_export.bundle / "engine").exists()
 
 
-def test_the_rungs_of_tensorrt(trt_export: Outcome) -> None:
+def test_the_rungs_of_tensorrt(trt_export: Outcome, tmp_path: Path) -> None:
     parity = read(trt_export.bundle / "parity.json")
     stages = ["pytorch", "pytorch-slim", "onnx-slim", "onnx-slim-fp16", "engine"]
     assert [rung["stage"] for rung in parity["rungs"]] == stages
@@ -104,7 +106,12 @@ def test_the_rungs_of_tensorrt(trt_export: Outcome) -> None:
     assert (record["backend"], record["targets"], record["precision"]) == ("tensorrt_rtx", ["sm89"], "fp16")
     assert (record["fused_attentions"], record["attentions"], record["status"]) == (DEPTH, DEPTH, "not executed")
     assert record["files"] == ["engine/model.fp16.sm89.engine"]
-    assert (trt_export.bundle / record["files"][0]).stat().st_size > 10_000
+    engine_file = trt_export.bundle / record["files"][0]
+    assert engine_file.stat().st_size > 10_000
+    check_engine(engine_file, record["backend"])
+    (tmp_path / "cut.engine").write_bytes(engine_file.read_bytes()[:-1])
+    with pytest.raises(InputRejected, match="damaged engine of tensorrt_rtx"):
+        check_engine(tmp_path / "cut.engine", record["backend"])
     layers = read(trt_export.bundle / "engine_layers.json")
     assert layers["sm89"]["fused_attentions"] == DEPTH
     kernels = [kernel for kernel in layers["sm89"]["kernels"] if kernel["type"] != "shape_call"]

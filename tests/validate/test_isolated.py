@@ -9,13 +9,12 @@ import time
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 
 from patchslim.errors import InputRejected
 from patchslim.ort_runner import OrtRunner
-from tests.helpers.bundles import CLASSES, SIZE, make_bundle, reseal, weight, write_onnx
+from tests.helpers.attacks.bundle_graphs import write_endless
+from tests.helpers.bundles import SIZE, make_bundle, reseal, weight, write_onnx
 from validate import check_bundle, load_manifest
 from validate.isolated import IsolatedRunner, Limits
 
@@ -25,57 +24,6 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
     return make_bundle(tmp_path / "bundle")
-
-
-def write_trap(path: Path, nodes: list[onnx.NodeProto], constants: dict[str, np.ndarray]) -> None:
-    """A classifier to whose logits ``nodes`` add a scalar, ``extra``."""
-    tensors = [numpy_helper.from_array(array, name) for name, array in constants.items()]
-    graph = helper.make_graph(
-        [
-            *nodes,
-            helper.make_node("Flatten", ["image"], ["flat"]),
-            helper.make_node("MatMul", ["flat", "weight"], ["product"]),
-            helper.make_node("Add", ["product", "extra"], ["logits"]),
-        ],
-        "trap",
-        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", 3, SIZE, SIZE])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", CLASSES])],
-        [*tensors, numpy_helper.from_array(weight(), "weight")],
-    )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
-
-
-def write_endless(path: Path) -> None:
-    """A loop of 10^9 trips that keeps a scalar."""
-    scalar = helper.make_tensor_value_info("kept", TensorProto.FLOAT, [])
-    body = helper.make_graph(
-        [helper.make_node("Identity", ["on"], ["still"]), helper.make_node("Sin", ["kept"], ["next"])],
-        "body",
-        [
-            helper.make_tensor_value_info("trip", TensorProto.INT64, []),
-            helper.make_tensor_value_info("on", TensorProto.BOOL, []),
-            scalar,
-        ],
-        [
-            helper.make_tensor_value_info("still", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("next", TensorProto.FLOAT, []),
-        ],
-    )
-    nodes = [
-        helper.make_node("ReduceMax", ["image"], ["start"], keepdims=0),
-        helper.make_node("Loop", ["trips", "true", "start"], ["extra"], body=body),
-    ]
-    write_trap(path, nodes, {"trips": np.array(10**9), "true": np.array(True)})
-
-
-def write_bomb(path: Path) -> None:
-    """Few bytes that become 256 GiB."""
-    nodes = [
-        helper.make_node("ReduceMax", ["image"], ["start"], keepdims=0),
-        helper.make_node("Expand", ["start", "shape"], ["large"]),
-        helper.make_node("ReduceMax", ["large"], ["extra"], keepdims=0),
-    ]
-    write_trap(path, nodes, {"shape": np.array([1 << 18, 1 << 18])})
 
 
 def test_answers_are_those_of_onnx_runtime(bundle: Path) -> None:
@@ -98,15 +46,6 @@ def test_a_loop_without_end_is_ended(bundle: Path) -> None:
     assert verdict.exit_code == 3
     assert f"{bundle / 'model.onnx'}: did not answer within 6 s; a slow machine needs a larger --timeout" in verdict.faults
     assert [each.subject for each in verdict.checks if each.name == "golden parity"] == ["model-fp16.onnx"]
-
-
-def test_a_bomb_finds_no_memory(bundle: Path) -> None:
-    write_bomb(bundle / "model.onnx")
-    reseal(bundle)
-    verdict = check_bundle(bundle, threads=1)
-    assert verdict.exit_code == 3
-    assert "model.onnx" in verdict.faults[0]
-    assert "alloc" in verdict.faults[0] or "memory" in verdict.faults[0]
 
 
 def test_memory_that_is_enough_for_nothing(bundle: Path) -> None:

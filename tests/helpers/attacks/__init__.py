@@ -1,1 +1,1 @@
-"""Hostile and broken graphs, made on the fly: each is a small file that a door must refuse by name, and survive."""
+"""Hostile and broken graphs and bundles, made on the fly: each is one that a command must refuse by name, and survive."""
