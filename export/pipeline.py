@@ -6,6 +6,7 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
+from export.advice import Advice, what_would_pass
 from export.bundle import BundleContents, write_contents
 from export.cache import StageCache, StageDamaged
 from export.engines import cuda
@@ -57,13 +58,14 @@ class Outcome:
     size: int
     dense_onnx: Path
     latency: LatencyRecord | None
+    advice: Advice | None = None  # where the gate failed
 
 
 class GateFailed(ParityFailed):
     """A stage failed its gate; ``outcome`` is the export that is not published, its bundle in the work folder."""
 
     def __init__(self, message: str, outcome: Outcome) -> None:
-        super().__init__(message)
+        super().__init__(message, next_step="" if outcome.advice is None else str(outcome.advice))
         self.outcome = outcome
 
 
@@ -120,7 +122,8 @@ def _export(options: ExportOptions, request: EngineRequest, source: ExportSource
     publish(functools.partial(write_contents, contents), folder)
     work.facts.save()
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    outcome = Outcome(folder, plan, parity.macs, parity, engine, size, dense, latency)
+    advice = None if parity.passed else what_would_pass(options, source, parity, work)
+    outcome = Outcome(folder, plan, parity.macs, parity, engine, size, dense, latency, advice)
     if not passed:
         faults = "; ".join(filter(None, [verdict_of(parity.rungs), missed]))
         old = f"; {options.bundle} is an earlier one" if options.bundle.exists() else ""

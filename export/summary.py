@@ -30,6 +30,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "comparison": parity["comparison"],
         "blame": [dataclasses.asdict(each) for each in blame(outcome.parity.rungs)],
         "verdict": verdict_of(outcome.parity.rungs) or "passed",
+        "advice": outcome.advice and dataclasses.asdict(outcome.advice),
         "engine": parity["engine"] | {"kernels": outcome.engine.kernels, "built": outcome.engine.status},
     }
 

@@ -12,7 +12,7 @@ from typing import Self
 
 from torch import Tensor, nn
 
-from patchslim.choices import Fit, Mode
+from patchslim.choices import Fit, Mode, ScoreName
 from patchslim.errors import UsageError
 from patchslim.plan import Calibration, Origin, SlimPlan
 from patchslim.progress import StageProgress
@@ -77,6 +77,7 @@ class PlanFinder:
         settings: FinderSettings = FinderSettings(),
     ) -> None:
         self.reader, self.name, self.settings = reader, name, settings
+        self._evaluators: dict[tuple[ScoreName, bool], MergeSearch | SummarySearch | TopDownSearch] = {}
         digests: list[bytes] = []
         self.features = DenseFeatures(
             reader,
@@ -102,13 +103,9 @@ class PlanFinder:
         and ``ValueError`` where the settings' ``mode`` or ``magnitudes`` are not those that the request needs.
         """
         reader, features = self.reader, self.features
-        if request.mode != self.settings.mode:
-            raise ValueError(f"a plan of mode {request.mode} from features of mode {self.settings.mode}")
-        request = request.for_model(fixed_head=reader.head.fixed, refusals=reader.refusals)
-        if request.needs_magnitudes and not self.settings.magnitudes:
-            raise ValueError(f"score {request.score} needs features with magnitudes")
+        request = self._meant(request)
         if request.budget.criterion not in LATENCY:
-            cost = MacsCost(reader.tokens, len(reader.blocks), reader.geometry(), request.mode, request.layout, request.merges)
+            cost = self._macs_cost(request)
         elif cost is None:
             raise UsageError(f"--{request.budget.criterion} is solved on a measured latency table: pass --latency-table")
         fitter = BlockFitter(features, progress=self.settings.progress) if request.fit == "sgd" else None
@@ -133,27 +130,59 @@ class PlanFinder:
 
     def _selected(self, request: PlanRequest, cost: Cost, fitter: BlockFitter | None) -> Selection:
         """The tokens that the plan keeps, and, where it merges, what becomes of the others."""
-        features, budget, uniform = self.features, request.budget, request.score == "uniform"
-        if request.score == "similarity":
-            merging = MergeSearch(features)
-            return merging.by_counts(counts_within(merging, budget, cost))
-        score = score_named(request.score, self.settings.seed)
+        budget, uniform = request.budget, request.score == "uniform"
         if budget.criterion == "tolerance":
             if uniform:
                 raise UsageError(
                     "--score uniform has one count for all blocks, and --tolerance one for each: pass --macs-reduction"
                 )
-            found = TopDownSearch(features, score, fit=fitter).by_tolerance(budget.value, snap=budget.snap)
-            return with_summary(found, features.tokens) if request.summary else found
-        search = TopDownSearch(features, score)
-        if request.summary:
-            summarising = SummarySearch(search)
-            return summarising.by_counts(counts_within(summarising, budget, cost, uniform=uniform))
-        counts = counts_within(search, budget, cost, uniform=uniform)
-        return TopDownSearch(features, score, fit=fitter).by_counts(counts)
+            found = self._top_down(request, fitter).by_tolerance(budget.value, snap=budget.snap)
+            return with_summary(found, self.features.tokens) if request.summary else found
+        evaluator = self._evaluator(request)
+        counts = counts_within(evaluator, budget, cost, uniform=uniform)
+        return (evaluator if fitter is None else self._top_down(request, fitter)).by_counts(counts)
+
+    def _evaluator(self, request: PlanRequest) -> MergeSearch | SummarySearch | TopDownSearch:
+        """What chooses counts, and tokens by counts, for a request that is meant for this model."""
+        key = request.score, request.summary
+        if key not in self._evaluators:
+            if request.score == "similarity":
+                self._evaluators[key] = MergeSearch(self.features)
+            else:
+                search = self._top_down(request)
+                self._evaluators[key] = SummarySearch(search) if request.summary else search
+        return self._evaluators[key]
+
+    def _top_down(self, request: PlanRequest, fitter: BlockFitter | None = None) -> TopDownSearch:
+        return TopDownSearch(self.features, score_named(request.score, self.settings.seed), fit=fitter)
+
+    def divergence(self, request: PlanRequest) -> float:
+        """Return how far the plan that meets ``request`` moves the answers before any fit: a mean KL divergence in nats.
+
+        It is taken on some of the calibration images, and costs a small part of ``find_plan``. For budgets of MACs or tokens.
+        Raises as ``find_plan``.
+        """
+        request = self._meant(request)
+        evaluator = self._evaluator(request)
+        counts = counts_within(evaluator, request.budget, self._macs_cost(request), uniform=request.score == "uniform")
+        return evaluator.divergence(counts)
+
+    def _meant(self, request: PlanRequest) -> PlanRequest:
+        """``request`` for this model; raises ``ValueError`` where the features were not made for it."""
+        if request.mode != self.settings.mode:
+            raise ValueError(f"a plan of mode {request.mode} from features of mode {self.settings.mode}")
+        request = request.for_model(fixed_head=self.reader.head.fixed, refusals=self.reader.refusals)
+        if request.needs_magnitudes and not self.settings.magnitudes:
+            raise ValueError(f"score {request.score} needs features with magnitudes")
+        return request
+
+    def _macs_cost(self, request: PlanRequest) -> Cost:
+        reader = self.reader
+        return MacsCost(reader.tokens, len(reader.blocks), reader.geometry(), request.mode, request.layout, request.merges)
 
     def close(self) -> None:
         """Release the features, and what was spilled of them to disk."""
+        self._evaluators.clear()
         self.features.close()
 
     def __enter__(self) -> Self:
