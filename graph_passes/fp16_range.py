@@ -9,19 +9,38 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
+from pydantic import Field
 
 from graph_passes.onnx_io.files import save_model
 from graph_passes.onnx_io.graph_convert import with_shapes
 from graph_passes.onnx_io.metadata import FULL_RANGE, PIXEL_RANGE
 from graph_passes.onnx_io.model import OnnxModel, copy_fields
-from graph_passes.report import Fp16Range
 from patchslim.errors import InputRejected, Unavailable
+from patchslim.records import StrictRecord
 
 LARGEST_FP16 = float(np.finfo(np.float16).max)
 _FLOATS = (int(TensorProto.FLOAT), int(TensorProto.FLOAT16))
 _RANDOM_IMAGES = 4
 #: For images of any size.
 _SIDE = 224
+
+
+class Fp16Range(StrictRecord):
+    """What a run in ONNX Runtime says of the hidden values of a model that becomes FP16."""
+
+    images: str = Field(description="the file of the images that were run, or 'random'")
+    site: str | None = Field(description="the first node whose values do not fit, or else that of the largest; null: not run")
+    largest: float | None = Field(description="the largest magnitude at the site; null: not run")
+    fits: bool | None = Field(description="whether every value seen fits float16; null: not run")
+    limit: float = Field(description="the largest number of float16")
+    reason: str | None = Field(description="why it was not run; null: it was")
+
+    def described(self) -> str:
+        """What is wrong where a hidden value does not fit, in words."""
+        return (
+            f"{self.site} gives {self.largest:g} on {self.images} images; float16 ends at {self.limit:g}, so the result would "
+            "answer NaN"
+        )
 
 
 def fp16_range(model: OnnxModel, samples: NDArray[np.generic] | None, name: str) -> Fp16Range:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
@@ -14,13 +14,14 @@ from onnx import checker, shape_inference
 import graph_passes.passes  # noqa: F401 - registers the passes
 from graph_passes.analysis.foreign_operators import NEXT_STEP
 from graph_passes.analysis.patterns import MatchFailure
+from graph_passes.fp16_range import Fp16Range, fp16_range
 from graph_passes.onnx_io.files import clipped, read_model, save_model
 from graph_passes.onnx_io.graph_convert import export_model, import_graph, with_shapes
 from graph_passes.onnx_io.model import OnnxModel, as_model
 from graph_passes.onnx_io.standard_form import standard_form
 from graph_passes.pass_registry import PASSES, CutForm, ImageForm, PassResult, Refusal, Settings
 from patchslim.choices import Layout, Precision
-from patchslim.errors import InputRejected, UsageError, did_you_mean
+from patchslim.errors import InputRejected, ParityFailed, UsageError, did_you_mean
 from patchslim.plan import SlimPlan
 
 #: How often a pass that repeats is run at most.
@@ -31,10 +32,15 @@ _GC_BYTES = 2**26
 
 @dataclass(frozen=True)
 class SlimResult:
-    """The model after the passes, and what each of them did, in order."""
+    """The model after the passes, and what each of them did, in order.
+
+    ``fp16`` says how large the hidden values of a model got that became FP16; None where that was not asked for, and so is not
+    known: values beyond 65504 make such a model answer NaN.
+    """
 
     model: OnnxModel
     results: list[PassResult]
+    fp16: Fp16Range | None = None
 
     @property
     def modified(self) -> bool:
@@ -148,13 +154,20 @@ def slim(
     also: Sequence[str] = (),
     save_intermediates: Path | None = None,
     before_fp16: Callable[[OnnxModel], None] | None = None,
+    check_fp16: bool = False,
 ) -> SlimResult:
     """Cut the tokens that ``plan`` drops out of a dense Vision Transformer, ``images [B, 3, H, W]`` to ``logits [B, classes]``.
 
     ``layout``: in cut blocks ``split`` query and key/value projections, or one ``packed`` projection. ``precision``: ``fp16``
     makes weights and activations float16. ``cut``: the operators that take rows. ``image``, ``mean``, ``std``: let the graph
     take bytes and normalise them. ``passes``: names to run instead of the default ones; ``also``: names to run beside them.
-    ``before_fp16``: given the model that ``to_fp16`` is to run on, for ``fp16_range`` to check.
+    ``before_fp16``: given the model that ``to_fp16`` is to run on.
+
+    **FP16 ends at 65504, and by itself this function looks at weights alone**: hidden values beyond it make the result answer
+    NaN. With ``check_fp16`` the model is run on random images first, read whole into memory, and ``fp16`` of the result has the
+    largest value; as on the command line, ``ParityFailed`` names the layer where one does not fit. Without ONNX Runtime, or
+    where that cannot run the model, ``fp16.reason`` says so. Your own images: ``graph_passes.fp16_range.fp16_range``.
+
     The same arguments give the same bytes; a second call on the result changes nothing.
     Raises ``PassesRefused`` or another ``InputRejected``, which name the node and what was expected there, where the graph is
     not understood or the plan is for another model; ``UsageError`` where the chosen ``passes`` leave an invalid graph.
@@ -163,8 +176,16 @@ def slim(
         raise UsageError("passes chosen by name (--passes) are all that run; name these there too (--also): " + ", ".join(also))
     names = default_passes(layout, precision, image, also) if passes is None else passes
     settings = Settings(plan, layout, cut, image, tuple(mean), tuple(std))
+    found: list[Fp16Range] = []
+
+    def watch(before: OnnxModel) -> None:
+        if check_fp16:
+            found.append(fp16_range(before, None, "random"))
+        if before_fp16 is not None:
+            before_fp16(before)
+
     try:
-        result = run_passes(model, names, settings, save_intermediates, before_fp16)
+        result = run_passes(model, names, settings, save_intermediates, watch)
     except (checker.ValidationError, shape_inference.InferenceError) as error:
         if passes is None:
             raise  # a bug in a pass
@@ -174,13 +195,17 @@ def slim(
             f"passes {', '.join(passes)} leave an invalid graph ({first}); each needs those before it: {order}"
         ) from error
     ensure_none_refused(result)
-    return result
+    fp16 = found[0] if found else None
+    if fp16 is not None and fp16.fits is False:
+        raise ParityFailed(fp16.described(), next_step="leave precision at fp32, or take bf16 where the engine has it")
+    return replace(result, fp16=fp16)
 
 
 def to_fp16(model: OnnxModel | onnx.ModelProto) -> OnnxModel:
     """The model with float16 weights and activations, its inputs and outputs float32 (see the pass ``to_fp16``).
 
-    Raises ``InputRejected`` where the graph is not understood or a weight does not fit float16.
+    Hidden values are not looked at: ``slim`` says what that means, and its ``check_fp16`` does it. Raises ``InputRejected``
+    where the graph is not understood or a weight does not fit float16.
     """
     result = run_passes(model, ["to_fp16"], Settings())
     ensure_none_refused(result)

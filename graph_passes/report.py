@@ -14,6 +14,7 @@ from pydantic import Field
 from graph_passes.analysis.macs import macs_of_graph
 from graph_passes.analysis.patterns import MatchFailure
 from graph_passes.analysis.vit_structure import Structure, find_structure
+from graph_passes.fp16_range import Fp16Range
 from graph_passes.onnx_io.graph_convert import import_graph, with_shapes
 from graph_passes.onnx_io.model import OnnxModel
 from graph_passes.onnx_io.standard_form import standard_form
@@ -81,17 +82,6 @@ class PassRecord(StrictRecord):
     modified: bool
     sites: _Count
     refused: list[RefusedSite]
-
-
-class Fp16Range(StrictRecord):
-    """What a run in ONNX Runtime says of the hidden values of a model that becomes FP16."""
-
-    images: str = Field(description="the file of the images that were run, or 'random'")
-    site: str | None = Field(description="the first node whose values do not fit, or else that of the largest; null: not run")
-    largest: float | None = Field(description="the largest magnitude at the site; null: not run")
-    fits: bool | None = Field(description="whether every value seen fits float16; null: not run")
-    limit: float = Field(description="the largest number of float16")
-    reason: str | None = Field(description="why it was not run; null: it was")
 
 
 class Report(StrictRecord):

@@ -27,10 +27,11 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from graph_passes.fp16_range import Fp16Range
     from graph_passes.onnx_io.model import OnnxModel
     from graph_passes.pass_manager import SlimResult
     from graph_passes.pass_registry import PassResult
-    from graph_passes.report import Fp16Range, GraphSummary, RefusedSite
+    from graph_passes.report import GraphSummary, RefusedSite
     from patchslim.plan import SlimPlan
 
 PROG = "graph_passes.run"
@@ -230,9 +231,8 @@ def _cut(options: PassOptions, model: OnnxModel, plan: SlimPlan | None) -> _Outc
     fp16 = found[0] if found else None
     if fp16 is not None and fp16.fits is False and not options.allow_overflow:
         message = (
-            f"{options.model}: --precision fp16: {fp16.site} gives {fp16.largest:g} on {fp16.images} images; float16 ends at "
-            f"{fp16.limit:g}, so the result would answer NaN, and nothing was written. Try --precision fp32, or bf16 where the "
-            "engine has it; --samples FILE.npy checks your own images, --allow-overflow writes the model all the same"
+            f"{options.model}: --precision fp16: {fp16.described()}, and nothing was written. Try --precision fp32, or bf16 "
+            "where the engine has it; --samples FILE.npy checks your own images, --allow-overflow writes the model all the same"
         )
         return _Outcome(before, error=ParityFailed(message), passes=result.results, fp16=fp16)
     return _Outcome(before, after, result, passes=result.results, fp16=fp16)

@@ -13,7 +13,9 @@ import pytest
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from graph_passes import slim
 from graph_passes.run import main
+from patchslim.errors import ParityFailed
 from tests.helpers.attacks.vit import plan, tiny_vit
 
 
@@ -53,6 +55,19 @@ def test_fp16_is_refused_where_hidden_values_pass_it_with_the_layer_and_its_valu
     with np.errstate(all="ignore"):  # ONNX's reference computes in float16 throughout; ONNX Runtime on a CPU need not
         answer = ReferenceEvaluator(onnx.load(output)).run(None, {"images": images})[0]
     assert not np.isfinite(answer).all(), "the check was for nothing"
+
+
+def test_a_library_call_checks_hidden_values_where_that_is_asked_for() -> None:
+    for model in (_overflowing(), tiny_vit()):
+        unknown = slim(model, plan(), precision="fp16")
+        assert unknown.fp16 is None
+        assert slim(model, plan(), check_fp16=True).fp16 is None  # nothing becomes FP16
+    with pytest.raises(ParityFailed, match=r"MatMul node '[^']+' gives \S+ on random images; float16 ends at 65504"):
+        slim(_overflowing(), plan(), precision="fp16", check_fp16=True)
+    found = slim(tiny_vit(), plan(), precision="fp16", check_fp16=True)
+    assert found.fp16 is not None
+    assert found.fp16.fits
+    assert found.model.to_proto() == unknown.model.to_proto()
 
 
 def test_fp16_is_checked_on_the_images_given(
