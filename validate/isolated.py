@@ -1,4 +1,4 @@
-"""A model of a bundle run in a process of its own, which is ended when it takes too long and may have only so much memory."""
+"""A stranger's model run in a process of its own, which is ended when it takes too long and may have only so much memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -34,8 +34,8 @@ _REPLY_BYTES = 1 << 30
 class Limits:
     """What one model may take: ``timeout`` seconds for loading and the golden inputs, or for a batch of other images.
 
-    ``memory`` is in bytes: 0 for no bound, None for 4 GiB and four times the bundle's files. Other execution providers than the
-    CPU's have no bound of memory, since theirs is not the process's.
+    ``memory`` is in bytes: 0 for no bound, None for 4 GiB and four times the bundle's files, or those beside a file that is of
+    no bundle. Other execution providers than the CPU's have no bound of memory, since theirs is not the process's.
     """
 
     timeout: float = 300.0
@@ -43,17 +43,21 @@ class Limits:
 
 
 class IsolatedRunner:
-    """An ONNX file of a bundle in ONNX Runtime, as ``OrtRunner`` is, but in another process, which reads and checks it.
+    """An ONNX file in ONNX Runtime, as ``OrtRunner`` is, but in another process, which reads and checks it.
 
-    It loads exactly the bytes that the manifest has the digests of. Use it in a ``with`` block. Raises ``InputRejected`` where
-    the file is not those, does not run, or takes more than ``limits``; ``Unavailable`` as ``OrtRunner`` does.
+    Of a bundle it loads exactly the bytes that the ``manifest`` has the digests of; None: ``path`` is a file of no bundle, or
+    is taken as it is. Use it in a ``with`` block. Raises ``InputRejected`` where the file is not those, does not run, or takes
+    more than ``limits``; ``Unavailable`` as ``OrtRunner`` does.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, path: str, limits: Limits, *, provider: str = CPU, threads: int = 0):
+    def __init__(
+        self, folder: Path, manifest: Manifest | None, path: str, limits: Limits, *, provider: str = CPU, threads: int = 0
+    ):
         self.name = str(folder / path)
         self._limits = limits
         self._private = tempfile.TemporaryDirectory(prefix="patchslim-validate-")
-        sizes = sum(file.size for file in manifest.files if not file.path.endswith(".engine"))
+        files = None if manifest is None else [(file.path, file.size, file.sha256) for file in manifest.files]
+        sizes = _bytes_beside(folder) if files is None else sum(size for name, size, _ in files if not name.endswith(".engine"))
         memory = _BASE_MEMORY + _MEMORY_PER_BYTE * sizes if limits.memory is None else limits.memory
         self._memory = memory if provider == CPU else 0
         self._process = subprocess.Popen(
@@ -66,7 +70,7 @@ class IsolatedRunner:
         task = {
             "folder": str(folder.absolute()),
             "path": path,
-            "files": [(file.path, file.size, file.sha256) for file in manifest.files],
+            "files": files,
             "private": self._private.name,
             "provider": provider,
             "threads": threads,
@@ -94,6 +98,21 @@ class IsolatedRunner:
         if len(shape) != 2 or shape[0] != len(images) or math.prod(shape) * 4 != len(payload):
             raise InputRejected(f"{self.name}: answers with shape {shape} for {len(images)} images, not (images, classes)")
         return np.frombuffer(payload, dtype=np.float32).reshape(shape)
+
+    def timed(self, batch: int) -> Callable[[], float]:
+        """Return what runs the model once on ``batch`` random images and gives the seconds that it took, as it counts them.
+
+        CPU time with one thread on the CPU, else wall time; nothing that passes between the processes is counted. Each run has
+        the whole time of ``limits``.
+        """
+        self.renew()
+        self._ask({"prepare": batch})
+
+        def seconds() -> float:
+            self.renew()
+            return float(self._ask({"run": True})[0]["seconds"])
+
+        return seconds
 
     def _ask(self, header: dict[str, Any], payload: bytes = b"") -> tuple[dict[str, Any], bytes]:
         process, late = self._process, threading.Event()
@@ -152,6 +171,14 @@ def _ended(process: subprocess.Popen[bytes]) -> int:
     except subprocess.TimeoutExpired:  # it answers nonsense
         process.kill()
         return process.wait()
+
+
+def _bytes_beside(folder: Path) -> int:
+    """Bytes of the files in ``folder``, among which a model's weights are."""
+    try:
+        return sum(entry.stat().st_size for entry in os.scandir(folder) if entry.is_file())
+    except OSError:
+        return 0
 
 
 def _tensors(described: Sequence[Sequence[Any]]) -> list[TensorInfo]:

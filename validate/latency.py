@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
@@ -10,12 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from patchslim.arrays import Array
 from patchslim.errors import InputRejected
-from patchslim.ort_runner import CPU, OrtRunner
+from patchslim.ort_runner import CPU
 from patchslim.records import StrictRecord
-from patchslim.timing import fair_clock, interleaved, timed
-from validate.onnx_file import check_onnx
+from patchslim.timing import interleaved
+from validate.isolated import IsolatedRunner, Limits
 
 #: The speed-up must be at least this fraction of the MAC ratio.
 CRITERION = 0.95
@@ -52,27 +51,28 @@ def compare_latency(
     threads: int = 1,
     rounds: int = 30,
     warmup: int = 3,
-    provider: str = "CPUExecutionProvider",
+    provider: str = CPU,
+    limits: Limits | None = None,
 ) -> LatencyReport:
     """Time both ONNX files on the same random batch, a pair of runs per round, the order swapped every other round.
 
     The ratio is taken within each round, so a slow moment hits both sides, and the median over rounds drops the outliers;
-    neither model's threads spin while the other runs. ``threads`` 0 leaves their number to ONNX Runtime. Raises
-    ``InputRejected`` for files that do not run or take different images, ``Unavailable`` where ONNX Runtime or ``provider``
-    is not here.
+    neither model's threads spin while the other runs. ``threads`` 0 leaves their number to ONNX Runtime. Each model has a
+    process of its own, which counts its own time, within ``limits``. Raises ``InputRejected`` for files that do not run, take
+    different images or more than the limits, ``Unavailable`` where ONNX Runtime or ``provider`` is not here.
     """
-    runners = []
-    for path in (dense, slim):
-        if not path.is_file():
-            raise InputRejected(f"{path}: is not a file")
-        check_onnx(path)
-        runners.append(OrtRunner(path, provider=provider, threads=threads))
-    feeds = [_feed(runner, batch) for runner in runners]
-    if runners[0].image_shape != runners[1].image_shape:
-        raise InputRejected(f"{slim}: takes images {runners[1].image_shape}, and {dense} takes {runners[0].image_shape}")
-    clock = fair_clock(threads, on_cpu=provider == CPU)
-    runs = [timed(partial(runner.run, feed), clock) for runner, feed in zip(runners, feeds, strict=True)]
-    times: NDArray[np.float64] = np.array(interleaved(runs, rounds, warmup=warmup))
+    with contextlib.ExitStack() as stack:
+        runners = [
+            stack.enter_context(
+                IsolatedRunner(path.parent, None, path.name, limits or Limits(), provider=provider, threads=threads)
+            )
+            for path in (dense, slim)
+        ]
+        shapes = [runner.inputs[0].shape[1:] for runner in runners]
+        if shapes[0] != shapes[1]:
+            raise InputRejected(f"{slim}: takes images {shapes[1]}, and {dense} takes {shapes[0]}")
+        runs = [runner.timed(batch) for runner in runners]
+        times: NDArray[np.float64] = np.array(interleaved(runs, rounds, warmup=warmup))
     ratios = times[:, 0] / times[:, 1]
     low, speedup, high = (float(value) for value in np.percentile(ratios, [10, 50, 90]))
     efficiency = None if macs_ratio is None else speedup / macs_ratio
@@ -92,11 +92,3 @@ def compare_latency(
         efficiency=efficiency,
         meets_criterion=None if efficiency is None else efficiency >= CRITERION,
     )
-
-
-def _feed(runner: OrtRunner, batch: int) -> dict[str, Array]:
-    fewest, most = runner.batch_limits
-    if batch < fewest or (most is not None and batch > most):
-        raise InputRejected(f"{runner.name}: has the fixed batch size {fewest}, not {batch}")
-    values = np.random.default_rng(0).standard_normal((batch, *runner.image_shape))
-    return {runner.inputs[0].name: values.astype(runner.dtype)}

@@ -1,4 +1,4 @@
-"""The process that runs one model of a bundle for ``validate.isolated``, with a bound on its memory: ``-m validate.worker``."""
+"""The process that runs one model for ``validate.isolated``, with a bound on its memory: ``-m validate.worker``."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from patchslim.errors import EXIT_REJECTED, EXIT_UNAVAILABLE, PatchslimError
+from patchslim.errors import EXIT_REJECTED, EXIT_UNAVAILABLE, InputRejected, PatchslimError
 from patchslim.packages import install_command
+
+if TYPE_CHECKING:
+    from patchslim.ort_runner import OrtRunner
 
 _HEADER_BYTES = 1 << 20
 
@@ -51,7 +55,7 @@ def limit_memory(most: int) -> None:
 
 
 def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
-    """Open the model that the first message names, and answer every further one, images, with logits."""
+    """Open the model that the first message names, and answer every further one: images with logits, a run with its time."""
     task, _ = receive(requests, 0)
     try:
         if task["memory"]:
@@ -60,10 +64,17 @@ def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
         send(replies, {"inputs": runner.inputs, "outputs": runner.outputs, "limits": runner.batch_limits})
         import numpy as np
 
+        timed_run: Callable[[], float] | None = None
         while True:
             header, payload = receive(requests, sys.maxsize)
-            logits = runner.infer(np.frombuffer(payload, dtype=np.float32).reshape(header["shape"]))
-            send(replies, {"shape": logits.shape}, np.ascontiguousarray(logits).tobytes())
+            if "prepare" in header:
+                timed_run = _prepared(runner, header["prepare"], task)
+                send(replies, {})
+            elif "run" in header and timed_run is not None:
+                send(replies, {"seconds": timed_run()})
+            else:
+                logits = runner.infer(np.frombuffer(payload, dtype=np.float32).reshape(header["shape"]))
+                send(replies, {"shape": logits.shape}, np.ascontiguousarray(logits).tobytes())
     except EOFError:  # the parent is done
         return
     except PatchslimError as error:
@@ -74,13 +85,16 @@ def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
         send(replies, {"error": f"{task['path']}: needs more memory than it may have", "exit_code": EXIT_REJECTED})
 
 
-def _open(task: dict[str, Any]) -> Any:
+def _open(task: dict[str, Any]) -> OrtRunner:
     """The model in ONNX Runtime, from the bytes that were checked: in memory, or in a folder of its own with its weights."""
     from patchslim.files import copy_verified, read_verified
     from patchslim.ort_runner import OrtRunner
-    from validate.onnx_file import beside, check_onnx_bytes
+    from validate.onnx_file import beside, check_onnx, check_onnx_bytes
 
     folder, name = Path(task["folder"]), task["path"]
+    if task["files"] is None:
+        check_onnx(folder / name)
+        return OrtRunner(folder / name, provider=task["provider"], threads=task["threads"])
     files = {path: (size, sha256) for path, size, sha256 in task["files"]}
     inside = beside(name, files)
     path = folder / name
@@ -96,6 +110,21 @@ def _open(task: dict[str, Any]) -> Any:
         model = private / f"{hashlib.sha256(data).hexdigest()}.onnx"
         model.write_bytes(data)
     return OrtRunner(model, name=str(path), provider=task["provider"], threads=task["threads"])
+
+
+def _prepared(runner: OrtRunner, batch: int, task: dict[str, Any]) -> Callable[[], float]:
+    """What runs the model once on ``batch`` random images and gives the seconds by the clock that is fair to it."""
+    import numpy as np
+
+    from patchslim.ort_runner import CPU
+    from patchslim.timing import fair_clock, timed
+
+    fewest, most = runner.batch_limits
+    if batch < fewest or (most is not None and batch > most):
+        raise InputRejected(f"{runner.name}: has the fixed batch size {fewest}, not {batch}")
+    values = np.random.default_rng(0).standard_normal((batch, *runner.image_shape)).astype(runner.dtype)
+    feed = {runner.inputs[0].name: values}
+    return timed(lambda: runner.run(feed), fair_clock(task["threads"], on_cpu=task["provider"] == CPU))
 
 
 def _end_with(parent: int) -> None:

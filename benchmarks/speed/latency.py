@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from pathlib import Path
 
@@ -35,6 +36,10 @@ class SideBySideOptions:
     """Pairs of runs."""
     warmup: int = 3
     """Runs of each before the first pair."""
+    timeout: float = 300.0
+    """Seconds that a model may take to load, or for a run; then it is ended."""
+    memory: float | None = None
+    """GiB of memory that a model may take; 0 is no bound. Default: 4, and four times the files in its folder."""
     json: bool = False
     """Print one JSON object instead of a table."""
 
@@ -43,7 +48,10 @@ def compare(options: SideBySideOptions) -> int:
     """Measure and print; the exit code is 0 whether or not the criterion is met."""
     if min(options.batch, options.threads, options.rounds) < 1 or options.warmup < 0:
         raise UsageError("--batch, --threads and --rounds must be at least 1, --warmup must not be negative")
+    if not 0 < options.timeout < math.inf or (options.memory is not None and not 0 <= options.memory <= 1 << 20):
+        raise UsageError("--timeout must be a positive number of seconds, --memory GiB or 0 for no bound")
     slim, ratio = _slim_and_ratio(options)
+    from validate.isolated import Limits
     from validate.latency import CRITERION, compare_latency
 
     report = compare_latency(
@@ -54,6 +62,7 @@ def compare(options: SideBySideOptions) -> int:
         threads=options.threads,
         rounds=options.rounds,
         warmup=options.warmup,
+        limits=Limits(options.timeout, None if options.memory is None else round(options.memory * (1 << 30))),
     )
     if options.json:
         print(report.model_dump_json(indent=1))

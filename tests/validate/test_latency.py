@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +13,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from patchslim.errors import InputRejected
-from tests.helpers.bundles import Answer, make_bundle, plan, write_onnx
+from tests.helpers.attacks.bundle_graphs import write_bomb, write_constant_bomb, write_endless
+from tests.helpers.bundles import Answer, make_bundle, plan, weight, write_onnx
 from tests.helpers.validate_process import run
 from validate import compare_latency
+from validate.isolated import Limits
 
 HEAVY = ("torch", "timm")
 
@@ -68,6 +72,23 @@ def test_the_command_on_a_bundle(tmp_path: Path) -> None:
     answer = bench("--dense", bundle / "model.onnx", "--bundle", bundle, "--rounds", 3, "--json")
     assert answer.code == 0, answer.err
     assert json.loads(answer.out)["slim"] == "model.onnx"
+
+
+@pytest.mark.parametrize(
+    ("trap", "limits", "fault"),
+    [
+        (write_endless, Limits(timeout=2.0), "trap.onnx: did not answer within 2 s"),
+        (write_bomb, Limits(), "trap.onnx: .*alloc"),
+        (write_constant_bomb, Limits(), "trap.onnx: "),
+    ],
+)
+def test_a_strangers_model_is_ended(tmp_path: Path, trap: Callable[[Path], object], limits: Limits, fault: str) -> None:
+    trap(tmp_path / "trap.onnx")
+    write_onnx(tmp_path / "dense.onnx", weight())
+    started = time.monotonic()
+    with pytest.raises(InputRejected, match=fault):
+        compare_latency(tmp_path / "dense.onnx", tmp_path / "trap.onnx", rounds=2, limits=limits)
+    assert time.monotonic() - started < 60
 
 
 def test_files_that_cannot_be_compared(tmp_path: Path) -> None:
