@@ -37,20 +37,25 @@ def temporary_folder(prefix: str, suffix: str, above: Path) -> Iterator[Path]:
 
     It is locked while it is used, so that ``leftovers`` finds only those whose process is gone. Raises ``OSError``.
     """
-    while True:
-        folder = above / f"{prefix}{secrets.token_hex(8)}{suffix}"
-        folder.mkdir()
-        handle = _lock(folder, PATIENCE_S)
-        if folder.is_dir():  # else another process took it for a leftover before it was locked
-            break
-        if handle is not None:
-            os.close(handle)
-    try:
+    folder, handle = above / f"{prefix}{secrets.token_hex(8)}{suffix}", None
+    try:  # from before it is there: an interrupt may come at any moment
+        while True:
+            folder.mkdir()
+            handle = _lock(folder, PATIENCE_S)
+            if folder.is_dir():  # else another process took it for a leftover before it was locked
+                break
+            _close(handle)
+            handle = None
+            folder = above / f"{prefix}{secrets.token_hex(8)}{suffix}"
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if handle is not None:
-            os.close(handle)
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+        except BaseException:  # an interrupt fell into it, which ``rmtree`` may turn into an OSError; one signal comes once
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
+            _close(handle)
 
 
 @contextlib.contextmanager
@@ -61,19 +66,30 @@ def temporary_file(path: Path) -> Iterator[Path]:
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     sweep(rf"\.{re.escape(path.name)}\.[0-9]+\.part", path.parent)
-    while True:
-        os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _NO_FOLLOW, 0o666))
-        handle = _lock(part, PATIENCE_S)
-        if part.exists():  # else another process took it for a leftover before it was locked
-            break
-        if handle is not None:
-            os.close(handle)
-    try:
+    handle = None
+    try:  # as above
+        while True:
+            os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _NO_FOLLOW, 0o666))
+            handle = _lock(part, PATIENCE_S)
+            if part.exists():  # else another process took it for a leftover before it was locked
+                break
+            _close(handle)
+            handle = None
         yield part
     finally:
-        part.unlink(missing_ok=True)
-        if handle is not None:
-            os.close(handle)
+        try:
+            part.unlink(missing_ok=True)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+        finally:
+            _close(handle)
+
+
+def _close(handle: int | None) -> None:
+    """Close a handle, if there is one."""
+    if handle is not None:
+        os.close(handle)
 
 
 def leftovers(form: str, above: Path) -> Iterator[Path]:

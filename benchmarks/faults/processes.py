@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
+from patchslim.interrupts import SIGNALS, end_when_interrupted
+
 #: Seconds that a process has to end once it was told to, or in all; one that does not counts as hung.
 GRACE, LIMIT = 60.0, 120.0
 _ROOT = Path(__file__).parents[2]
@@ -126,15 +128,14 @@ def _start(door: Door, log: Path, max_file_bytes: int | None) -> int:
 
 
 def _fork(door: Door, log: Path, max_file_bytes: int | None) -> int:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the new process has handlers of its own
     pid = os.fork()
     if pid:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return pid
     code = 1
     try:
         os.setsid()
-        from patchslim.interrupts import end_when_interrupted
-
-        end_when_interrupted()
         said, nothing = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), os.open(os.devnull, os.O_RDWR)
         os.dup2(nothing, 0)
         os.dup2(nothing, 1)
@@ -142,6 +143,8 @@ def _fork(door: Door, log: Path, max_file_bytes: int | None) -> int:
         if max_file_bytes is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
         sys.argv = [door.module, *door.arguments]
+        end_when_interrupted()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         code = import_module(door.module).main()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
@@ -158,4 +161,5 @@ def _handles(pid: int, number: int) -> bool:
     except OSError:
         return True
     fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
-    return fields.get("State", "").startswith("Z") or bool(int(fields.get("SigCgt", "0"), 16) >> (number - 1) & 1)
+    caught, blocked = (int(fields.get(name, "0"), 16) >> (number - 1) & 1 for name in ("SigCgt", "SigBlk"))
+    return fields.get("State", "").startswith("Z") or bool(caught and not blocked)

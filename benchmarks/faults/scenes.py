@@ -7,7 +7,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +61,12 @@ class Row:
         if any(bad.values()) and len(self.examples) < 3:
             self.examples.append(f"{', '.join(name for name in bad if bad[name])}: exit {ended.code}: {ended.said[-1500:]}")
 
+    def note_leftovers(self, left: Collection[str], ended: Ended) -> None:
+        """Count what a run left behind."""
+        self.leftovers += len(left)
+        if left and len(self.examples) < 3:
+            self.examples.append(f"left {', '.join(sorted(left)[:5])}: exit {ended.code}: {ended.said[-600:]}")
+
     @property
     def bad(self) -> int:
         """How much there is that must not be."""
@@ -108,14 +114,17 @@ class Workshop:
         thing = self.thing(name, f"{number}-{fresh}")
         lengths = {cold: self.length(thing, cold=cold, fresh=fresh) for cold in (False, True)}
         codes = (EXIT_DONE, -signal.SIGKILL if number == signal.SIGKILL else EXIT_INTERRUPTED)
+        known: set[str] = set()
         for run in range(1, runs + 1):
             cold = bool(run // 2 % 2)
             running = Running(thing.door(run, cold=cold), self.log, fresh=fresh)
             running.await_ready()
             running.hurt(number, self.draws.uniform(0, 1.1 * lengths[cold]))
-            row.count(running.wait(GRACE), codes, thing.state())
+            ended = running.wait(GRACE)
+            row.count(ended, codes, thing.state())
             if number != signal.SIGKILL:  # one that may tidy up must
-                row.leftovers += len(thing.leftovers())
+                left, known = set(thing.leftovers()) - known, set(thing.leftovers())
+                row.note_leftovers(left, ended)
         self._after(thing, row)
 
     def race(self, row: Row, writers: int, rounds: int) -> None:
@@ -154,16 +163,15 @@ class Workshop:
                 disk.leave(int(share * need))
                 limit = None if mounts else max(4096, int(share * largest_file(plain.path)))
                 running = Running(thing.door(1, cold=True), self.log, max_file_bytes=limit)
-                row.count(running.wait(), (EXIT_DONE, EXIT_USAGE), thing.state())
-                row.leftovers += len(thing.leftovers())
+                ended = running.wait()
+                row.count(ended, (EXIT_DONE, EXIT_USAGE), thing.state())
+                row.note_leftovers(thing.leftovers(), ended)
 
     def _after(self, thing: Thing, row: Row) -> None:
         """A good run must go through after all that, and leave nothing of the others behind."""
         ended = Running(thing.door(0), self.log).wait()
         row.count(ended, (EXIT_DONE,), thing.state())
-        left = thing.leftovers()
-        row.leftovers += len(left)
-        row.examples += [f"left behind: {', '.join(left[:5])}"] if left else []
+        row.note_leftovers(thing.leftovers(), ended)
 
     def _good(self, door: Door) -> None:
         ended = Running(door, self.log).wait()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from patchslim import folders
 from patchslim.folders import disk_full, exchange, leftovers, locked, temporary_file, temporary_folder, temporary_form
 from patchslim.records import atomic_path
+from tests.helpers.interruptions import interruptions
 
 FORM = temporary_form(r"\.bundle\.", ".part")
 
@@ -122,3 +125,18 @@ def test_a_part_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), temporary_file(tmp_path / "plan.json") as part:
         fail(part)
     assert names(tmp_path) == []
+
+
+def test_an_interrupt_at_any_moment_leaves_nothing(tmp_path: Path) -> None:
+    left: list[str] = []
+
+    def work() -> None:
+        with temporary_folder(".bundle.", ".part", tmp_path) as folder, temporary_file(tmp_path / "plan.json") as part:
+            for name in ("a", "b"):
+                (folder / name).mkdir()
+                (folder / name / "file").write_text("x")
+            part.write_text("y")
+
+    moments = interruptions(work, (folders, shutil), lambda: left.extend(names(tmp_path)))
+    assert left == []
+    assert moments > 50
