@@ -60,8 +60,8 @@ class DoctorOptions:
 
 def examine() -> dict[str, Any]:
     """Everything that ``doctor`` knows, ready for JSON. Builds no engine, and imports none but ONNX Runtime."""
-    from export.engines import cuda
     from export.engines.support import engine_support
+    from patchslim import cuda
     from patchslim.packages import DISTRIBUTION, PACKAGES, install_command, installed_version
     from patchslim.timing import processor_name
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from export.engines import cuda
 from export.engines.base import EngineResult
 from export.engines.onnx_runtime import open_runner
 from export.source import ExportSource, LazyModule
 from export.stages import Workspace, onnxruntime_providers
+from patchslim import cuda
 from patchslim.arrays import Array
 from patchslim.plan import SlimPlan
 from patchslim.runner import infer_in_batches
@@ -65,7 +65,7 @@ def answering_stages(
     if engine.executed and engine.files:
 
         def built() -> Runner:
-            from export.engines.tensorrt_runner import TrtRunner
+            from patchslim.tensorrt_runner import TrtRunner
 
             return TrtRunner(work.cache.verified(engine.files[0]), engine.backend)
 

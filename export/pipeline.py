@@ -9,7 +9,6 @@ from pathlib import Path
 from export.advice import Advice, what_would_pass
 from export.bundle import BundleContents, write_contents
 from export.cache import StageCache, StageDamaged
-from export.engines import cuda
 from export.engines.base import EngineResult
 from export.engines.build import choose_backend
 from export.golden import golden_images
@@ -36,6 +35,7 @@ from export.stages import (
     plan_folder,
     slim_onnx,
 )
+from patchslim import cuda
 from patchslim.errors import ParityFailed
 from patchslim.plan import SlimPlan
 from patchslim.progress import Reporter

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.cache import FactStore
-from export.engines import cuda
+from patchslim import cuda
 from patchslim.plan import SlimPlan
 from slimming.models.loading import BUNDLED, bundled_weights
 from slimming.session import class_names, evaluation_images, open_session, training_images

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from export.cache import FactStore, StageCache
-from export.engines import cuda
 from export.engines.base import Backend, BuildProgress, EngineResult
 from export.latency.conditions import TimingConditions
 from export.source import ExportSource, LazyModule, ModelFacts
+from patchslim import cuda
 from patchslim.arrays import Array
 from patchslim.choices import EngineName, Layout, Precision
 from patchslim.errors import InputRejected, Unavailable

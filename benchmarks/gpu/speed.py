@@ -104,8 +104,8 @@ def onnxruntime_speed(subject: Subject, batches: Sequence[int], rounds: int) -> 
 def tensorrt_speed(subject: Subject, batches: Sequence[int], rounds: int) -> dict[str, Any]:
     """Engines of the dense and the slim model, built by ``export_bundle`` for this GPU, and their parity reports."""
     from export import export_bundle
-    from export.engines import cuda
-    from export.engines.tensorrt_runner import TrtRunner
+    from patchslim import cuda
+    from patchslim.tensorrt_runner import TrtRunner
 
     target = cuda.local_target()
     if target is None:

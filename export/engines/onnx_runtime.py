@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from export.engines import cuda
 from export.engines.base import Backend, BuildOptions, EngineResult
 from export.engines.onnx_info import OnnxFacts
+from patchslim import cuda
 from patchslim.choices import Precision
 from patchslim.errors import Unavailable
 from patchslim.ort_runner import CPU, OrtRunner

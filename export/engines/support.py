@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from export.engines import cuda, onnx_runtime, tensorrt_build
+from export.engines import onnx_runtime, tensorrt_build
 from export.engines.base import ENGINES, TARGETS
+from patchslim import cuda
 from patchslim.choices import EngineName, Precision
 from patchslim.errors import PatchslimError
 from patchslim.packages import extra_for, install_command

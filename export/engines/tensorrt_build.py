@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from export.engines import cuda
 from export.engines.base import (
     DEFAULT_TARGETS,
     RTX_PRECISIONS,
@@ -29,6 +28,7 @@ from export.engines.base import (
 )
 from export.engines.onnx_info import OnnxFacts
 from export.engines.tensorrt_worker import BuildRequest
+from patchslim import cuda
 from patchslim.choices import Precision
 from patchslim.errors import InputRejected, Unavailable, UsageError, did_you_mean
 from patchslim.packages import install_command
@@ -212,7 +212,7 @@ def _end(worker: subprocess.Popen[str]) -> None:
 
 def _try(engines: dict[str, Path], backend: Backend, facts: OnnxFacts, batch: Batch) -> tuple[bool, str]:
     """Run this machine's engine once on blank images; return whether it ran, and else the reason."""
-    from export.engines.tensorrt_runner import TrtRunner, can_execute
+    from patchslim.tensorrt_runner import TrtRunner, can_execute
 
     local = cuda.local_target()
     able, reason = can_execute(backend.name, list(engines))

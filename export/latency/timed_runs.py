@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from export.engines import cuda
 from export.engines.base import BuildOptions
 from export.engines.onnx_info import OnnxFacts
 from export.engines.tensorrt_build import build_files, choose_backend
+from patchslim import cuda
 from patchslim.errors import Unavailable
 from patchslim.timing import fair_clock, processor_name, timed
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from export.engines.tensorrt_runner import TrtRunner
     from export.latency.conditions import TimingConditions
     from patchslim.choices import EngineName, Precision
+    from patchslim.tensorrt_runner import TrtRunner
 
 
 #: Runs an ONNX file that is ready on its engine once, and returns the seconds that it took.
@@ -118,7 +118,7 @@ class TensorRtTimer:
 
     def open(self, path: Path) -> Run:
         """Build an ONNX file and load its engine; raises as ``build_engine`` and ``TrtRunner`` do."""
-        from export.engines.tensorrt_runner import TrtRunner
+        from patchslim.tensorrt_runner import TrtRunner
 
         runner = TrtRunner(self.build(path), self.backend.name)
         self._runners.append(runner)

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from export.doctor import examine, instruction_sets, onnxruntime_providers, print_report
-from export.engines import cuda
 from export.engines.base import TARGETS
 from export.engines.support import Status, engine_support
+from patchslim import cuda
 from patchslim.choices import EngineName, Precision
 from patchslim.packages import PACKAGES, install_command
 from tests.helpers.commands import door_here

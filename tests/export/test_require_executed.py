@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from export.engines import cuda
 from export.engines.base import TARGETS
 from export.pipeline import GateFailed, export_bundle
+from patchslim import cuda
 from patchslim.errors import ParityFailed
 from tests.helpers.commands import door_here
 from tests.helpers.exports import command, read, tiny
@@ -44,7 +44,7 @@ def test_an_engine_that_could_not_be_run_is_not_published(
     if cuda.local_target() is not None:
         pytest.skip("here an engine runs")
     before = trt_export.bundle.stat().st_mtime_ns
-    monkeypatch.setattr("export.engines.cuda.local_target", lambda: "sm89")
+    monkeypatch.setattr("patchslim.cuda.local_target", lambda: "sm89")
     with pytest.raises(GateFailed, match=r"engine: built, not executed \(.+\), and --require-executed asks for that") as raised:
         export_bundle(tiny(export_work, trt_export.bundle.name, engine="trt", target=("sm89",), require_executed=True))
     failed = raised.value.outcome.bundle

@@ -14,13 +14,13 @@ import onnx
 import pytest
 import torch
 
-from export.engines import cuda
 from export.engines.base import DEFAULT_TARGETS, BuildProgress
 from export.engines.build import build_engine
 from export.engines.tensorrt_build import choose_backend
-from export.engines.tensorrt_runner import TrtRunner, can_execute
+from patchslim import cuda
 from patchslim.errors import InputRejected, Unavailable, UsageError
 from patchslim.packages import install_command
+from patchslim.tensorrt_runner import TrtRunner, can_execute
 
 DEPTH = 2
 ROOT = Path(__file__).resolve().parents[2]

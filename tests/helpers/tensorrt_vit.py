@@ -11,7 +11,7 @@ import timm.layers
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from export.engines import cuda
+from patchslim import cuda
 from patchslim.choices import Mode
 from patchslim.plan import SlimPlan
 from tests.helpers.made_once import model_made_once

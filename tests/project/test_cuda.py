@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import distributed as dist
 
-from export.engines import cuda
+from patchslim import cuda
 from slimming.distributed import ProcessGroup, close_process_group, open_process_group
 from tests.helpers.commands import door_here
 

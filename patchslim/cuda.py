@@ -1,6 +1,6 @@
 """The few calls of the CUDA driver that engines need, through ctypes: no torch, no CUDA toolkit.
 
-Executed on an H200 by ``tests/test_cuda.py``, which a machine without a GPU skips.
+Executed on an H200 by ``tests/project/test_cuda.py``, which a machine without a GPU skips.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from export.engines import cuda
+from patchslim import cuda
 from patchslim.errors import InputRejected, Unavailable
 from patchslim.runner import BatchLimits
 
