@@ -12,7 +12,7 @@ from pathlib import Path
 from patchslim.errors import InputRejected, UsageError
 from patchslim.files import digest
 from patchslim.folders import disk_full, exchange, leftovers, locked, temporary_folder, temporary_form
-from validate.bundle import MANIFEST, PLAN, list_files, load_manifest, write_manifest
+from validate.bundle import MANIFEST, PLAN, SUMS, list_files, load_manifest, sums_fault, write_manifest, write_sums
 from validate.manifest import Manifest
 
 _NEW, _OLD = "new", "old"
@@ -77,6 +77,10 @@ def _foreign(folder: Path) -> str:
     for name in names:
         if name == MANIFEST:
             continue
+        if name == SUMS:
+            if sums_fault(folder, manifest):
+                return f"holds {name}, which was changed after the bundle was made"
+            continue
         if (record := recorded.get(name)) is None:
             return f"holds {name}, which is not of a bundle"
         path = folder / name
@@ -104,7 +108,7 @@ def recover(folder: Path) -> None:
 
 
 def publish(fill: Callable[[Path], Manifest], folder: Path) -> None:
-    """Have ``fill`` make the bundle in a temporary folder beside ``folder``, write its manifest last, and put it in its place.
+    """Have ``fill`` make the bundle in a temporary folder beside ``folder``, its manifest and sums last, and put it in place.
 
     An earlier bundle is exchanged for it in one step where the kernel can do that, so that a reader finds one of the two at any
     moment; when anything fails it stays, and nothing else is left behind. Of several that publish to one place the last one's
@@ -116,7 +120,9 @@ def publish(fill: Callable[[Path], Manifest], folder: Path) -> None:
         with temporary_folder(*_box(folder), folder.parent) as box:
             new = box / _NEW
             new.mkdir()
-            write_manifest(new, fill(new))
+            manifest = fill(new)
+            write_manifest(new, manifest)
+            write_sums(new, manifest)
             with locked(folder.parent):  # no file of its own that would be left behind; held for as long as a bundle is hashed
                 before = _states(folder)
                 check_place(folder)

@@ -8,13 +8,17 @@ from pathlib import Path
 
 from patchslim.errors import InputRejected
 from patchslim.files import digest, read_bounded, read_verified
-from patchslim.records import parse_record, save_record
+from patchslim.records import atomic_path, parse_record, save_record
 from validate.manifest import FileRecord, Manifest, ParityReport, plain_path
 
 MANIFEST = "manifest.json"
 PARITY = "parity.json"
 PLAN = "plan.json"
+#: For ``sha256sum -c``: every file but itself, the manifest too.
+SUMS = "SHA256SUMS"
 GOLDEN = "golden.npz"
+#: Files that the manifest does not list: itself, and what has its digest.
+UNLISTED = frozenset({MANIFEST, SUMS})
 #: A manifest or parity report of more bytes is refused.
 MAX_RECORD_BYTES = 8 << 20
 _MAX_FILES = 10_000
@@ -46,11 +50,14 @@ def list_files(folder: Path) -> list[str]:
 
 
 def record_files(folder: Path) -> list[FileRecord]:
-    """Records of every file under ``folder`` but ``manifest.json``, sorted by path; raises ``InputRejected``."""
+    """Records of every file under ``folder`` but ``manifest.json`` and ``SHA256SUMS``, sorted by path.
+
+    Raises ``InputRejected``.
+    """
     return [
         FileRecord(path=name, size=(folder / name).stat().st_size, sha256=digest(folder / name))
         for name in list_files(folder)
-        if name != MANIFEST
+        if name not in UNLISTED
     ]
 
 
@@ -62,6 +69,30 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def write_parity(folder: Path, report: ParityReport) -> None:
     """Write ``parity.json`` whole or not at all; raises ``OSError``."""
     save_record(folder / PARITY, report)
+
+
+def write_sums(folder: Path, manifest: Manifest) -> None:
+    """Write ``SHA256SUMS`` whole or not at all, after the manifest; raises ``OSError``."""
+    with atomic_path(folder / SUMS) as part:
+        part.write_bytes(expected_sums(folder, manifest))
+
+
+def expected_sums(folder: Path, manifest: Manifest) -> bytes:
+    """What ``SHA256SUMS`` must hold: a line for ``manifest.json`` as it is and for every file that it lists, sorted by path.
+
+    Raises ``InputRejected`` where the manifest cannot be read.
+    """
+    data = read_bounded(folder / MANIFEST, MAX_RECORD_BYTES, "manifest", follow=False)
+    sums = {record.path: record.sha256 for record in manifest.files} | {MANIFEST: hashlib.sha256(data).hexdigest()}
+    return "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)).encode()
+
+
+def sums_fault(folder: Path, manifest: Manifest) -> str:
+    """What is wrong with the folder's ``SHA256SUMS``; "" where it says what the manifest does. Raises ``InputRejected``."""
+    wanted = expected_sums(folder, manifest)
+    if read_bounded(folder / SUMS, len(wanted), "SHA256SUMS", follow=False) != wanted:
+        return f"{folder / SUMS}: is not the digests of {MANIFEST} and of the files that it lists"
+    return ""
 
 
 def load_manifest(folder: Path) -> Manifest:

@@ -109,7 +109,8 @@ def _check_bundle(
 
 def _check_files(folder: Path, manifest: Manifest, say: Progress) -> Iterator[Check]:
     """Every listed file is there with its size and digest, and nothing else is. All sizes are looked at before any hashing."""
-    present = set(list_files(folder)) - {files.MANIFEST}
+    names = list_files(folder)
+    present = set(names) - files.UNLISTED
     listed = {record.path for record in manifest.files}
     faults = [failed("files", name, f"{folder / name}: is not listed in manifest.json") for name in sorted(present - listed)]
     for record in manifest.files:
@@ -133,5 +134,8 @@ def _check_files(folder: Path, manifest: Manifest, say: Progress) -> Iterator[Ch
             fault = f"{folder / record.path}: its SHA-256 is not the one in manifest.json: corrupt or replaced"
             faults.append(failed("files", record.path, fault))
             yield faults[-1]
+    if not faults and files.SUMS in names and (fault := files.sums_fault(folder, manifest)):
+        faults.append(failed("files", files.SUMS, fault))
+        yield faults[-1]
     if not faults:
         yield Check(name="files", subject="all", status="passed", detail=f"{len(listed)} listed, {total} bytes")

@@ -339,8 +339,8 @@ class Manifest(_Results):
     @model_validator(mode="after")
     def _check(self) -> Manifest:
         names = [file.path for file in self.files]
-        if len({name.casefold() for name in names}) != len(names) or "manifest.json" in names:
-            raise ValueError("files: a path is listed twice, or manifest.json lists itself")
+        if len({name.casefold() for name in names}) != len(names) or {"manifest.json", "SHA256SUMS"} & {*names}:
+            raise ValueError("files: a path is listed twice, or manifest.json lists itself or SHA256SUMS")
         graphs = [record.path for record in self.onnx]
         if len(set(graphs)) != len(graphs):
             raise ValueError("onnx: a path is listed twice")

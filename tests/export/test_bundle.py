@@ -68,7 +68,7 @@ def test_the_records_agree_with_the_plan(outcome: Outcome) -> None:
     assert manifest["calibration"]["share"] is None  # digits has splits of its own
     assert manifest["labels"] == list("0123456789")
     assert manifest["weights"]["source"] == "random"
-    assert parity["gate"] == {"max_top1_drop": 100.0}
+    assert parity["gate"] == {"max_top1_drop": 100.0, "rule": "point"}
     assert parity["passed"]
 
 

@@ -15,7 +15,7 @@ from patchslim.files import digest
 from patchslim.macs import Geometry
 from patchslim.plan import Origin, SlimPlan
 from validate import check_bundle, parity
-from validate.bundle import load_manifest, record_files, write_manifest, write_parity
+from validate.bundle import SUMS, load_manifest, record_files, write_manifest, write_parity, write_sums
 from validate.golden import Golden, write_golden
 from validate.images import preprocess
 from validate.manifest import (
@@ -156,7 +156,10 @@ def reseal(folder: Path, **changes: Any) -> None:
     """Write the manifest anew over the files as they are now, as someone who tampers carefully would."""
     fields = {name: getattr(load_manifest(folder), name) for name in Manifest.model_fields}
     fields |= {"files": record_files(folder), "plan_digest": digest(folder / "plan.json")}
-    write_manifest(folder, Manifest(**(fields | changes)))
+    manifest = Manifest(**(fields | changes))
+    write_manifest(folder, manifest)
+    if (folder / SUMS).exists():
+        write_sums(folder, manifest)
 
 
 def refused(bundle: Path, code: int, *words: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from patchslim.errors import InputRejected, Unavailable
 from tests.helpers.bundles import make_bundle, refused, reseal
 from validate import check_bundle, load_manifest, load_parity
-from validate.bundle import record_files
+from validate.bundle import list_files, record_files, write_sums
 from validate.manifest import CalibrationRecord, manifest_schema, parity_schema
 
 
@@ -116,3 +117,22 @@ def test_any_damage_ends_in_an_exit_code(bundle: Path, name: str) -> None:
             (bundle / other).write_bytes(data)
     assert 3 in codes
     assert codes <= {0, 3, 5}  # a changed weight may still answer within the tolerance
+
+
+def test_sha256sum_checks_the_sums(bundle: Path) -> None:
+    write_sums(bundle, load_manifest(bundle))
+    done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=bundle, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {line.removesuffix(": OK") for line in done.stdout.splitlines()} == set(list_files(bundle)) - {"SHA256SUMS"}
+    assert check_bundle(bundle).passed
+    assert record_files(bundle) == load_manifest(bundle).files
+
+
+@pytest.mark.parametrize("change", [lambda text: text + b"\n", lambda text: text[65:], lambda text: text.replace(b"a", b"b")])
+def test_sums_that_say_something_else_are_refused(bundle: Path, change: Callable[[bytes], bytes]) -> None:
+    write_sums(bundle, load_manifest(bundle))
+    sums = bundle / "SHA256SUMS"
+    sums.write_bytes(change(sums.read_bytes()))
+    verdict = check_bundle(bundle)
+    assert verdict.exit_code == 3
+    assert "SHA256SUMS" in verdict.faults[0]
