@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from patchslim.intervals import drop_interval, images_needed
 from validate.manifest import Comparison, GateRule, Rung
-from validate.parity import drop_interval, images_needed
 
 
 def what_it_proves(rungs: Sequence[Rung], max_top1_drop: float, rule: GateRule = "point") -> list[str]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from patchslim.intervals import drop_interval
 from validate.comparison import mcnemar
 from validate.manifest import Manifest, ParityReport, Rung
-from validate.parity import FP16_MIN_AGREEMENT, drop_interval, fp16_tolerance, fp32_tolerance, gate, rung
+from validate.parity import FP16_MIN_AGREEMENT, fp16_tolerance, fp32_tolerance, gate, rung
 
 if TYPE_CHECKING:
     from validate.golden import Golden

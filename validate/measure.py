@@ -11,12 +11,13 @@ import numpy as np
 
 from patchslim.arrays import Array
 from patchslim.errors import EXIT_PARITY
+from patchslim.intervals import proportion_interval
 from patchslim.ort_runner import CPU
 from patchslim.runner import infer_in_batches
 from validate.images import batches, list_images
 from validate.isolated import IsolatedRunner, Limits
 from validate.manifest import Manifest, Rung
-from validate.parity import proportion_interval, rung
+from validate.parity import rung
 from validate.verdict import Check
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from fractions import Fraction
 
 import numpy as np
 
 from patchslim.arrays import Array
+from patchslim.intervals import drop_interval, images_needed
 from validate.manifest import GateRule, Rung, ladder_passed
 
-_FEWEST_POINTS = 1e-6  # of a gate that images can resolve at all
-_Z95 = 1.959963984540054  # the standard normal's 97.5 % point
 #: Largest difference of a logit that a stage may show, as a fraction of the largest logit (of 1 where that is smaller).
 FP32_TOLERANCE, FP16_TOLERANCE = 1e-4, 1e-2
 #: Percent of images on which an FP16 graph must have float32's top-1: FP16 may turn near ties.
@@ -124,40 +122,6 @@ def logit_errors(logits: Array, reference: Array) -> tuple[float | None, float |
         return None, None
     difference = np.abs(logits[finite].astype(np.float64) - reference[finite].astype(np.float64))
     return float(difference.max()), float(difference.mean())
-
-
-def drop_interval(lost: int, gained: int, images: int) -> tuple[float, float]:
-    """95 % confidence interval of the top-1 drop in points, for the two models run on the same images.
-
-    The adjusted Wald interval for matched pairs (Agresti and Min, Statistics in Medicine 24, 2005, pp. 729-740): half an
-    observation is added to each of the four cells of the paired table, so with b = lost + 1/2, c = gained + 1/2 and
-    N = images + 2 it is ``(b - c) / N +- z sqrt(b + c - (b - c)^2 / N) / N``. It keeps a width when no image changed sides.
-    """
-    b, c, n = lost + 0.5, gained + 0.5, images + 2
-    centre = (b - c) / n
-    half = _Z95 * math.sqrt(b + c - (b - c) ** 2 / n) / n
-    return max(-100.0, 100 * (centre - half)), min(100.0, 100 * (centre + half))
-
-
-def proportion_interval(count: int, images: int) -> tuple[float, float]:
-    """95 % confidence interval in percent of ``count`` of ``images``: Wilson's score interval (JASA 22, 1927, pp. 209-212)."""
-    share, square = count / images, _Z95**2
-    centre = (share + square / (2 * images)) / (1 + square / images)
-    half = _Z95 * math.sqrt(share * (1 - share) / images + square / (4 * images**2)) / (1 + square / images)
-    return max(0.0, 100 * (centre - half)), min(100.0, 100 * (centre + half))
-
-
-def images_needed(lost: int, gained: int, images: int, points: float) -> int | None:
-    """About how many images have a 95 % interval of no more than +- ``points``, if the models differ on as many of them.
-
-    ``drop_interval`` solved for the number of images, rounded up to two digits; None for points that no number resolves.
-    """
-    if points < _FEWEST_POINTS:
-        return None
-    rate, a = (lost + gained) / images, (points / (100 * _Z95)) ** 2
-    exact = max(100 / points, (rate + math.sqrt(rate**2 + 4 * a)) / (2 * a) - 2)
-    unit: int = 10 ** max(0, math.floor(math.log10(exact)) - 1)
-    return math.ceil(exact / unit) * unit
 
 
 def gate(rungs: Iterable[Rung], max_top1_drop: float, rule: GateRule = "point") -> tuple[list[Rung], bool]:

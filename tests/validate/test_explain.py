@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from patchslim.intervals import drop_interval
 from validate.explain import blame, verdict_of, what_it_proves
 from validate.manifest import BatchCheck, Rung
-from validate.parity import drop_interval, gate, not_executed, rung
+from validate.parity import gate, not_executed, rung
 
 
 def answers(images: int, wrong: int) -> np.ndarray:

@@ -13,7 +13,7 @@ import pytest
 from tests.helpers.bundles import make_bundle, reseal
 from validate import check_bundle, load_manifest
 from validate.explain import what_it_proves
-from validate.parity import drop_interval, images_needed, proportion_interval, rung
+from validate.parity import rung
 
 
 @pytest.fixture
@@ -25,27 +25,6 @@ def test_what_fp16_may_be_granted(bundle: Path) -> None:
     first, second = load_manifest(bundle).onnx
     reseal(bundle, onnx=[first, second.model_copy(update={"max_error": 0.1, "min_agreement": 90.0})])  # as until now
     assert check_bundle(bundle).passed
-
-
-def test_how_many_images_a_gate_needs() -> None:
-    for lost, gained, images, points in ((0, 0, 800, 0.2), (10, 4, 800, 0.5), (1, 0, 50, 1.0)):
-        needed = images_needed(lost, gained, images, points)
-        assert needed is not None
-        scale = needed / images
-        low, high = drop_interval(round(lost * scale), round(gained * scale), needed)
-        centre = (low + high) / 2
-        assert 0.8 * points < high - centre < 1.05 * points
-    for points in (0.0, 1e-300, 5e-324):
-        assert images_needed(0, 0, 10, points) is None
-
-
-def test_the_interval_of_a_proportion_is_scipys() -> None:
-    from scipy.stats import binomtest
-
-    for count, images in ((0, 10), (8, 10), (10, 10), (451, 2000)):
-        expected = binomtest(count, images).proportion_ci(method="wilson")
-        found = proportion_interval(count, images)
-        assert found == pytest.approx((100 * expected.low, 100 * expected.high))
 
 
 def test_what_a_verdict_rests_on() -> None:
