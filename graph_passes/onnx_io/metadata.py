@@ -1,9 +1,14 @@
-"""Keys of an ONNX model's metadata that say what its images are.
+"""An ONNX model's metadata: keys that say what its images are, and adding entries to a file.
 
 ``Image.NominalPixelRange`` and its values are ONNX's own (docs/MetadataProps.md of the ONNX repository).
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx
 
 #: How far the values of a pixel reach, as the graph takes them.
 PIXEL_RANGE = "Image.NominalPixelRange"
@@ -11,3 +16,14 @@ PIXEL_RANGE = "Image.NominalPixelRange"
 FULL_RANGE = "NominalRange_0_255"
 #: What is to be done to pixels outside of the graph; not there where the graph normalises them.
 NORMALIZATION = "normalization"
+
+
+def add_metadata(path: Path, entries: Mapping[str, str]) -> None:
+    """Add entries to the metadata of an ONNX file that has none of these keys, without reading it; raises ``OSError``.
+
+    A protobuf message that follows another of its type in a file adds to the other's lists.
+    """
+    more = onnx.ModelProto()
+    onnx.helper.set_model_props(more, dict(entries))
+    with path.open("ab") as file:
+        file.write(more.SerializeToString(deterministic=True))

@@ -37,5 +37,8 @@ from graph_passes.passes import cut_last_block as cut_last_block  # isort: skip
 # Behind all that leave nodes which change nothing any more.
 from graph_passes.passes import elide_identities as elide_identities  # isort: skip
 
-# Last: weights that earlier passes compute in float64 are rounded to float16 once.
+# Behind all that change weights: what earlier passes compute in float64 is rounded to float16 once.
 from graph_passes.passes import to_fp16 as to_fp16  # isort: skip
+
+# Behind to_fp16, so that probabilities are float32.
+from graph_passes.passes import softmax_output as softmax_output  # isort: skip
