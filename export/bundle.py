@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +11,10 @@ from export.engines.base import EngineResult
 from export.golden import preprocessing
 from export.logits import PYTORCH, PYTORCH_SLIM, Measured
 from export.onnx_export import INPUT, OUTPUT
+from export.serving.render import write_serving
 from export.source import ModelFacts
 from export.stages import ONNX_FP16, ONNX_SLIM, EngineRequest
+from graph_passes.onnx_io.metadata import NORMALIZATION, add_metadata
 from patchslim.files import digest
 from patchslim.plan import SlimPlan
 from validate import manifest as schema
@@ -27,6 +30,7 @@ ONNX_FILES = {ONNX_SLIM: "model.onnx", ONNX_FP16: "model.fp16.onnx"}
 class BundleContents:
     """Everything that a bundle says or holds; ``graphs`` are ONNX files by stage name.
 
+    ``license`` is that of the weights; None where it is not known.
     ``share`` is the part of an undivided data set that calibrated, ``labels`` are the class names of the held-out images,
     ``golden_images`` are PNG files by row of the golden inputs. ``latency_table`` and ``latency`` are there where the plan was
     solved on one.
@@ -46,13 +50,16 @@ class BundleContents:
     golden_images: dict[int, Path]
     latency_table: Path | None
     latency: schema.LatencyRecord | None
+    license: str | None
 
 
 def write_contents(contents: BundleContents, folder: Path) -> schema.Manifest:
     """Write every file of the bundle but the manifest into ``folder``, and return that."""
     _in_bundle(contents.plan).save(folder / "plan.json")
+    about = _metadata(contents, digest(folder / "plan.json"))
     for stage, path in contents.graphs.items():
         copy_verified(path, folder / ONNX_FILES[stage])
+        add_metadata(folder / ONNX_FILES[stage], about)
     _copy_engine(contents.engine, folder)
     if contents.latency_table is not None:
         copy_verified(contents.latency_table, folder / "latency_table.json")
@@ -62,7 +69,26 @@ def write_contents(contents: BundleContents, folder: Path) -> schema.Manifest:
     for row, path in contents.golden_images.items():
         (folder / "golden").mkdir(exist_ok=True)
         copy_verified(path, folder / "golden" / f"{row}.png")
-    return _manifest(contents, folder)
+    manifest = _manifest(contents, folder)
+    write_serving(manifest, folder)
+    served = [one.model_copy(update={"path": f"serving/{one.path}"}) for one in record_files(folder / "serving")]
+    return manifest.model_copy(update={"files": sorted([*manifest.files, *served], key=lambda one: one.path)})
+
+
+def _metadata(contents: BundleContents, plan_sha256: str) -> dict[str, str]:
+    """What the ONNX files say of themselves: a file travels alone more often than in its folder."""
+    model = contents.model
+    spec = preprocessing(model)
+    labels = contents.labels if len(contents.labels) == model.classes else []
+    said = {
+        "model": contents.plan.model,
+        "labels": json.dumps(labels, ensure_ascii=False) if labels else "",
+        NORMALIZATION: json.dumps({"divide_by": 255, "mean": spec.mean, "std": spec.std}),
+        "license": contents.license or "",
+        "plan_sha256": plan_sha256,
+        "weights_sha256": model.weights_sha256,
+    }
+    return {key: value for key, value in said.items() if value}
 
 
 def _in_bundle(plan: SlimPlan) -> SlimPlan:
@@ -97,7 +123,7 @@ def _manifest(contents: BundleContents, folder: Path) -> schema.Manifest:
         name=contents.name,
         model=plan.model,
         model_args=model.arguments,
-        weights=schema.Weights(source=model.weights, sha256=model.weights_sha256),
+        weights=schema.Weights(source=model.weights, sha256=model.weights_sha256, license=contents.license),
         plan_digest=digest(folder / "plan.json"),
         tools=tool_versions(),
         target={"engine": contents.request.engine, "targets": list(engine.targets), "batch": list(engine.batch)},

@@ -77,6 +77,8 @@ class OutputGroup:
 
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """The bundle's folder. Default: bundles/MODEL-ENGINE."""
+    license: str | None = None
+    """The licence of the weights, as an SPDX name, for the manifest and the ONNX files. Default: what their record says."""
     work: Path | None = None
     """Where finished stages are kept, so that a second or interrupted run continues. Default: ~/.cache/patchslim."""
     dry_run: bool = False

@@ -115,6 +115,7 @@ def _export(options: ExportOptions, request: EngineRequest, source: ExportSource
         golden_images=golden_images(source, measured.inputs, work),
         latency_table=table,
         latency=latency,
+        license=options.license or source.model.license,
     )
     missed = unexecuted(options, engine)
     passed = parity.passed and not missed

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What is known of a loaded model; ``device`` is PyTorch's device type, ``dense_plan`` the plan that drops nothing."""
+    """What is known of a loaded model; ``device`` is PyTorch's device type, ``dense_plan`` the plan that drops nothing.
+
+    ``license`` is that of the weights, where their own record says it.
+    """
 
     architecture: str
     arguments: dict[str, Any]
@@ -37,6 +40,7 @@ class ModelFacts:
     classes: int
     device: str
     dense_plan: dict[str, Any]
+    license: str | None = None
 
     @property
     def key(self) -> dict[str, object]:
@@ -173,6 +177,7 @@ class ExportSource:
             classes=int(loaded.module.num_classes),
             device=str(next(loaded.module.parameters()).device.type),
             dense_plan=dense_plan(loaded.module, loaded.architecture).model_dump(mode="json"),
+            license=loaded.license,
         )
         images = {"calibration": session.calibration, "evaluation": evaluated}
         return {"model": dataclasses.asdict(model)} | {

@@ -263,6 +263,9 @@ class Weights(StrictRecord):
 
     source: _Name
     sha256: _Sha256 | None = None
+    license: _Text | None = Field(
+        default=None, description="what they may be used under, as an SPDX name; null where not known"
+    )
 
 
 class CalibrationRecord(StrictRecord):

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 BUNDLED = {"vit_ti": "vit_ti_digits.safetensors"}
 """Files of the package ``patchslim_digits``, a distribution of its own (``weights/`` in a checkout)."""
+BUNDLED_LICENSE = "Apache-2.0"
 _LARGEST = sys.float_info.max
+_LONGEST_LICENSE = 200
 _SOURCES = ("bundled", "pretrained", "random")
 _TRAINED = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # what a record may say of the preprocessing
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
@@ -44,6 +46,7 @@ class LoadedModel:
     weights_sha256: str  # over names, shapes and values of the state dict
     record: dict[str, Any]  # what a bundled file or a config.json says of the weights' training; else empty
     notes: tuple[str, ...] = ()  # what was done to make the weights fit, for the user
+    license: str | None = None  # of the weights, where their record or timm's names it
 
     @property
     def reader(self) -> ModelReader:
@@ -165,7 +168,16 @@ def load_model(
         weights_sha256=state_digest(module.state_dict()),
         record=record,
         notes=(*(checkpoint.notes if checkpoint else ()), *notes),
+        license=BUNDLED_LICENSE
+        if weights == "bundled"
+        else _license(module.pretrained_cfg if weights == "pretrained" else record),
     )
+
+
+def _license(record: dict[str, Any]) -> str | None:
+    """The licence that a record of weights, or timm's config of pretrained ones, names."""
+    found = record.get("license")
+    return found[:_LONGEST_LICENSE] if isinstance(found, str) and found.strip() else None
 
 
 def weights_path(name: str, weights: str) -> Path | None:

@@ -33,6 +33,13 @@ PYTHON = re.findall(r"```python\n(.*?)```", EVERYTHING, flags=re.DOTALL)
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 #: Commands other than those, with their options.
 OTHERS = re.compile(r"(?:pytest|mkdocs|patchslim --version|pre-commit|ruff|torchrun|uv run --group)\b[^\n`]*")
+#: Scripts that pages tell to run: those of a bundle, and of docker/. Their options are in their text.
+SCRIPTS = {
+    path.name.removesuffix(".jinja"): path.read_text(encoding="utf-8")
+    for folder in ("export/serving/files", "docker")
+    for path in sorted((ROOT / folder).rglob("*.py*"))
+    if path.suffix != ".pyc"
+}
 TWO_COMMANDS = ("pip install uv && uv run python -m export.run --model vit_ti --engine trt", "pip install uv && uv run pytest")
 
 
@@ -94,7 +101,13 @@ def test_a_command_uses_options_that_exist(module: str, arguments: str) -> None:
 def test_every_option_named_exists(page: str, heading: str, text: str) -> None:
     door = re.fullmatch(r"`python -m ([a-z0-9_.]+)`", heading)
     doors = [door[1]] if door else [*DOORS, *(module for module, _ in COMMAND.findall(text))]  # a section may name others
-    assert set(OPTION.findall(OTHERS.sub("", COMMAND.sub("", text)))) <= frozenset().union(*map(options_of, doors))
+    scripts = set(OPTION.findall("\n".join(code for name, code in SCRIPTS.items() if name in PAGES[page])))
+    assert set(OPTION.findall(OTHERS.sub("", COMMAND.sub("", text)))) <= scripts.union(*map(options_of, doors))
+
+
+@pytest.mark.parametrize("script", sorted(set(re.findall(r"python (?:serving|docker)/(\S+\.py)", EVERYTHING))))
+def test_a_script_that_is_named_exists(script: str) -> None:
+    assert script.rpartition("/")[2] in SCRIPTS
 
 
 @pytest.mark.parametrize("door", DOORS)

@@ -46,7 +46,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheels: dict[str, zipfile
     ours = {str(path.relative_to(ROOT)) for package in PACKAGES for path in (ROOT / package).rglob("*") if path.is_file()}
     ours = {name for name in ours if "__pycache__" not in name}
     assert {name for name in names if ".dist-info/" not in name} == ours
-    assert {Path(name).suffix for name in ours} <= {".py", ".typed", ".css", ".html"}
+    assert {Path(name).suffix for name in ours} <= {".py", ".typed", ".css", ".html", ".jinja", ".txt"}
     assert not [name for name in names if "train_" in name or "test" in Path(name).parts]
     assert sum(info.compress_size for info in wheels["patchslim"].infolist()) < 1e6
 

@@ -47,5 +47,6 @@ def test_the_training_script_runs_through(tmp_path: Path, monkeypatch: pytest.Mo
     assert not list(tmp_path.glob("*.checkpoint*"))
 
 
-def test_the_bundled_weights_bring_their_classes() -> None:
-    assert load_model("vit_ti").module.num_classes == 10
+def test_the_bundled_weights_bring_their_classes_and_their_licence() -> None:
+    loaded = load_model("vit_ti")
+    assert (loaded.module.num_classes, loaded.license) == (10, "Apache-2.0")

@@ -1,0 +1,113 @@
+"""What the serving files are told: a few facts of the manifest, in the form that servers take them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from validate.manifest import Manifest
+from validate.preprocessing import Preprocessing
+
+#: The largest batch that a server makes, where the engine's own is not known.
+_LARGEST_BATCH = 32
+_CONTROL = re.compile(r"[\x00-\x1f\x7f\u0085\u2028\u2029]+")
+#: TensorRT's name of a GPU generation, as sm89, and the last digit apart.
+_TARGET = re.compile(r"sm(\d+)(\d)")
+
+
+@dataclass(frozen=True)
+class EngineFile:
+    """An engine file by its path in the bundle, and the compute capability of the GPUs that it is for, as ``8.9``."""
+
+    path: str
+    capability: str
+
+    @property
+    def name(self) -> str:
+        """The file's name in the repository of a server."""
+        return self.path.rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class ServingFacts:
+    """Facts of one bundle; ``labels`` are one for each class, on one line each; ``engines`` those that Triton can load.
+
+    ``name`` is fit for a folder, a URL and a configuration, ``dns_name`` for Kubernetes. ``onnx`` is the file that engines are
+    built from; ``runnable`` the one that ONNX Runtime and OpenVINO run, mostly the same, and ``max_error`` and
+    ``min_agreement`` what it must keep on the golden images.
+    """
+
+    name: str
+    dns_name: str
+    model: str
+    license: str
+    plan_sha256: str
+    labels: list[str]
+    input: str
+    output: str
+    shape: tuple[int, int, int]
+    classes: int
+    max_batch: int
+    onnx: str
+    runnable: str
+    max_error: float
+    min_agreement: float
+    precision: str
+    engines: list[EngineFile]
+    rtx: bool
+    preprocessing: Preprocessing
+
+
+def serving_facts(manifest: Manifest) -> ServingFacts:
+    """The facts of ``manifest``."""
+    name = _plain_name(manifest.name)
+    batch = manifest.target.get("batch")
+    largest = batch[-1] if isinstance(batch, list) and batch and isinstance(batch[-1], int) else _LARGEST_BATCH
+    files = [record for record in manifest.onnx if record.dtype == "float32"]
+    runnable = [record for record in files if record.max_error is not None][-1]
+    channels, height, width = manifest.preprocessing.input_size
+    return ServingFacts(
+        name=name,
+        dns_name=_dns_name(name),
+        model=manifest.model,
+        license=manifest.weights.license or "",
+        plan_sha256=manifest.plan_digest,
+        labels=_one_line_each(manifest.labels) or [str(number) for number in range(manifest.classes)],
+        input=manifest.inputs[0].name,
+        output=manifest.outputs[0].name,
+        shape=(channels, height, width),
+        classes=manifest.classes,
+        max_batch=largest,
+        onnx=files[-1].path,
+        runnable=runnable.path,
+        max_error=runnable.max_error or 0.0,
+        min_agreement=runnable.min_agreement,
+        precision=manifest.precision,
+        engines=_engines(manifest),
+        rtx=manifest.engine.backend == "tensorrt_rtx",
+        preprocessing=manifest.preprocessing,
+    )
+
+
+def _plain_name(name: str) -> str:
+    """``name`` with nothing but letters, digits, ``_ . -`` of ASCII, beginning with a letter or digit."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", name)[:128].lstrip("_.-") or "model"
+
+
+def _dns_name(name: str) -> str:
+    """A label of DNS as Kubernetes takes it: small letters, digits and ``-``, a letter first, at most 40 characters."""
+    plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return (plain if plain[:1].isalpha() else f"model-{plain}")[:40].rstrip("-")
+
+
+def _one_line_each(labels: list[str]) -> list[str]:
+    """Labels that a file with one on each line can hold: control characters and line ends become spaces."""
+    return [_CONTROL.sub(" ", label).strip() or "?" for label in labels]
+
+
+def _engines(manifest: Manifest) -> list[EngineFile]:
+    """The engines of full TensorRT: those of TensorRT-RTX are no files that Triton or nvinfer can load."""
+    if manifest.engine.backend != "tensorrt":
+        return []
+    found = [(path, _TARGET.search(path.rpartition("/")[2])) for path in manifest.engine.files]
+    return [EngineFile(path, f"{target[1]}.{target[2]}") for path, target in found if target is not None]
