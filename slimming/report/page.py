@@ -11,7 +11,6 @@ import io
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,8 @@ from patchslim.choices import Layout
 from patchslim.macs import block_macs_of
 from patchslim.plan import SlimPlan
 from patchslim.records import atomic_path
+from slimming.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, bars, curve, error_plot
+from slimming.report.points import SweepPoint, distinct_points
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,26 +30,12 @@ if TYPE_CHECKING:
 
 #: Images shown, and the longest side at which they are embedded, pixels.
 MOST_IMAGES, LONGEST_SIDE = 4, 448
-#: Chart area in SVG units, which are CSS pixels at full size: whole width and height, then the axes' box.
-WIDTH, HEIGHT = 520, 260
-LEFT, RIGHT, TOP, BOTTOM = 56, 508, 20, 220
 CELL = 16  # width of a patch in the maps, SVG units
-#: Up to this many blocks have a number on each bar, and up to this many patch columns one in each cell.
-MOST_BAR_LABELS, MOST_CELL_LABELS = 16, 20
+#: Up to this many patch columns have a number in each cell.
+MOST_CELL_LABELS = 20
 NARROW = "\N{NARROW NO-BREAK SPACE}"
+TOP1 = "top\N{NON-BREAKING HYPHEN}1"
 _VIRIDIS = ["440154", "482475", "414487", "355f8d", "2a788e", "21918c", "22a884", "44bf70", "7ad151", "bddf26", "fde725"]
-
-
-@dataclass(frozen=True)
-class SweepPoint:
-    """One plan of a sweep over budgets, and how it answers."""
-
-    reduction: float  # fraction of the dense MACs removed
-    macs: int
-    counts: list[int]  # tokens out of each block
-    top1: float | None  # percent on held-out images; None where there are no labels
-    agreement: float | None  # percent of the images that the slim model answers like the dense one
-    errors: list[float]  # E of the block above each cut
 
 
 def write_page(
@@ -88,9 +75,11 @@ def write_page(
         small=lambda value: "0" if value == 0 else f"{value:.2e}",
         percent=lambda value: "–" if value is None else f"{value:.2f}{NARROW}%",
         share=lambda value: f"{value:.1%}".replace("%", f"{NARROW}%"),
+        points=lambda value: f"{value:.2f}".replace("-", "\N{MINUS SIGN}"),
     )
     photos = [_photo(image) for image in images[:MOST_IMAGES]]
-    points = sorted(sweep, key=lambda point: point.reduction)
+    points = distinct_points(sweep)
+    own = next((point for point in sweep if list(point.counts) == plan.counts and list(point.errors) == list(errors)), None)
     text = templates.get_template("page.html").render(
         plan=plan,
         layout=layout,
@@ -98,18 +87,24 @@ def write_page(
         block_unit=block_unit,
         reduction=reduction,
         dense_top1=dense_top1,
-        slim_top1=next((p.top1 for p in points if list(p.counts) == plan.counts and list(p.errors) == list(errors)), None),
+        own=own,
+        headline=_headline(reduction, own, dense_top1),
         command=command,
         facts=dict(facts or {}),
         photos=[url for url, _ in photos],
         maps=_maps(plan, photos[0][1] if photos else None),
         rows=rows,
-        tokens=_bars(plan.counts, [plan.tokens] * plan.depth),
-        cost=_bars(*([row[which] / block_scale for row in rows] for which in ("slim", "dense"))),
+        tokens=bars(plan.counts, [plan.tokens] * plan.depth),
+        cost=bars(*([row[which] / block_scale for row in rows] for which in ("slim", "dense"))),
         head_macs=plan.macs(layout) - plan.geometry.patch_macs - sum(row["slim"] for row in rows),
-        error=_error_plot(errors, plan.origin.tolerance),
+        error=error_plot(errors, plan.origin.tolerance),
         sweep=points,
-        curve=_curve(points, dense_top1, reduction),
+        curves={
+            "top1": curve(points, "top1", reduction, dense_top1),
+            "agreement": curve(points, "agreement", reduction),
+        },
+        narrow=NARROW,
+        top1=TOP1,
         size=(WIDTH, HEIGHT),
         box=(LEFT, TOP, RIGHT, BOTTOM),
     )
@@ -121,6 +116,21 @@ def write_page(
 def block_macs(plan: SlimPlan, layout: Layout, counts: Sequence[int] | None = None) -> list[int]:
     """Return the MACs of every block for one image, under the plan's token counts or others; without patches and head."""
     return block_macs_of(list(counts or plan.counts), plan.tokens, plan.geometry, plan.mode, layout, plan.merging)
+
+
+def _headline(reduction: float, own: SweepPoint | None, dense_top1: float | None) -> str:
+    """What the plan saves and what it costs, in one line; the plan's own point is ``own``, where it was measured."""
+    saved = f"{reduction:.1%} of the MACs removed".replace("%", f"{NARROW}%")
+    if reduction <= 0:
+        return "Nothing is removed: every block keeps every token"
+    if own is not None and own.top1 is not None and dense_top1 is not None:
+        lost = dense_top1 - own.top1
+        if abs(lost) < 0.005:
+            return f"{saved}, {TOP1} unchanged"
+        return f"{saved}, {TOP1} {abs(lost):.2f} points {'lower' if lost > 0 else 'higher'}"
+    if own is not None and own.agreement is not None:
+        return f"{saved}, {own.agreement:.2f}{NARROW}% of the answers unchanged"
+    return f"{saved}; what that costs was not measured"
 
 
 def _unit(most: int) -> tuple[str, float, int]:
@@ -209,104 +219,3 @@ def _colour(count: int, most: int) -> tuple[str, str]:
     pairs = ((int(_VIRIDIS[low][at : at + 2], 16), int(_VIRIDIS[low + 1][at : at + 2], 16)) for at in (0, 2, 4))
     mixed = "".join(f"{round(a + (b - a) * (place - low)):02x}" for a, b in pairs)
     return f"#{mixed}", "#000" if place >= 4.5 else "#fff"
-
-
-def _ticks(low: float, high: float, wanted: int = 5) -> list[float]:
-    """Round numbers at even steps that enclose ``low`` to ``high``; about ``wanted`` of them."""
-    span = high - low or 1.0
-    power = 10.0 ** math.floor(math.log10(span / wanted))
-    step = next(power * factor for factor in (1, 2, 2.5, 5, 10, 20) if power * factor * wanted >= span)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(step * index, 12) for index in range(first, max(last, first + 1) + 1)]
-
-
-def _place(value: float, low: float, high: float, start: float, end: float) -> float:
-    return round(start + (value - low) / (high - low) * (end - start), 2)
-
-
-def _columns(depth: int) -> tuple[list[float], float, list[tuple[float, int]]]:
-    """Centres of the blocks' columns, their width, and the blocks that are named on the axis."""
-    pitch = (RIGHT - LEFT) / depth
-    centres = [round(LEFT + pitch * (index + 0.5), 2) for index in range(depth)]
-    every = math.ceil(depth / MOST_BAR_LABELS)
-    return centres, pitch, [(centres[index], index + 1) for index in range(0, depth, every)]
-
-
-def _short(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _bars(slim: Sequence[float], dense: Sequence[float]) -> dict[str, Any]:
-    """Geometry of a bar chart: dense bars behind slim ones, one column per block."""
-    ticks = _ticks(0, max(dense))
-    centres, pitch, names = _columns(len(slim))
-    width = round(min(pitch * 0.76, 64), 2)
-
-    def bar(value: float) -> tuple[float, float]:
-        top = _place(value, 0, ticks[-1], BOTTOM, TOP)
-        return top, round(BOTTOM - top, 2)
-
-    bars = [
-        {
-            "x": round(x - width / 2, 2),
-            "centre": x,
-            "slim": bar(a),
-            "dense": bar(b),
-            "label": _short(a),
-            "full": f"{_short(a)} of {_short(b)}",
-        }
-        for x, a, b in zip(centres, slim, dense, strict=True)
-    ]
-    return {
-        "bars": bars,
-        "width": width,
-        "labelled": len(slim) <= MOST_BAR_LABELS,
-        "names": names,
-        "ticks": [(_place(tick, 0, ticks[-1], BOTTOM, TOP), f"{tick:g}") for tick in ticks],
-    }
-
-
-def _error_plot(errors: Sequence[float], tolerance: float | None) -> dict[str, Any] | None:
-    """Geometry of E per block on a log axis; zeros have no place on it. None where every E is zero."""
-    shown = [(index, value) for index, value in enumerate(errors) if value > 0 and math.isfinite(value)]
-    if not shown:
-        return None
-    lines = [tolerance] if tolerance else []
-    logs = [math.log10(value) for value in [*(value for _, value in shown), *lines]]
-    low, high = math.floor(min(logs)), max(math.ceil(max(logs)), math.floor(min(logs)) + 1)
-    centres, _, names = _columns(len(errors))
-    every = math.ceil((high - low) / 8)
-    return {
-        "points": [
-            {"x": centres[index], "y": _place(math.log10(value), low, high, BOTTOM, TOP), "block": index + 1, "value": value}
-            for index, value in shown
-        ],
-        "zeros": [index + 1 for index, value in enumerate(errors) if value == 0],
-        "names": names,
-        "ticks": [(_place(power, low, high, BOTTOM, TOP), power) for power in range(low, high + 1, every)],
-        "tolerance": (_place(math.log10(tolerance), low, high, BOTTOM, TOP), tolerance) if tolerance else None,
-    }
-
-
-def _curve(sweep: Sequence[SweepPoint], dense_top1: float | None, here: float) -> dict[str, Any] | None:
-    """Geometry of the sweep: top-1 and agreement in percent against MACs removed. None where nothing was measured."""
-    lines = {
-        name: [(p.reduction, getattr(p, name)) for p in sweep if getattr(p, name) is not None] for name in ("top1", "agreement")
-    }
-    values = [value for points in lines.values() for _, value in points]
-    if not values:
-        return None
-    values += [] if dense_top1 is None else [dense_top1]
-    x_ticks = _ticks(min(0.0, *(100 * p.reduction for p in sweep)), 100 * max(here, *(p.reduction for p in sweep)), 6)
-    y_ticks = _ticks(min(values), min(100.0, max(values)))
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        return _place(100 * x, x_ticks[0], x_ticks[-1], LEFT, RIGHT), _place(y, y_ticks[0], y_ticks[-1], BOTTOM, TOP)
-
-    return {
-        "lines": {name: [{"at": at(x, y), "x": x, "y": y} for x, y in points] for name, points in lines.items()},
-        "x_ticks": [(at(tick / 100, y_ticks[0])[0], f"{tick:g}") for tick in x_ticks],
-        "ticks": [(at(0, tick)[1], f"{tick:g}") for tick in y_ticks],
-        "dense": None if dense_top1 is None else at(0, dense_top1)[1],
-        "here": at(here, y_ticks[0])[0],
-    }

@@ -12,8 +12,8 @@ from slimming.api import FoundPlan, PlanFinder
 from slimming.data.source import ImageSet
 from slimming.distributed import ProcessGroup
 from slimming.models.vit_reader import LoadedVit
-from slimming.report.accuracy import evaluate
-from slimming.report.page import SweepPoint
+from slimming.report.accuracy import Accuracy, evaluate
+from slimming.report.points import SweepPoint
 from slimming.search.budget import Budget
 from slimming.search.request import PlanRequest
 from slimming.session import SlimmingSession
@@ -47,20 +47,31 @@ def measure_plans(
     process_group: ProcessGroup,
     progress: StageProgress,
 ) -> Sweep:
-    """Measure the dense model and every plan on ``images``, shared out over the processes."""
+    """Measure the dense model and every plan on ``images``, shared out over the processes; equal plans are measured once."""
     loaded = session.loaded
-    models = [loaded.reader.model, *(loaded.slimmed(each.model, each.plan, layout) for each in plans)]
+    distinct = {_key(each): each for each in reversed(plans)}  # reversed: of equal ones the first
+    models = [loaded.reader.model, *(loaded.slimmed(each.model, each.plan, layout) for each in distinct.values())]
     dense, *slim = evaluate(models, images, session.transform, process_group=process_group, progress=progress)
+    measured = dict(zip(distinct, slim, strict=True))
     labelled = bool(images.labels)
-    points = [
-        SweepPoint(
-            reduction=1 - each.plan.macs(layout) / each.plan.dense_macs(),
-            macs=each.plan.macs(layout),
-            counts=each.plan.counts,
-            top1=accuracy.top1 if labelled else None,
-            agreement=accuracy.agreement,
-            errors=each.plan.origin.errors,
-        )
-        for each, accuracy in zip(plans, slim, strict=True)
-    ]
+    points = [_point(each, measured[_key(each)], layout, labelled=labelled) for each in plans]
     return Sweep(points, dense.top1 if labelled else None)
+
+
+def _key(found: FoundPlan) -> tuple[object, ...]:
+    """What makes two plans of one search the same. A fine-tuned one is none of the others."""
+    return (tuple(map(tuple, found.plan.kept)), tuple(found.plan.merged_into or ()), found.finetune is not None)
+
+
+def _point(found: FoundPlan, accuracy: Accuracy, layout: Layout, *, labelled: bool) -> SweepPoint:
+    return SweepPoint(
+        reduction=1 - found.plan.macs(layout) / found.plan.dense_macs(),
+        macs=found.plan.macs(layout),
+        counts=found.plan.counts,
+        top1=accuracy.top1 if labelled else None,
+        agreement=accuracy.agreement,
+        errors=found.plan.origin.errors,
+        images=accuracy.images,
+        drop_interval=accuracy.drop_interval if labelled else None,
+        agreement_interval=accuracy.agreement_interval,
+    )

@@ -10,7 +10,7 @@ from patchslim.plan import SlimPlan
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from slimming.report.page import SweepPoint
+    from slimming.report.points import SweepPoint
 
 
 def plan_table(plan: SlimPlan) -> Table:
@@ -30,12 +30,10 @@ def sweep_table(points: Sequence[SweepPoint], dense_top1: float | None) -> Table
     """
     from rich.table import Table
 
+    from slimming.report.points import distinct_points
+
     table = Table("MACs removed", "GMACs", "tokens kept", "top-1", "against dense", "answers as dense", title="the sweep")
-    shown: set[tuple[int, ...]] = set()
-    for point in sorted(points, key=lambda one: one.reduction):
-        if tuple(point.counts) in shown:
-            continue
-        shown.add(tuple(point.counts))
+    for point in distinct_points(points):
         loss = None if point.top1 is None or dense_top1 is None else point.top1 - dense_top1
         table.add_row(
             f"{point.reduction:.1%}",

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 import re
+import shutil
+import subprocess
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,8 +20,11 @@ from PIL import Image
 
 from patchslim.macs import Geometry, macs_of
 from patchslim.plan import Calibration, Origin, SlimPlan
-from slimming.report.page import SweepPoint, block_macs, write_page
+from slimming.report import page as page_module
+from slimming.report.page import block_macs, write_page
+from slimming.report.points import SweepPoint
 
+CSS = Path(page_module.__file__).with_name("page.css")
 VOID = {"meta", "br"}  # the void elements that the page uses
 GEOMETRY = Geometry(embed_dim=192, mlp_hidden_dim=768, patch_macs=28_901_376, head_macs=192_000)
 
@@ -79,7 +86,7 @@ class Page(HTMLParser):
         return [had for found, had in self.elements if found == tag and named.items() <= had.items()]
 
     def words(self) -> str:
-        return re.sub(r"\s+", " ", self.text)  # narrow spaces too
+        return re.sub(r"\s+", " ", self.text).replace("\N{NON-BREAKING HYPHEN}", "-")  # narrow spaces too
 
 
 def write(path: Path, plan: SlimPlan = PLAN, **more: Any) -> Page:
@@ -131,18 +138,81 @@ def test_every_block_has_its_row(tmp_path: Path) -> None:
     assert [float(row[4]) for row in rows] == pytest.approx([macs / 1e6 for macs in block_macs(PLAN, "split")], abs=1e-3)
 
 
-def test_the_sweep_is_in_order_with_its_change_against_dense(tmp_path: Path) -> None:
-    full(tmp_path / "page.html")
-    assert table(tmp_path / "page.html", "The sweep") == [
-        ["20.0 %", "40.00", "97.25 %", "−0.25", "99.75 %", "1.00e-05", "14 9 1"],
-        ["60.0 %", "20.00", "91.50 %", "−6.00", "93.25 %", "2.00e-03", "7 4 1"],
+def test_the_sweep_is_in_order_with_its_change_against_dense_and_equal_plans_once(tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    full(path)
+    rows = [
+        ["20.0 %", "40.00", "97.25 %", "−0.25", "–", "99.75 %", "1.00e-05", "14 9 1"],
+        ["60.0 %", "20.00", "91.50 %", "−6.00", "–", "93.25 %", "2.00e-03", "7 4 1"],
     ]
+    assert table(path, "The sweep") == rows
+    write(path, errors=ERRORS, sweep=[*SWEEP, *SWEEP[::-1]], dense_top1=97.5)
+    assert table(path, "The sweep") == rows
 
 
-def test_the_plans_own_point_of_the_sweep_is_in_the_headline(tmp_path: Path) -> None:
-    own = SweepPoint(0.5, PLAN.macs(), PLAN.counts, 96.75, None, list(ERRORS))
-    assert "96.75 % dense: 97.50 %" in write(tmp_path / "a.html", errors=ERRORS, sweep=[*SWEEP, own], dense_top1=97.5).words()
-    assert "Top-1 before slimming" in full(tmp_path / "b.html").words()
+OWN = SweepPoint(0.5, PLAN.macs(), PLAN.counts, 96.75, 98.0, list(ERRORS), 400, (0.05, 1.45), (96.1, 99.0))
+REMOVED = f"{1 - PLAN.macs() / PLAN.dense_macs():.1%}".replace("%", " %") + " of the MACs removed"
+
+
+@pytest.mark.parametrize(
+    ("own", "dense_top1", "headline", "said"),
+    [
+        (
+            OWN,
+            97.5,
+            "top-1 0.75 points lower",
+            "Top-1 97.50 % → 96.75 % on 400 held-out images; 95 % interval of the loss 0.05 to 1.45 p",
+        ),
+        (
+            replace(OWN, drop_interval=(-0.1, 1.6)),
+            97.5,
+            "0.75 points lower",
+            "−0.10 to 1.60 points, which these images cannot tell from none.",
+        ),
+        (OWN, 96.5, "top-1 0.25 points higher", "Top-1 96.50 % → 96.75 %"),
+        (OWN, 96.75, "top-1 unchanged", "on 400 held-out images"),
+        (
+            replace(OWN, top1=None),
+            None,
+            "98.00 % of the answers unchanged",
+            "95 % interval 96.10 % to 99.00 %. They have no labels",
+        ),
+        (None, 97.5, "; what that costs was not measured", "Before slimming top-1 is 97.50 %. Measure it"),
+        (None, None, "; what that costs was not measured", "--eval-images 1000"),
+    ],
+)
+def test_the_headline_says_what_was_saved_and_what_it_cost(
+    own: SweepPoint | None, dense_top1: float | None, headline: str, said: str, tmp_path: Path
+) -> None:
+    page = write(tmp_path / "page.html", errors=ERRORS, sweep=[*SWEEP, *([own] if own else [])], dense_top1=dense_top1)
+    (heading,) = re.findall(r"<h1>(.*?)</h1>", (tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert re.sub(r"\s", " ", heading).replace("\N{NON-BREAKING HYPHEN}", "-").startswith(REMOVED)
+    assert headline in page.words()
+    assert said in page.words()
+
+
+def test_a_plan_that_drops_nothing_says_so(tmp_path: Path) -> None:
+    assert "Nothing is removed" in write(tmp_path / "page.html", plan_of([16, 16, 16])).words()
+
+
+def test_each_measure_has_an_axis_of_its_own_and_its_interval(tmp_path: Path) -> None:
+    write(tmp_path / "page.html", errors=ERRORS, sweep=[*SWEEP, OWN], dense_top1=97.5)
+    top1, agreement = re.findall(
+        r"<svg class=\"chart\"[^>]*the sweep: .*?</svg>", (tmp_path / "page.html").read_text("utf-8"), re.DOTALL
+    )
+    ticks = [
+        [float(each) for each in re.findall(r'<text class="end"[^>]*>([\d.]+)</text>', chart)] for chart in (top1, agreement)
+    ]
+    assert (min(ticks[0]) <= 91.5, max(ticks[0]) < 100) == (True, True)  # top-1 from 91.5 to 97.5
+    assert (min(ticks[1]) <= 93.25, max(ticks[1]) == 100) == (True, True)  # agreement from 93.25 to 99.75
+    assert "rect" not in top1
+    assert "circle" not in agreement
+    for chart, low, high in ((top1, 97.5 - 1.45, 97.5 - 0.05), (agreement, 96.1, 99.0)):
+        lines = dict(re.findall(r'<line class="grid"[^>]*y1="([\d.]+)"[^>]*/>\s*<text class="end"[^>]*>([\d.]+)', chart))
+        (top, first), (bottom, last) = sorted(((float(y), float(value)) for y, value in lines.items()))[:: len(lines) - 1]
+        ((y1, y2),) = re.findall(r'<line class="span"[^>]*y1="([\d.]+)" y2="([\d.]+)"', chart)
+        edges = [first + (float(y) - top) / (bottom - top) * (last - first) for y in (y1, y2)]
+        assert sorted(edges) == pytest.approx([low, high], abs=0.02)
 
 
 def test_the_curve_falls_where_accuracy_does(tmp_path: Path) -> None:
@@ -244,7 +314,9 @@ def test_hostile_names_are_text(tmp_path: Path) -> None:
     page = write(tmp_path / "page.html", plan, command=HOSTILE, facts={HOSTILE: HOSTILE})
     assert not {"script", "img"} & {tag for tag, _ in page.elements}
     assert not [had for _, had in page.elements if any(name.startswith("on") for name in had)]
-    assert page.text.count(HOSTILE) == 9  # title, heading; model, score, data, fingerprint; both sides of a fact; command
+    assert (
+        page.text.count(HOSTILE) == 9
+    )  # title, name above the heading; model, score, data, fingerprint; both sides of a fact; command
 
 
 def test_a_command_that_is_no_utf_8_is_shown(tmp_path: Path) -> None:
@@ -295,8 +367,9 @@ def test_a_sweep_of_one_point_and_missing_measures(
 ) -> None:
     point = SweepPoint(0.0, 1000, [12, 7, 1], top1, agreement, [])
     page = write(tmp_path / "page.html", sweep=[point], dense_top1=dense_top1)
-    assert ("Accuracy against MACs removed" in page.words()) is (top1 is not None or agreement is not None)
-    assert ("–" if top1 is None else f"{top1:.2f} %") == table(tmp_path / "page.html", "The sweep")[0][2]
+    assert ("Top-1 (%) against MACs removed" in page.words()) is (top1 is not None)
+    assert ("Answers like the dense model's (%) against" in page.words()) is (agreement is not None)
+    assert ("–" if top1 is None else f"{top1:.2f} %") == table(tmp_path / "page.html", "<h2>Measured")[0][2]
 
 
 def test_the_marks_of_a_chart_stay_inside_it(tmp_path: Path) -> None:
@@ -324,3 +397,50 @@ def test_the_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
         write(path)
     assert path.read_text() == "before"
     assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_outlines_take_the_same_share_of_a_patch_at_every_size() -> None:
+    rule = re.search(r"\.edge \{(.*?)\}", CSS.read_text(encoding="utf-8"), re.DOTALL)
+    assert rule
+    assert "non-scaling-stroke" not in rule[1]
+    assert 0 < float(re.findall(r"stroke-width: ([\d.]+);", rule[1])[0]) <= 1.6  # a tenth of a patch, which is 16 wide
+
+
+def test_tables_scroll_by_themselves(tmp_path: Path) -> None:
+    full(tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert (
+        text.count("<table")
+        == len(re.findall(r'<div class="scroll" role="region" aria-label="[^"]+" tabindex="0"><table', text))
+        == 3
+    )
+    assert re.search(r"\.scroll \{\s*overflow-x: auto;", CSS.read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="lays the page out in Chromium")
+@pytest.mark.parametrize("width", [320, 375, 1200])
+def test_nothing_is_wider_than_a_screen(width: int, tmp_path: Path) -> None:
+    """The page in a frame of that width: it need not be scrolled sideways, and its charts' text is legible."""
+    counts = [180, 170, 160, 150, 140, 130, 120, 110, 100, 90, 80, 1]
+    plan = plan_of(counts, (14, 14), model="vit_" + "x" * 60, kept=[list(range(count)) for count in counts])
+    errors = [1e-3] * 11 + [0.0]
+    own = replace(OWN, counts=counts, errors=errors)
+    images = [picture(32, 32, seed) for seed in range(4)]
+    facts = {"weights": "/a/" + "long" * 30}
+    write(tmp_path / "page.html", plan, errors=errors, images=images, sweep=[*SWEEP, own], dense_top1=97.5, facts=facts)
+    page = html.escape((tmp_path / "page.html").read_text(encoding="utf-8"), quote=True)
+    look = """
+        const page = document.querySelector("iframe").contentDocument;
+        const texts = [...page.querySelectorAll(".chart text")].filter(text => text.getClientRects().length);
+        const sizes = texts.map(text => text.getBoundingClientRect().height);
+        document.title = [page.documentElement.scrollWidth, Math.min(...sizes), texts.length].join(" ");"""
+    frame = f"<iframe style='border:0;width:{width}px;height:900px' srcdoc=\"{page}\" onload='{look}'></iframe>"
+    (tmp_path / "frame.html").write_text(f"<!DOCTYPE html><title></title>{frame}", encoding="utf-8")
+    command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"]
+    done = subprocess.run([*command, (tmp_path / "frame.html").as_uri()], capture_output=True, text=True, timeout=120)
+    found = re.search(r"<title>([\d.]+) ([\d.]+) (\d+)</title>", done.stdout)
+    assert found, done.stderr[-2000:]
+    assert float(found[1]) <= width
+    assert float(found[2]) >= 9  # CSS pixels, the height of a line
+    assert int(found[3]) > 40

@@ -15,7 +15,7 @@ from rich.console import Console
 from export.options import ExportOptions, default_work
 from patchslim.errors import InputRejected, UsageError
 from slimming.models.timm_names import timm_names
-from slimming.report.page import SweepPoint
+from slimming.report.points import SweepPoint
 from slimming.report.tables import sweep_table
 from slimming.run import SlimmingOptions
 from slimming.search.budget import Budget
