@@ -355,10 +355,10 @@ def _table(options: FuzzOptions, rows: dict[str, _Row]) -> dict[str, Any]:
 
 def _shown(table: dict[str, Any]) -> Iterator[str]:
     head = ("reader", "inputs", *KINDS, "slowest ms", "peak MiB")
-    yield "{:<26}{:>10}{:>9}{:>9}{:>14}{:>7}{:>6}{:>8}{:>12}{:>10}".format(*head)
+    yield "{:<34}{:>10}{:>9}{:>9}{:>14}{:>7}{:>6}{:>8}{:>12}{:>10}".format(*head)
     for row in [*table["readers"], {"reader": "all", **table["total"], "slowest_ms": "", "peak_mib": ""}]:
         cells = (row["reader"], *(f"{row[key]:,}" for key in ("inputs", *KINDS)), row["slowest_ms"], row["peak_mib"])
-        yield "{:<26}{:>10}{:>9}{:>9}{:>14}{:>7}{:>6}{:>8}{:>12}{:>10}".format(*cells)
+        yield "{:<34}{:>10}{:>9}{:>9}{:>14}{:>7}{:>6}{:>8}{:>12}{:>10}".format(*cells)
     for row in table["readers"]:
         for error, count in row.get("errors", {}).items():
             yield f"{row['reader']}: {count} x {error}"

@@ -137,6 +137,14 @@ def test_every_reader_gets_its_share_and_none_is_left_out() -> None:
         assert min(shares.values()) >= 1
 
 
+def test_the_committed_table_is_of_a_million_inputs_to_the_readers_of_today() -> None:
+    table = json.loads((ROOT / "benchmarks/fuzz/results.json").read_text())
+    assert table["total"]["inputs"] == 1_000_000 == sum(row["inputs"] for row in table["readers"])
+    assert {row["reader"] for row in table["readers"]} == {target.name for target in TARGETS}
+    assert [table["total"][kind] for kind in BAD] == [0, 0, 0, 0]
+    assert max(row["peak_mib"] for row in table["readers"]) < table["memory_mib"]
+
+
 @pytest.mark.slow
 def test_no_reader_fails_on_a_few_thousand_inputs(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.fuzz", "--inputs", "4000", "--seed", "3", "--output", str(tmp_path / "r.json")]
