@@ -26,6 +26,8 @@ SETTLED_NS = 2_000_000_000
 
 #: The file of a stage's folder that names the SHA-256 of every other one.
 DIGESTS = "digests.json"
+#: The file of what a stage found that a user has to know, if anything.
+NOTES = "notes.json"
 _MAX_DIGESTS = 1 << 20  # bytes: a stage has a dozen files
 _TEMPORARY = temporary_form(r"\.[a-z]+-[0-9a-f]{20}\.", "")
 
@@ -50,6 +52,7 @@ class StageCache:
         self.facts = FactStore(root / "facts")
         self._say = say
         self._swept = False
+        self._told: set[str] = set()
 
     def check(self) -> None:
         """Raise ``Unavailable`` where the work folder could not be written."""
@@ -79,11 +82,21 @@ class StageCache:
             self.discard(folder, fault, before)
         return not fault
 
-    def make(self, folder: Path, build: Callable[[Path], None]) -> bool:
+    def make(self, folder: Path, build: Callable[[Path], Sequence[str] | None]) -> bool:
         """Have ``build`` fill ``folder`` unless it is there and whole; returns whether it had to. A failed one leaves nothing.
 
+        What ``build`` returns are notes for the user. They are kept with the stage, and told in every run that takes it.
         Raises ``Unavailable`` where the work folder cannot be written, ``UsageError`` where its disk is full.
         """
+        made = self._make(folder, build)
+        if (notes := folder / NOTES).exists():
+            for note in json.loads(self.read(notes)):
+                if note not in self._told:
+                    self._told.add(note)
+                    self._say(note)
+        return made
+
+    def _make(self, folder: Path, build: Callable[[Path], Sequence[str] | None]) -> bool:
         self._sweep()
         if self.has(folder):
             return False
@@ -132,9 +145,10 @@ class StageCache:
                 raise StageDamaged(path)
         return path
 
-    def _fill(self, part: Path, build: Callable[[Path], None]) -> None:
+    def _fill(self, part: Path, build: Callable[[Path], Sequence[str] | None]) -> None:
         try:
-            build(part)
+            if notes := build(part):
+                (part / NOTES).write_text(json.dumps(list(notes)), encoding="utf-8")
             names = sorted(path.relative_to(part).as_posix() for path in part.rglob("*") if path.is_file())
             record = {name: digest(part / name) for name in names}
             (part / DIGESTS).write_text(json.dumps(record), encoding="utf-8")

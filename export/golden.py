@@ -48,10 +48,9 @@ def golden_images(source: ExportSource, inputs: Array, work: Workspace) -> dict[
         preprocessing=spec.model_dump(mode="json"),
     )
 
-    def build(part: Path) -> None:
+    def build(part: Path) -> list[str]:
         left_out = _save_pictures(source, inputs, spec, part)
-        if left_out:
-            work.reporter.say(f"golden: {left_out} of {len(inputs)} pictures are too large to go along")
+        return [f"golden: {left_out} of {len(inputs)} pictures are too large to go along"] if left_out else []
 
     work.cache.make(folder, build)
     return {int(path.stem): path for path in sorted(folder.glob("*.png"))}

@@ -184,4 +184,4 @@ def begin(options: ExportOptions) -> tuple[EngineRequest, ExportSource, Workspac
             "run this command on one with such a GPU, or leave the option out here and give it to validate.run there"
         )
     request = EngineRequest(options.engine, backend, options.engine_precision)
-    return request, ExportSource(options, work.facts), work
+    return request, ExportSource(options, work.facts, reporter.say), work

@@ -81,11 +81,13 @@ class ExportSource:
     """The model and the images that the options name.
 
     Their facts are taken from ``facts`` where the same options, files and code gave them before; else everything is loaded.
+    ``say`` is told what a user has to know of them, each thing once: which weights were taken, files left out.
     Raises ``PatchslimError`` as ``slimming.session.open_session`` does.
     """
 
-    def __init__(self, options: ExportOptions, facts: FactStore) -> None:
-        self._options, self._facts = options, facts
+    def __init__(self, options: ExportOptions, facts: FactStore, say: Callable[[str], None] = lambda note: None) -> None:
+        self._options, self._facts, self._say = options, facts, say
+        self._said: list[str] = []
         self._files = _files_behind(options)
         self._named = {
             "model": (options.model, options.model_arg, options.weights, options.ema, options.preprocessing()),
@@ -101,6 +103,8 @@ class ExportSource:
             "device": (options.device, cuda.local_target(), os.environ.get("CUDA_VISIBLE_DEVICES")),
         }
         known = self._recall("source", self._find_out)
+        for note in known["notes"]:
+            self._tell(note)
         self.model = ModelFacts(**known["model"])
         self.calibration = ImageFacts(**known["calibration"])
         self.evaluation = ImageFacts(**known["evaluation"])
@@ -108,13 +112,13 @@ class ExportSource:
     @cached_property
     def session(self) -> SlimmingSession[LoadedModel]:
         """The loaded model, its transform and its calibration images."""
-        return open_session(self._options, self.evaluation_images)
+        return open_session(self._options, self.evaluation_images, say=self._tell)
 
     @cached_property
     def evaluation_images(self) -> ImageSet:
         """The held-out images."""
         count = self._options.eval_images
-        return evaluation_images(self._options, None if count == "all" else count, class_names(self._options))
+        return evaluation_images(self._options, None if count == "all" else count, class_names(self._options, self._tell))
 
     @cached_property
     def calibration_fingerprint(self) -> str:
@@ -140,14 +144,21 @@ class ExportSource:
         """What decides the images of a fine-tuning: what they are, and the state of every file that they are read from."""
         options = self._options
         files = data_files(options.train_data or options.data)
-        described = self._facts.recall(
+
+        def find_out() -> dict[str, Any]:
+            images = training_images(options)
+            return {"described": images.describe(), "notes": list(images.notes)}
+
+        known = self._facts.recall(
             "training",
-            lambda: training_images(options).describe(),
+            find_out,
             files=None if files is None or self._files is None else [*files, *self._files],
             train=(options.train_data, options.train_images),
             **self._named,
         )
-        return described, None if files is None else self._facts.states(files)
+        for note in known["notes"]:
+            self._tell(note)
+        return known["described"], None if files is None else self._facts.states(files)
 
     def evaluation_record(self) -> Evaluation:
         """What a parity report records of the held-out images."""
@@ -158,6 +169,11 @@ class ExportSource:
             images=facts.images,
             fingerprint=self.evaluation_fingerprint,
         )
+
+    def _tell(self, note: str) -> None:
+        if note not in self._said:
+            self._said.append(note)
+            self._say(note)
 
     def _recall(self, kind: str, find_out: Callable[[], Any]) -> Any:
         return self._facts.recall(kind, find_out, files=self._files, **self._named)
@@ -180,7 +196,7 @@ class ExportSource:
             license=loaded.license,
         )
         images = {"calibration": session.calibration, "evaluation": evaluated}
-        return {"model": dataclasses.asdict(model)} | {
+        return {"model": dataclasses.asdict(model), "notes": self._said} | {
             name: dataclasses.asdict(_facts_of(each)) for name, each in images.items()
         }
 

@@ -193,17 +193,17 @@ def find_plan(options: ExportOptions, source: ExportSource, table: Path | None, 
         return PlanFile(_given_plan(options.plan, source, work.facts), options.plan)
     folder = plan_folder(options, source, table, work)
 
-    def build(part: Path) -> None:
+    def build(part: Path) -> list[str]:
         from slimming.fitting.fitted_weights import save_fitted
 
         cost = None if table is None else load_table(table)
         checkpoint = folder.with_name(f"{folder.name}.checkpoint")
         with work.reporter.stages() as progress:
             found = search(options, source.session, options.layout, progress, cost=cost, checkpoint=checkpoint)
-        if found.fit != options.fit:
-            work.reporter.say("the blocks end in norms, so they cannot be refitted in closed form: --fit none")
         save_fitted(found.plan, found.model, part / "plan.json", found.fit, found.finetune)
         shutil.rmtree(checkpoint, ignore_errors=True)
+        unfitted = "the blocks end in norms, so they cannot be refitted in closed form: --fit none"
+        return [unfitted] if found.fit != options.fit else []
 
     work.cache.make(folder, build)
     path = work.cache.verified(folder / "plan.json")

@@ -31,6 +31,7 @@ from slimming.session import (
     open_graph_session,
     open_session,
     search,
+    training_images,
 )
 
 #: Calibration images that are shown on a plan's page.
@@ -70,7 +71,7 @@ def save_plan(options: ModelOptions, job: PlanJob, process_group: ProcessGroup) 
     reporter = Reporter(quiet=not process_group.is_primary)
     images = None
     if job.measured_images:
-        classes = class_names(options, reporter, graph=job.onnx is not None)
+        classes = class_names(options, reporter.say, graph=job.onnx is not None)
         images = evaluation_images(options, job.measured_images, classes)
     session: SlimmingSession[LoadedVit]
     if job.onnx is not None:
@@ -79,6 +80,9 @@ def save_plan(options: ModelOptions, job: PlanJob, process_group: ProcessGroup) 
         reporter.say(f"{job.onnx}: {graph.loaded.described()}")
     else:
         session = open_session(options, images, process_group)
+    if options.finetune_epochs:
+        for note in training_images(options).notes:
+            reporter.say(note)
     model, reader = str(job.onnx or options.model), session.loaded.reader
     request = options.request(job.layout).for_model(fixed_head=reader.head.fixed, refusals=reader.refusals)
     cost = _latency_table(options, session, job.layout)

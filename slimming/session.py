@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -37,12 +37,17 @@ class SlimmingSession(Generic[LoadedT_co]):
 
 
 def open_session(
-    options: ModelOptions, evaluated: ImageSet | None = None, process_group: ProcessGroup | None = None
+    options: ModelOptions,
+    evaluated: ImageSet | None = None,
+    process_group: ProcessGroup | None = None,
+    *,
+    say: Callable[[str], None] | None = None,
 ) -> SlimmingSession[LoadedModel]:
     """Return a session with the timm model that the options name.
 
     ``evaluated`` are the images to be measured on, if any, whose classes are the model's. Every process of ``process_group``
-    has a device of its own. Raises ``PatchslimError`` with the next step in its message.
+    has a device of its own. ``say`` is told what a user has to know: which weights were taken, files left out; None: on stderr,
+    by the primary process. Raises ``PatchslimError`` with the next step in its message.
     """
     options.check()
     import torch
@@ -55,9 +60,9 @@ def open_session(
     if options.device == "cuda" and not torch.cuda.is_available():
         raise Unavailable("--device cuda: PyTorch sees no CUDA device here; pass --device cpu")
     set_fused_attn(True)
-    reporter = Reporter(quiet=process_group is not None and not process_group.is_primary)
+    say = say or Reporter(quiet=process_group is not None and not process_group.is_primary).say
     calibration = calibration_images(options)
-    labels = class_names(options, reporter) if evaluated is None else evaluated.labels
+    labels = class_names(options, say) if evaluated is None else evaluated.labels
     if len(labels) == 1:
         raise InputRejected(f"{options.data}: has one class only, so every answer would be right")
     loaded = load_model(
@@ -70,7 +75,7 @@ def open_session(
         ema=options.ema,
     )
     for note in dict.fromkeys((*loaded.notes, *calibration.notes, *(evaluated.notes if evaluated else ()))):
-        reporter.say(note)
+        say(note)
     check_supported(loaded.module, options.model)
     classes = int(loaded.module.num_classes)
     if labels and len(labels) != classes:
@@ -101,10 +106,11 @@ def open_graph_session(options: ModelOptions, path: Path, evaluated: ImageSet | 
     return SlimmingSession(loaded, create_transform(**loaded.data_config), calibration)
 
 
-def class_names(options: ModelOptions, reporter: Reporter | None = None, *, graph: bool = False) -> list[str]:
+def class_names(options: ModelOptions, say: Callable[[str], None] | None = None, *, graph: bool = False) -> list[str]:
     """Return the names of the classes, in the order of the model's answers; empty where nothing names them.
 
-    ``graph`` says that the model is an ONNX file, whose weights name none. Raises ``InputRejected`` where names contradict.
+    ``graph`` says that the model is an ONNX file, whose weights name none. ``say`` is told where two orders had to be taken for
+    one; None: on stderr. Raises ``InputRejected`` where names contradict.
     """
     from slimming.data.classes import agreed_classes, read_class_map
     from slimming.data.source import class_names_of
@@ -115,7 +121,7 @@ def class_names(options: ModelOptions, reporter: Reporter | None = None, *, grap
     addresses = [options.data, options.calibration_data, options.train_data if options.finetune_epochs else None]
     named = [(address, class_names_of(address)) for address in dict.fromkeys(addresses) if address is not None]
     trained = [] if graph else of_weights(options.model, options.weights)
-    return agreed_classes(trained, named, (reporter or Reporter()).say)
+    return agreed_classes(trained, named, say or Reporter().say)
 
 
 def calibration_images(options: ModelOptions) -> ImageSet:
@@ -153,7 +159,7 @@ def training_images(options: ModelOptions) -> ImageSet:
     address = options.train_data or options.data
     everything = DEFAULT_LENGTH["train"] if address == "digits" else sys.maxsize
     count = everything if options.train_images == "all" else options.train_images
-    classes = class_names(options, Reporter(quiet=True))
+    classes = class_names(options, lambda note: None)  # said already
     return calibration_set(address, count, options.seed, apart=_apart(address, options.data), classes=classes)
 
 

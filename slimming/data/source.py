@@ -15,7 +15,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,11 +24,12 @@ import numpy as np
 
 from patchslim.errors import InputRejected, Unavailable
 from patchslim.files import open_regular
-from patchslim.images import IMAGE_SUFFIXES, ClassFolders, read_image, scan_class_folders
+from patchslim.images import ClassFolders, read_image, scan_class_folders
 from patchslim.packages import install_command
 from slimming.data.classes import check_utf8, target_map
 from slimming.data.digits import CLASSES, DEFAULT_LENGTH, Digits
 from slimming.data.shards import ShardReader, shards_of
+from slimming.data.tars import TAR_ERRORS, open_tar
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PilImage
@@ -249,20 +249,15 @@ def _with_reader(path: Path) -> tuple[Samples, tuple[str, ...]]:
         if not folders.images:
             raise InputRejected(f"{path}: cannot be read as class folders of images: found none; {folders.described()}")
         return _Read(_FolderReader(folders)), (folders.described(),) if folders.described() else ()
-    from timm.data.readers import create_reader, get_img_extensions, set_img_extensions
-
-    others = get_img_extensions()
     try:
-        set_img_extensions(IMAGE_SUFFIXES)
-        samples = _Read(create_reader("", root=str(path)))
-    except (RuntimeError, AssertionError, OSError, tarfile.TarError, ValueError, IndexError) as error:
+        reader, note = open_tar(path)
+    except TAR_ERRORS as error:
         raise InputRejected(f"{path}: cannot be read as class folders of images: {error}") from error
-    finally:
-        set_img_extensions(others)
+    samples = _Read(reader)
     if not len(samples):
         raise InputRejected(f"{path}: holds no images in class folders")
     check_utf8(_labels(samples), str(path))
-    return samples, ()
+    return samples, (note,) if note else ()
 
 
 class _FolderReader:
