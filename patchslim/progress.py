@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 from patchslim.interrupts import raise_if_interrupted
 
-_UNITS = {"top-down search": "blocks", "compensating": "blocks", "fitting": "steps", "fine-tuning": "steps"}
+_UNITS = {"searching": "steps", "compensating": "blocks", "fitting": "steps", "fine-tuning": "steps"}
 #: Seconds after which a line is written where the output is not a terminal: whoever reads a log waits for 15.
 INTERVAL_S = 10.0
 #: Called as work goes on: (done, total).

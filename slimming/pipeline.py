@@ -99,9 +99,11 @@ def save_plan(options: ModelOptions, job: PlanJob, process_group: ProcessGroup) 
         return None
     if options.fit != found.fit:
         reporter.say(f"{model}: {reader.refusals['closed-form']}: --fit none")
+    reporter.say(f"{job.output}: writing the plan and its page")
     try:
-        plan = save_fitted(found.plan, found.model, job.output, found.fit, found.finetune)
-        page = _write_page(job, session, plan, sweep or Sweep())
+        with reporter.alive():
+            plan = save_fitted(found.plan, found.model, job.output, found.fit, found.finetune)
+            page = _write_page(job, session, plan, sweep or Sweep())
     except OSError as error:
         raise UsageError(f"--output {job.output}: cannot be written: {error.strerror or error}") from error
     shutil.rmtree(checkpoint, ignore_errors=True)

@@ -56,6 +56,8 @@ def compensate(
     streams = [features.output(-1, rows) for rows in batches]
     cuts = [cut.to(features.device) for cut in cuts_of(plan.kept, plan.tokens, plan.mode, plan.merged_into)]
     wanted = _Wanted(features, plan)
+    if progress:
+        progress("compensating", 0, plan.depth)
     for index, (kept, cut) in enumerate(zip(plan.kept, cuts, strict=True)):
         block, original, rope = slim.blocks[index], dense.blocks[index], features.ropes[index]
         if len(kept) == len(cut.places) == features.tokens:  # nothing differs yet

@@ -200,6 +200,8 @@ def _train(
     interval = checkpoint_steps or math.ceil(steps / _SAVES)
     start = time.perf_counter() - position.seconds
     if position.step < steps:
+        if progress is not None and accelerator.is_main_process:
+            progress("fine-tuning", position.step, steps)
         for inputs, labels in feed(position.step, steps):
             mixed, targets = (inputs, labels) if mix is None else mix(inputs, labels)
             loss = _loss(accelerator, wrapped, teacher, mixed, targets, recipe)

@@ -63,6 +63,8 @@ def evaluate(
     device = next(models[0].parameters()).device
     counted = torch.zeros(len(models), 4, dtype=torch.float64)
     done = 0
+    if progress:
+        progress("measuring", 0, len(images))
     for batch, targets in load_tensors(dataclasses.replace(images, indices=own), transform, BATCH) if own else ():
         answers = [model(batch.to(device)).argmax(1).cpu() for model in models]
         was_right = answers[0] == targets

@@ -15,6 +15,7 @@ from slimming.distributed import SINGLE_PROCESS, ProcessGroup, batch_slices
 from slimming.models.attention import AttentionInput
 from slimming.models.vit_reader import VitReader
 from slimming.search.scores import input_magnitude
+from slimming.search.work import SearchWork
 from slimming.tensor_store import TensorStore
 
 #: Images that are looked at together: few, so that attention maps stay in a CPU's caches.
@@ -47,6 +48,7 @@ class DenseFeatures:
         self.store = store or TensorStore()
         self.device = reader.device
         self.progress: StageProgress = progress or (lambda stage, done, total: None)
+        self.work = SearchWork(self.progress)
         self.places = list(batch_slices(images, BATCH))
         self.own = process_group.own_batches(len(self.places))
         self.sample = self.spread(ERROR_IMAGES)
@@ -62,6 +64,7 @@ class DenseFeatures:
         """Keep, per image, every block boundary's features and, for Eq. 6, ``sum_h ||U_t^h[i, :]||^2``."""
         held = sum(self.places[batch].stop - self.places[batch].start for batch in self.own)
         done, last = 0, len(self.reader.blocks) - 1
+        self.progress("dense features", 0, self.images)
         for batch in batches:
             tokens = self.reader.embed(batch.to(self.device))
             if not self.features:

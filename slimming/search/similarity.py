@@ -51,10 +51,12 @@ class MergeSearch:
         merged_into = [-1] * self.tokens
         members = {token: [token] for token in range(self.prefix, self.tokens)}
         kept: list[list[int]] = []
+        self.features.work.begin(self.depth - 1)
         for block, count in enumerate(counts[:-1]):
             if count - self.prefix < len(members):
                 members = self._merged(block, members, count - self.prefix, merged_into)
             kept.append([*range(self.prefix), *sorted(members)])
+            self.features.work.step()
         return [*kept, list(self.reader.head.tokens)], merged_into
 
     def _merged(self, block: int, members: dict[int, list[int]], count: int, merged_into: list[int]) -> dict[int, list[int]]:
@@ -110,9 +112,9 @@ class MergeSearch:
         cuts = cuts_of(kept, self.tokens, "compact", merged_into)
         averages = [matrix.to(features.device) for matrix in averages_of(kept, self.tokens, merged_into)]
         errors = [0.0] * self.depth
-        for block in range(self.depth - 1):
-            if len(kept[block]) == self.tokens:
-                continue
+        cut = [block for block in range(self.depth - 1) if len(kept[block]) < self.tokens]
+        features.work.begin(len(cut))
+        for block in cut:
             above = cuts[block + 1].to(features.device)
 
             def look(rows: slice, block: int = block, above: Cut = above) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,6 +123,7 @@ class MergeSearch:
                 return result, averages[block + 1] @ features.output(block + 1, rows)
 
             errors[block] = features.mean_relative(block, look, self.sample)
+            features.work.step()
         return errors
 
 

@@ -105,6 +105,7 @@ class TopDownSearch:
         batches: list[int] | None = None,
     ) -> Selection:
         batches = self.features.all_batches if batches is None else batches
+        self.features.work.begin(self.depth - 1)
         kept: list[list[int]] = [[] for _ in range(self.depth)]
         errors = [0.0] * self.depth
         kept[-1], errors[-1] = self._top(choose, batches)
@@ -118,7 +119,7 @@ class TopDownSearch:
             kept[block], errors[block] = choose(block, base, above, self._by_significance(block, above, states, batches))
             if block:
                 states = self._carried(block, kept[block], above, states, batches)
-            self.features.progress("top-down search", self.depth - 1 - block, self.depth - 1)
+            self.features.work.step()
         return Selection(kept, errors, tolerance)
 
     def _top(self, choose: Choose, batches: list[int]) -> tuple[list[int], float]:
@@ -244,7 +245,9 @@ def divergence_of(
     stale, everything = features.mode == "stale", features.everything
     readable = set(kept[-1]) & set(reader.head.tokens)
     places = [position for position, token in enumerate(everything if stale else kept[-1]) if token in readable]
-    for rows in features.rows(batches):
+    own = list(features.rows(batches))
+    features.work.begin(len(own))
+    for rows in own:
         tokens, present = features.output(-1, rows), everything
         for index, (block, wanted, rope) in enumerate(zip(reader.blocks, kept, features.ropes, strict=True)):
             if cuts is not None:
@@ -258,4 +261,5 @@ def divergence_of(
         dense = reader.head.logits(features.output(last, rows)[:, reader.head.tokens])
         each = (dense.softmax(-1) * (dense.log_softmax(-1) - slim.log_softmax(-1))).sum(-1)
         found.append(each.double().sum().cpu())
+        features.work.step()
     return float(features.process_group.sum_over_batches(found, batches)) / features.count(batches)

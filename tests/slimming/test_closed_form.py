@@ -318,7 +318,7 @@ def test_progress_counts_the_blocks_that_are_cut() -> None:
     calls: list[tuple[str, int, int]] = []
     plan = make_plan(model, "tiny", [list(range(10)), [0, 1, 4, 5], [0]])
     refitted(model, images_for(model, 8), plan, progress=lambda *call: calls.append(call))
-    assert calls == [("compensating", 2, 3), ("compensating", 3, 3)]
+    assert calls == [("compensating", 0, 3), ("compensating", 2, 3), ("compensating", 3, 3)]
 
 
 def test_blocks_that_end_in_norms_are_not_refitted() -> None:

@@ -142,7 +142,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(steps: int, tmp_path: Path)
     torch.manual_seed(123)
     calls: list[int] = []
     report = run(slim, teacher, checkpoint=folder, checkpoint_steps=2, progress=lambda _, done, total: calls.append(done))
-    assert calls == list(range(steps, 13))
+    assert calls == list(range(steps - 1, 13))
     assert equal(state(slim), state(whole))
     assert (report.loss, report.fingerprint) == (expected.loss, expected.fingerprint)
 
@@ -175,7 +175,7 @@ def test_a_crash_half_way_through_a_save_leaves_the_one_before(tmp_path: Path, m
     assert sorted(path.name for path in tmp_path.iterdir()) == [".step-8.part", "step-4"]
     calls: list[int] = []
     run(slim, teacher, checkpoint=tmp_path, checkpoint_steps=4, progress=lambda _, done, total: calls.append(done))
-    assert calls[0] == 5
+    assert calls[:2] == [4, 5]
     assert equal(state(slim), state(whole))
     assert [path.name for path in tmp_path.iterdir()] == ["step-12"]
 
