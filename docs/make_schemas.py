@@ -8,6 +8,7 @@ from pathlib import Path
 from graph_passes.report import report_schema
 from patchslim.latency_table import latency_table_schema
 from patchslim.plan import plan_schema
+from validate.latency_sheet import latency_sheet_schema
 from validate.manifest import manifest_schema, parity_schema
 
 FOLDER = Path(__file__).parent / "schemas"
@@ -15,6 +16,7 @@ SCHEMAS = {
     "plan": plan_schema,
     "manifest": manifest_schema,
     "parity": parity_schema,
+    "latency": latency_sheet_schema,
     "latency_table": latency_table_schema,
     "passes_report": report_schema,
 }

@@ -33,7 +33,7 @@ class BundleContents:
     ``license`` is that of the weights; None where it is not known.
     ``share`` is the part of an undivided data set that calibrated, ``labels`` are the class names of the held-out images,
     ``golden_images`` are PNG files by row of the golden inputs. ``latency_table`` and ``latency`` are there where the plan was
-    solved on one.
+    solved on one, ``speed`` where the graphs were timed; ``report`` is the page.
     """
 
     name: str
@@ -51,6 +51,8 @@ class BundleContents:
     latency_table: Path | None
     latency: schema.LatencyRecord | None
     license: str | None
+    speed: Path | None
+    report: Path
 
 
 def write_contents(contents: BundleContents, folder: Path) -> schema.Manifest:
@@ -63,6 +65,9 @@ def write_contents(contents: BundleContents, folder: Path) -> schema.Manifest:
     _copy_engine(contents.engine, folder)
     if contents.latency_table is not None:
         copy_verified(contents.latency_table, folder / "latency_table.json")
+    if contents.speed is not None:
+        copy_verified(contents.speed, folder / contents.speed.name)
+    copy_verified(contents.report, folder / contents.report.name)
     copy_verified(contents.picture, folder / "kept_patches.png")
     write_parity(folder, contents.parity)
     write_golden(folder / "golden.npz", _golden(contents.measured))

@@ -67,6 +67,9 @@ class GateGroup:
     images can tell neither way, confidence says undecided (exit code 5), and how many images would settle it."""
     require_executed: bool = False
     """Exit code 5 and no bundle where the engine did not run here, as one for another machine's GPU."""
+    measure_latency: bool = True
+    """Time the slim graph against the dense one on this CPU, a few seconds, for latency.json and the report. Without it the
+    same command gives the same bytes everywhere."""
     batch_size: int = 8
     """Images per run while measuring. On a CPU, few at a time are fastest: they stay in its caches."""
 

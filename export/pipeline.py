@@ -17,7 +17,10 @@ from export.options import ExportOptions
 from export.parity import parity_report
 from export.places import check_places
 from export.publication import check_place, publish, recover
+from export.report.page import ReportFacts
+from export.report.stages import provenance, report_page, worst_images
 from export.source import ExportSource
+from export.speed import measured_speed
 from export.stages import (
     ONNX_FP16,
     ONNX_SLIM,
@@ -39,7 +42,9 @@ from patchslim import cuda
 from patchslim.errors import ParityFailed
 from patchslim.plan import SlimPlan
 from patchslim.progress import Reporter
+from patchslim.records import load_record
 from validate.explain import verdict_of
+from validate.latency_sheet import LatencySheet
 from validate.manifest import Gate, LatencyRecord, Macs, ParityReport
 
 #: Stages of one run that may be found damaged and made anew.
@@ -100,6 +105,19 @@ def _export(options: ExportOptions, request: EngineRequest, source: ExportSource
     measured = measured_logits(stages, source, options.batch_size, work)
     gate = Gate(max_top1_drop=options.max_top1_drop, rule=options.gate)
     parity = parity_report(measured, source.evaluation_record(), plan, options.layout, engine, gate)
+    picture = kept_patches(plan, options.layout, measured.inputs[0], source.model, work)
+    speed = measured_speed(dense, graphs[ONNX_SLIM], plan, options.layout, work) if options.measure_latency else None
+    report = ReportFacts(
+        name=options.bundle.name,
+        plan=plan,
+        parity=parity,
+        engine=engine,
+        labels=source.evaluation.labels,
+        latency=None if speed is None else load_record(speed, LatencySheet, "latency sheet"),
+        kept_patches=picture,
+        worst=worst_images(source, parity.comparison, work),
+        provenance=provenance(source, plan),
+    )
     contents = BundleContents(
         name=options.bundle.name,
         model=source.model,
@@ -111,11 +129,13 @@ def _export(options: ExportOptions, request: EngineRequest, source: ExportSource
         engine=engine,
         measured=measured,
         parity=parity,
-        picture=kept_patches(plan, options.layout, measured.inputs[0], source.model, work),
+        picture=picture,
         golden_images=golden_images(source, measured.inputs, work),
         latency_table=table,
         latency=latency,
         license=options.license or source.model.license,
+        speed=speed,
+        report=report_page(report, work),
     )
     missed = unexecuted(options, engine)
     passed = parity.passed and not missed

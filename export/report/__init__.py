@@ -1,0 +1,1 @@
+"""``report.html``: everything that a bundle proves, on one page that needs nothing else."""
