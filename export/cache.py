@@ -89,11 +89,10 @@ class StageCache:
         Raises ``Unavailable`` where the work folder cannot be written, ``UsageError`` where its disk is full.
         """
         made = self._make(folder, build)
-        if (notes := folder / NOTES).exists():
-            for note in json.loads(self.read(notes)):
-                if note not in self._told:
-                    self._told.add(note)
-                    self._say(note)
+        for note in _notes_of(folder) or ():
+            if note not in self._told:
+                self._told.add(note)
+                self._say(note)
         return made
 
     def _make(self, folder: Path, build: Callable[[Path], Sequence[str] | None]) -> bool:
@@ -173,7 +172,9 @@ class StageCache:
             changed = [name for name in sorted(names) if self.facts.digest(folder / name) != record[name]]
         except OSError as error:
             return f"a file cannot be read: {error.strerror or error}"
-        return f"{changed[0]} was changed or cut off" if changed else ""
+        if changed:
+            return f"{changed[0]} was changed or cut off"
+        return "" if _notes_of(folder) is not None else f"{NOTES} cannot be read"
 
     def _sweep(self) -> None:
         """Once, whether or not a stage is to be made: a run that finds all of them must not leave what a killed one left."""
@@ -194,6 +195,17 @@ def recorded_digest(path: Path) -> str | None:
     """The SHA-256 that a stage's folder records of its file ``path``; None where there is no such record."""
     found = (_record_of(path.parent) or {}).get(path.name)
     return found if isinstance(found, str) else None
+
+
+def _notes_of(folder: Path) -> list[str] | None:
+    """What a stage has for the user; None where that is damaged."""
+    if not (folder / NOTES).exists():
+        return []
+    with contextlib.suppress(InputRejected, ValueError, RecursionError):
+        found = json.loads(read_bounded(folder / NOTES, _MAX_DIGESTS, "stage's notes"))
+        if isinstance(found, list) and all(isinstance(note, str) for note in found):
+            return found
+    return None
 
 
 def _record_of(folder: Path) -> dict[str, object] | None:

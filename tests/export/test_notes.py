@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ import timm
 import torch
 
 from export import export_bundle
-from export.cache import StageCache
+from export.cache import DIGESTS, StageCache
 from export.options import ExportOptions
+from patchslim.files import digest
 from slimming.data.digits import render
 from tests.helpers.exports import ARGUMENTS, MODEL, tiny
 
@@ -82,5 +84,19 @@ def test_a_stage_keeps_its_notes(tmp_path: Path) -> None:
     said.clear()
     cache = StageCache(tmp_path / "work", said.append)
     assert cache.make(folder, build)
-    assert said[1:] == ["a thing to know", "another"]
     assert "notes.json was changed" in said[0]
+    assert said[1:] == ["a thing to know", "another"]
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{}", "[1]", "\xff", " " * (2 << 20)])
+def test_notes_that_are_none_are_made_anew_although_their_digest_is_right(tmp_path: Path, text: str) -> None:
+    said: list[str] = []
+    cache = StageCache(tmp_path, said.append)
+    folder = cache.path("plan", seed=1)
+    cache.make(folder, lambda part: ["a thing to know"])
+    notes = folder / "notes.json"
+    notes.write_bytes(text.encode("latin-1"))
+    (folder / DIGESTS).write_text(json.dumps({"notes.json": digest(notes)}))
+    said.clear()
+    assert StageCache(tmp_path, said.append).make(folder, lambda part: ["a thing to know"])
+    assert said == [f"{folder.name}: notes.json cannot be read; it is made anew", "a thing to know"]
