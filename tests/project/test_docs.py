@@ -32,7 +32,10 @@ MODULES = sorted({module for module, _ in COMMANDS})
 PYTHON = re.findall(r"```python\n(.*?)```", EVERYTHING, flags=re.DOTALL)
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 #: Commands other than those, with their options.
-OTHERS = re.compile(r"(?:pytest|mkdocs|patchslim --version|pre-commit|ruff|torchrun|uv run --group)\b[^\n`]*")
+OTHERS = re.compile(
+    r"(?:pytest|mkdocs|patchslim --version|pre-commit|ruff|torchrun|uv run --group"
+    r"|docker (?:build|compose|run)|--build-arg|--gpus)\b[^\n`]*"
+)
 #: Scripts that pages tell to run: those of a bundle, and of docker/. Their options are in their text.
 SCRIPTS = {
     path.name.removesuffix(".jinja"): path.read_text(encoding="utf-8")
@@ -138,7 +141,9 @@ def test_every_linked_file_exists(page: str) -> None:
 
 
 def test_every_file_of_the_project_that_is_named_exists() -> None:
-    named = re.findall(r"`((?:benchmarks|docs|export|graph_passes|patchslim|slimming|tests|validate)/[\w./-]*)`", EVERYTHING)
+    named = re.findall(
+        r"`((?:benchmarks|docker|docs|export|graph_passes|patchslim|slimming|tests|validate)/[\w./-]*)`", EVERYTHING
+    )
     assert len(named) > 10
     assert [name for name in named if not (ROOT / name).exists()] == []
 
