@@ -129,6 +129,31 @@ def test_a_python_example_imports_what_exists(code: str) -> None:
             assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
 
 
+@pytest.mark.slow
+def test_a_model_that_is_not_timms_goes_the_way_that_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import numpy as np
+    import onnxruntime
+    from transformers import ViTConfig, ViTForImageClassification
+
+    monkeypatch.chdir(tmp_path)
+    sizes = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 96, "image_size": 48}
+    ViTForImageClassification(ViTConfig(**sizes, num_labels=10)).save_pretrained("my-vit")
+    text = section("A model that is not timm's")
+    refused = door_here([sys.executable, "-m", "slimming.run", "--weights", "my-vit", "-o", "plan.json"])
+    assert (refused.returncode, "these are Hugging Face's names: export that model to ONNX" in refused.stderr) == (3, True)
+    exec(compile(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)[0], "docs", "exec"), {})
+    for module, arguments in COMMAND.findall(text):
+        few = {"slimming.run": ["--calibration-images", "16"]}.get(module, [])
+        given = arguments.replace("--data pets --eval-images 1000", "--data digits --eval-images 16").split()
+        done = door_here([sys.executable, "-m", module, *given, *few])
+        assert done.returncode == 0, done.stderr
+    slim = onnxruntime.InferenceSession(tmp_path / "slim.onnx")
+    (logits,) = slim.run(None, {slim.get_inputs()[0].name: np.zeros((3, 3, 48, 48), np.float32)})
+    assert logits.shape == (3, 10)
+    (heading,) = re.findall(r"<h1>(.*?)</h1>", (tmp_path / "plan.html").read_text(encoding="utf-8"))
+    assert "of the MACs removed, " in heading  # and what that costs, on these images
+
+
 @pytest.mark.parametrize("name", re.findall(r"^::: (\S+)", PAGES["docs/python.md"], flags=re.MULTILINE))
 def test_a_name_of_the_python_page_exists(name: str) -> None:
     assert pkgutil.resolve_name(name).__doc__
