@@ -24,6 +24,7 @@ from validate.parity import logit_errors
 
 if TYPE_CHECKING:
     from patchslim.runner import Runner
+    from slimming.models.slim_vit import SlimViT
 
 PYTORCH, PYTORCH_SLIM, ENGINE = "pytorch", "pytorch-slim", "engine"
 #: Images whose pixels are kept: they are the inputs of ``golden.npz``, and the first is drawn.
@@ -52,9 +53,8 @@ def answering_stages(
 
     def slimmed() -> Runner:
         from export.inference import TorchRunner
-        from slimming.models.slim_vit import SlimViT
 
-        return TorchRunner(SlimViT(fitted.load(), plan).to(source.model.device).eval(), PYTORCH_SLIM)
+        return TorchRunner(slimmed_module(source, plan, fitted), PYTORCH_SLIM)
 
     stages = {
         PYTORCH: AnsweringStage("original", original),
@@ -71,6 +71,13 @@ def answering_stages(
 
         stages[ENGINE] = AnsweringStage(work.facts.digest(engine.files[0]), built)
     return stages
+
+
+def slimmed_module(source: ExportSource, plan: SlimPlan, fitted: LazyModule) -> SlimViT:
+    """The PyTorch reference of the slim model, where the original is."""
+    from slimming.models.slim_vit import SlimViT
+
+    return SlimViT(fitted.load(), plan).to(source.model.device).eval()
 
 
 def _open_graph(path: Path, work: Workspace) -> Runner:

@@ -67,6 +67,9 @@ class GateGroup:
     images can tell neither way, confidence says undecided (exit code 5), and how many images would settle it."""
     require_executed: bool = False
     """Exit code 5 and no bundle where the engine did not run here, as one for another machine's GPU."""
+    bisect: bool = False
+    """Compare the ONNX stages block by block as well, and name the first block that is too far off. Done without being asked
+    where a stage's logits are."""
     measure_latency: bool = True
     """Time the slim graph against the dense one on this CPU, a few seconds, for latency.json and the report. Without it the
     same command gives the same bytes everywhere."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from export.advice import Advice, what_would_pass
+from export.bisect import Bisection, bisect
 from export.bundle import BundleContents, write_contents
 from export.cache import StageCache, StageDamaged
 from export.engines.base import EngineResult
 from export.engines.build import choose_backend
 from export.golden import golden_images
-from export.logits import answering_stages, measured_logits
+from export.logits import answering_stages, measured_logits, slimmed_module
 from export.options import ExportOptions
 from export.parity import parity_report
 from export.places import check_places
@@ -64,6 +66,7 @@ class Outcome:
     dense_onnx: Path
     latency: LatencyRecord | None
     advice: Advice | None = None  # where the gate failed
+    bisections: Sequence[Bisection] = ()  # where they were asked for, or a stage's logits are too far off
 
 
 class GateFailed(ParityFailed):
@@ -144,7 +147,12 @@ def _export(options: ExportOptions, request: EngineRequest, source: ExportSource
     work.facts.save()
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     advice = None if parity.passed else what_would_pass(options, source, parity, work)
-    outcome = Outcome(folder, plan, parity.macs, parity, engine, size, dense, latency, advice)
+    bisections: list[Bisection] = []
+    if options.bisect or any(one.tolerance is not None and (one.max_error or 0) > one.tolerance for one in parity.rungs):
+        work.reporter.say("comparing the stages block by block")
+        slimmed = functools.partial(slimmed_module, source, plan, fitted)
+        bisections = bisect(dense, graphs, slimmed, measured.inputs)
+    outcome = Outcome(folder, plan, parity.macs, parity, engine, size, dense, latency, advice, bisections)
     if not passed:
         faults = "; ".join(filter(None, [verdict_of(parity.rungs), missed]))
         old = f"; {options.bundle} is an earlier one" if options.bundle.exists() else ""

@@ -30,6 +30,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "comparison": parity["comparison"],
         "blame": [dataclasses.asdict(each) for each in blame(outcome.parity.rungs)],
         "verdict": verdict_of(outcome.parity.rungs) or "passed",
+        "bisections": [dataclasses.asdict(each) | {"first": each.first} for each in outcome.bisections],
         "advice": outcome.advice and dataclasses.asdict(outcome.advice),
         "engine": parity["engine"] | {"kernels": outcome.engine.kernels, "built": outcome.engine.status},
     }
@@ -84,6 +85,8 @@ def print_summary(outcome: Outcome) -> None:
         console.print(line)
     if outcome.parity.comparison is not None:
         console.print(compared(outcome.parity.comparison))
+    for found in outcome.bisections:
+        console.print(str(found))
     if not outcome.parity.passed:
         console.print(blame_table(outcome.parity.rungs))
     console.print(facts)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor, nn
 
 from patchslim.errors import InputRejected
@@ -35,11 +37,20 @@ class SlimViT(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits (b, classes) of images (b, 3, h, w)."""
         reader = ModelReader(self.model)  # made anew: a copy of this module must read the copy's layers
+        *_, tokens = self._walk(reader, images)
+        return reader.head.logits(tokens.index_select(1, self.head_rows))
+
+    def streams(self, images: Tensor) -> list[Tensor]:
+        """Return the residual stream behind 0, 1, ... blocks: tokens (b, n, d) in their original order."""
+        return list(self._walk(ModelReader(self.model), images))
+
+    def _walk(self, reader: ModelReader, images: Tensor) -> Iterator[Tensor]:
         tokens, ropes = reader.embed(images), reader.ropes()
+        yield tokens
         for block, cut, rope in zip(reader.blocks, self.cuts, ropes, strict=True):
             assert isinstance(cut, Cut)  # a ModuleList does not know
             tokens = self._block(block, cut, tokens, rope)
-        return reader.head.logits(tokens.index_select(1, self.head_rows))
+            yield tokens
 
     def _block(self, block: BlockReader, cut: Cut, tokens: Tensor, rope: Tensor | None) -> Tensor:
         result = block.run(cut.view(tokens, rope))
