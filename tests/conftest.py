@@ -34,6 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in a hook of the same name, and would come before
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """One process takes all of a file, for its fixtures, and all tests of the export, for their work folder."""
     for item in items:
