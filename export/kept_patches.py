@@ -1,4 +1,4 @@
-"""The picture of a plan: which patches each block keeps, over a sample image."""
+"""Draws a plan: which patches each block keeps, merges and drops, over a sample image."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _DIMMED = 0.12  # of the brightness of a patch that is dropped
 
 
 def draw_kept_patches(plan: SlimPlan, layout: Layout, image: npt.NDArray[Any], path: Path) -> None:
-    """Write a PNG with one panel per block: kept patches bright, dropped ones dark, merged ones in their mean colour.
+    """Write a PNG of one panel a block: kept patches bright, dropped ones dark, merged ones in the mean colour of their group.
 
-    ``layout`` is how the cuts are laid, for the MACs in the title; ``image`` is (h, w, 3) in [0, 1], as the model sees it
-    before normalisation. The same input gives the same bytes.
+    ``layout`` decides the MACs in the heading; ``image`` is (h, w, 3) in [0, 1], as the model sees it before normalisation. The
+    same input gives the same bytes. Raises ``OSError`` where ``path`` cannot be written.
     """
     import matplotlib as mpl
 
@@ -58,7 +58,7 @@ def draw_kept_patches(plan: SlimPlan, layout: Layout, image: npt.NDArray[Any], p
 
 
 def _legend(plan: SlimPlan) -> list[tuple[str, str]]:
-    """What the panels of ``plan`` show, and in which words."""
+    """The swatches that explain the panels of ``plan``, each with its words."""
     shown = [("kept", "kept")]
     if plan.merging:
         shown.append(("merged", "merged: one token a group, in its mean colour"))
@@ -68,7 +68,7 @@ def _legend(plan: SlimPlan) -> list[tuple[str, str]]:
 
 
 def _draw_legend(figure: Figure, image: npt.NDArray[Any], shown: list[tuple[str, str]]) -> None:
-    """One swatch and its words each, from left to right along the lower edge: what becomes of the middle of ``image``."""
+    """Draw each swatch, made of the middle of ``image``, and its words, from left to right along the lower edge."""
     width, height = figure.get_size_inches()
     rows, columns = (slice(length * 3 // 8, max(length * 5 // 8, 1)) for length in image.shape[:2])
     middle = np.clip(image[rows, columns], 0, 1)
@@ -83,7 +83,10 @@ def _draw_legend(figure: Figure, image: npt.NDArray[Any], shown: list[tuple[str,
 
 
 def _mosaic(image: npt.NDArray[Any], groups: npt.NDArray[Any], merged: list[int]) -> npt.NDArray[Any]:
-    """``image`` (h, w, 3) with the ``merged`` of its groups (h, w) in their mean colour, and what is in none (-1) dark."""
+    """``image`` (h, w, 3) with each group of ``merged`` in its mean colour, and dropped pixels dark.
+
+    ``groups`` (h, w) has the group of each pixel, -1 where it was dropped.
+    """
     shown = image.copy()
     for group in merged:
         shown[groups == group] = image[groups == group].mean(axis=0)

@@ -1,4 +1,4 @@
-"""The dense ONNX model: torch's dynamo exporter at opset 20 with a dynamic batch."""
+"""Exports the dense model to ONNX, by PyTorch's dynamo exporter at opset 20 with a dynamic batch axis."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ INPUT, OUTPUT, BATCH = "images", "logits", "batch"
 
 
 def export_dense(model: Any, input_size: tuple[int, int, int], path: Path) -> None:
-    """Export a timm ViT, ``images [batch, 3, h, w]`` to ``logits [batch, classes]``, float32, weights inside the file.
+    """Write a timm ViT as one ONNX file: ``images`` (batch, channels, h, w) to ``logits`` (batch, classes), float32.
 
-    Attention is exported in its explicit form, scale, MatMul, Softmax, MatMul, which the graph passes read and TensorRT fuses.
-    Raises ``RuntimeError`` when the exporter fails, ``OSError`` when the file cannot be written.
+    ``input_size`` is (channels, h, w). Attention is exported as scale, MatMul, Softmax, MatMul: the passes read that form, and
+    TensorRT fuses it. Raises ``RuntimeError`` where the exporter fails, ``OSError`` where the file cannot be written.
     """
     import torch
 
@@ -25,7 +25,7 @@ def export_dense(model: Any, input_size: tuple[int, int, int], path: Path) -> No
     for module in explicit:
         module.fused_attn = False
     device = next(model.parameters()).device
-    example = torch.zeros(2, *input_size, device=device)  # a batch of 1 would be specialised
+    example = torch.zeros(2, *input_size, device=device)  # of a batch of 1 the exporter makes a constant
     quiet = logging.getLogger("torch.onnx")
     level = quiet.level
     quiet.setLevel(logging.ERROR)
@@ -43,7 +43,7 @@ def export_dense(model: Any, input_size: tuple[int, int, int], path: Path) -> No
                 verbose=False,
             )
             if program is None:
-                raise RuntimeError("the exporter returned nothing")
+                raise RuntimeError("torch.onnx.export returned no program")
             program.save(str(path), external_data=False)
     finally:
         quiet.setLevel(level)

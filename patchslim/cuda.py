@@ -1,6 +1,6 @@
-"""The few calls of the CUDA driver that engines need, through ctypes: no torch, no CUDA toolkit.
+"""The few calls of the CUDA driver that engines need, through ctypes: neither torch nor the CUDA toolkit is used.
 
-Executed on an H200 by ``tests/project/test_cuda.py``, which a machine without a GPU skips.
+``tests/project/test_cuda.py`` executes them, and has passed on an H200; a machine without a GPU skips it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MIN
 
 @functools.cache
 def _driver() -> ctypes.CDLL | None:
+    """The driver's library, None where it is not installed."""
     for name in ("libcuda.so.1", "nvcuda.dll"):
         try:
             return ctypes.CDLL(name)
@@ -62,8 +63,7 @@ def driver_version() -> str | None:
 class Stream:
     """A CUDA stream on the first visible GPU, with copies to and from buffers of its memory.
 
-    Raises:
-        Unavailable: there is no driver, or a driver call fails.
+    Raises ``Unavailable`` where there is no driver or no GPU, or a call of the driver fails; so does every method.
     """
 
     def __init__(self) -> None:
@@ -79,43 +79,44 @@ class Stream:
         self.handle = stream.value or 0
 
     def allocate(self, size: int) -> int:
-        """Return the device address of ``size`` new bytes; ``free`` gives them back."""
+        """Allocate ``size`` bytes of device memory, and return their address; ``free`` releases them."""
         address = ctypes.c_uint64()
         _check(self._driver.cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(size)), "cuMemAlloc")
         return address.value
 
     def free(self, address: int) -> None:
+        """Release what ``allocate`` returned."""
         _check(self._driver.cuMemFree_v2(ctypes.c_uint64(address)), "cuMemFree")
 
     def upload(self, address: int, array: NDArray[Any]) -> None:
-        """Copy the C-contiguous ``array`` to device memory, in stream order."""
+        """Copy the C-contiguous ``array`` to device memory, after all that the stream was given before."""
         source = ctypes.c_void_p(array.ctypes.data)
         size, stream = ctypes.c_size_t(array.nbytes), ctypes.c_void_p(self.handle)
         _check(self._driver.cuMemcpyHtoDAsync_v2(ctypes.c_uint64(address), source, size, stream), "cuMemcpyHtoDAsync")
 
     def download(self, array: NDArray[Any], address: int) -> None:
-        """Fill the C-contiguous ``array`` from device memory, and wait until the stream has done all its work."""
+        """Copy device memory into the C-contiguous ``array``, and wait until the stream has finished."""
         destination = ctypes.c_void_p(array.ctypes.data)
         size, stream = ctypes.c_size_t(array.nbytes), ctypes.c_void_p(self.handle)
         _check(self._driver.cuMemcpyDtoHAsync_v2(destination, ctypes.c_uint64(address), size, stream), "cuMemcpyDtoHAsync")
         self.wait()
 
     def wait(self) -> None:
-        """Wait until the stream has done all its work."""
+        """Wait until the stream has finished all that it was given."""
         _check(self._driver.cuStreamSynchronize(ctypes.c_void_p(self.handle)), "cuStreamSynchronize")
 
     def event(self) -> int:
-        """Return a new event, which takes the time when it is recorded; the context's end destroys it."""
+        """Create an event, which stores the time when it is recorded, and return its handle; it ends with the context."""
         event = ctypes.c_void_p()
         _check(self._driver.cuEventCreate(ctypes.byref(event), 0), "cuEventCreate")
         return event.value or 0
 
     def record(self, event: int) -> None:
-        """Let the GPU take the time in ``event`` when the stream has done what it was given so far."""
+        """Record ``event``: the GPU stores the time once the stream has finished what it was given so far."""
         _check(self._driver.cuEventRecord(ctypes.c_void_p(event), ctypes.c_void_p(self.handle)), "cuEventRecord")
 
     def seconds_between(self, start: int, end: int) -> float:
-        """Return the seconds between two recorded events, waiting until the second one is reached."""
+        """Wait until the second of two recorded events is reached, and return the seconds between them."""
         _check(self._driver.cuEventSynchronize(ctypes.c_void_p(end)), "cuEventSynchronize")
         milliseconds = ctypes.c_float()
         status = self._driver.cuEventElapsedTime(ctypes.byref(milliseconds), ctypes.c_void_p(start), ctypes.c_void_p(end))
@@ -123,11 +124,11 @@ class Stream:
         return milliseconds.value / 1e3
 
     def close(self) -> None:
-        """Destroy the stream and release the context; the object cannot be used afterwards."""
+        """Destroy the stream and release the context; the object must not be used afterwards."""
         _check(self._driver.cuStreamDestroy_v2(ctypes.c_void_p(self.handle)), "cuStreamDestroy")
         _check(self._driver.cuDevicePrimaryCtxRelease_v2(0), "cuDevicePrimaryCtxRelease")
 
 
 def _check(status: int, call: str) -> None:
     if status != 0:
-        raise Unavailable(f"the CUDA driver refused {call} with error {status}")
+        raise Unavailable(f"the CUDA driver's {call} failed with error {status}: see CUresult in the CUDA driver API")

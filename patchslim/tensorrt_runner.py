@@ -37,9 +37,8 @@ def can_execute(backend: str, targets: Sequence[str]) -> tuple[bool, str]:
 class TrtRunner:
     """An engine file on the first visible GPU, a ``Runner``: one input, images, and its first output, logits.
 
-    Raises:
-        InputRejected: the file is missing, or is not an engine of this release of ``backend`` for this GPU.
-        Unavailable: no GPU, or ``backend`` is not installed.
+    Raises ``InputRejected`` where the file is missing, or is not an engine of this release of ``backend`` for this GPU;
+    ``Unavailable`` where there is no GPU, or ``backend`` is not installed.
     """
 
     def __init__(self, path: Path, backend: str) -> None:
@@ -79,9 +78,8 @@ class TrtRunner:
     def infer(self, images: NDArray[Any]) -> NDArray[np.float32]:
         """Return logits (b, classes) float32 for ``images`` (b, channels, height, width), cast to the engine's type.
 
-        Raises:
-            InputRejected: the shape lies outside the engine's optimisation profile.
-            Unavailable: the GPU failed.
+        Raises ``InputRejected`` where the shape lies outside the engine's optimisation profile, ``Unavailable`` where the GPU
+        fails.
         """
         results, addresses = self._bound(images)
         try:
@@ -94,13 +92,11 @@ class TrtRunner:
         return np.asarray(results[0], dtype=np.float32)
 
     def timed(self, values: NDArray[Any]) -> Callable[[], float]:
-        """Return what runs the engine on ``values``, which are already on the GPU, and gives the GPU's seconds for one run.
+        """Copy ``values`` to the GPU, and return a function that runs the engine on them once and returns the GPU's seconds.
 
-        The time is the one between two events around the run: copies, and what the CPU does before, are not in it.
-
-        Raises:
-            InputRejected: the shape lies outside the engine's optimisation profile.
-            Unavailable: the GPU failed; the returned function raises it too.
+        The time is measured between two events around the run, so it includes no copies and no work of the CPU before it.
+        Raises ``InputRejected`` where the shape lies outside the engine's optimisation profile, ``Unavailable`` where the GPU
+        fails; the returned function raises ``Unavailable`` too.
         """
         self._held.extend(self._bound(values)[1])
         start, end = self._stream.event(), self._stream.event()

@@ -28,11 +28,10 @@ BUILDERS: dict[EngineName, Builder] = {
 
 
 def choose_backend(engine: EngineName, targets: Sequence[str] | None = None, precision: Precision | None = None) -> Backend:
-    """What would build ``engine`` here, and for which targets; nothing is built.
+    """Return what would build ``engine`` here, and for which targets; nothing is built.
 
-    Raises:
-        UsageError: a target that nothing builds for, or not in ``precision``.
-        Unavailable: no backend here can build for these targets.
+    Raises ``UsageError`` for a target that nothing builds for, or not in ``precision``; ``Unavailable`` where no backend here
+    can build for these targets.
     """
     return BUILDERS[engine].choose(targets, precision)
 
@@ -54,11 +53,9 @@ def build_engine(
     engines are strongly typed. ``targets`` None means this machine's GPU with full TensorRT, ``DEFAULT_TARGETS`` with
     TensorRT-RTX. An ONNX file with a fixed batch overrides ``batch``.
 
-    Raises:
-        UsageError: unknown target, impossible batch, or fp32 for sm75.
-        InputRejected: the ONNX file cannot be used, or is of another precision.
-        Unavailable: no backend here, or the backend cannot build this graph for a target.
-        KeyboardInterrupt: ``progress`` returned False.
+    Raises ``UsageError`` for an unknown target, an impossible batch, or fp32 for sm75; ``InputRejected`` where the ONNX file
+    cannot be used, or is of another precision; ``Unavailable`` where there is no backend here, or it cannot build this graph
+    for a target; ``KeyboardInterrupt`` where ``progress`` returned False.
     """
     if not 1 <= batch[0] <= batch[1] <= batch[2]:
         raise UsageError(f"batch {batch}: needs 1 <= smallest <= usual <= largest")

@@ -26,10 +26,8 @@ def read_onnx(path: Path) -> OnnxFacts:
     """Read the structure of the ONNX file at ``path``; weights in external files are not loaded.
 
     ``precision`` is the type that most weights have, None in a graph without floating-point weights.
-
-    Raises:
-        InputRejected: the file is missing, is not ONNX, has no nodes, or does not take one input of shape
-            (batch, channels, height, width) with a static image shape.
+    Raises ``InputRejected`` where the file is missing, is not ONNX, has no nodes, or does not take one input of shape
+    (batch, channels, height, width) with a static image shape; ``Unavailable`` where onnx is not installed.
     """
     try:
         import onnx

@@ -44,9 +44,8 @@ _INSTALL = (
 def choose_backend(targets: Sequence[str] | None = None, precision: Precision | None = None) -> Backend:
     """Return full TensorRT where it is installed, a GPU is visible and no other target is asked for; else TensorRT-RTX.
 
-    Raises:
-        UsageError: a target that nothing builds for, or not in ``precision``.
-        Unavailable: neither is installed, or what is installed cannot build for these targets here.
+    Raises ``UsageError`` for a target that nothing builds for, or not in ``precision``; ``Unavailable`` where neither is
+    installed, or what is installed cannot build for these targets here.
     """
     local = cuda.local_target()
     wanted = tuple(dict.fromkeys(target.lower() for target in targets or ()))

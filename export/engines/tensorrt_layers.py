@@ -1,4 +1,4 @@
-"""TensorRT's account of the kernels it compiled: reading it from the build log, and counting fused attentions in it."""
+"""Reads from TensorRT's build log which kernels it compiled, and counts the fused attentions among them."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _FUSED = re.compile(r"_+(?:[a-z]+_)?f?mha(?:_|$)")  # from the start: a kernel m
 _ORIGIN = re.compile(r"\[ONNX Layer: (.*?)\](?=\[|$|\s)")
 
 Kernel = dict[str, Any]
-"""``name``, ``type``, ``tactic``, ``onnx_nodes``, ``inputs`` and ``outputs``.
+"""One kernel: ``name``, ``type``, ``tactic``, ``onnx_nodes`` (names), ``inputs`` and ``outputs``.
 
-A tensor is ``name``, ``shape`` (-1: the batch) and ``dtype``.
+These are lists of tensors, each a ``name``, a ``shape`` (-1 for the batch) and a ``dtype``, as TensorRT spells it.
 """
 
 
 def parse_layers(message: str) -> list[Kernel]:
     """Return the kernels that the ``Layers:`` log message lists, in order.
 
-    Raises:
-        ValueError: the message is not in the form known from TensorRT-RTX 1.7, so nothing can be said about the kernels.
+    Raises ``ValueError`` where the message does not have the form that TensorRT-RTX 1.7 gives it: then nothing can be said
+    about the kernels.
     """
     lines = message.splitlines()
     if not lines or not lines[0].startswith(LAYERS_PREFIX):
@@ -40,7 +40,7 @@ def parse_layers(message: str) -> list[Kernel]:
             break  # what follows lists the engine's inputs and outputs in a like form
         match = _KERNEL.match(line)
         if match is None:
-            raise ValueError(f"a line of the list of layers has an unknown form: {line[:200]}")
+            raise ValueError(f"this line of the list of layers has an unknown form: {line[:200]}")
         kernels.append(
             {
                 "name": match["name"],
@@ -64,8 +64,8 @@ def count_kernels(kernels: Iterable[Kernel]) -> int:
 def count_fused_attentions(kernels: Iterable[Kernel], attentions: Iterable[str]) -> int:
     """Return how many attentions run as one multi-head-attention kernel (``_gemm_mha_v2``, ``_gemv_mha_v1`` and kin).
 
-    ``attentions`` names the ONNX graph's Softmax and Attention nodes. An attention counts once however many kernels carry its
-    node. Where the names do not tell the nodes apart, or no kernel tells its ONNX origin, kernels are counted instead.
+    ``attentions`` names the ONNX graph's Softmax and Attention nodes. An attention counts once, however many kernels were made
+    of its node. Where nodes share a name, or no kernel names the nodes that it was made of, kernels are counted instead.
     """
     fused = [kernel for kernel in kernels if _FUSED.match(kernel["name"])]
     expected = list(attentions)

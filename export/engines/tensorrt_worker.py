@@ -1,8 +1,8 @@
 """One TensorRT build in a process of its own: ``python -m export.engines.tensorrt_worker request.json``.
 
-A failed build changes the next one in the same process, and a crash must not take the pipeline along: hence the process.
-Reports go to stdout as one JSON object a line, ``event`` first: ``phase``, ``step``, then ``done`` or ``failed``. TensorRT's
-warnings and errors go to stderr. The end of stdin cancels the build, so a parent that dies takes its builds with it.
+It has its own process because a failed build changes the next one in the same process, and a crash must not end the pipeline.
+Reports go to stdout, one JSON object a line: its ``event`` is ``phase`` or ``step``, and at last ``done`` or ``failed``.
+TensorRT's warnings and errors go to stderr. The end of stdin cancels the build, so that builds end with their parent.
 """
 
 from __future__ import annotations
@@ -20,12 +20,18 @@ from typing import Any, TextIO
 
 from export.engines.tensorrt_layers import LAYERS_PREFIX, count_fused_attentions, count_kernels, parse_layers
 
-_STEP_INTERVAL = 0.05  # seconds between reported steps: TensorRT takes some 1,500 steps for a ViT-Ti
+_STEP_INTERVAL = 0.05  # seconds, at least, between two reported steps: a ViT-Ti takes TensorRT about 1,500 steps
 
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """One build; ``target`` None builds for this machine's GPU, ``batch`` None takes the ONNX file's fixed batch."""
+    """One build.
+
+    ``backend`` is the Python module (``tensorrt``, ``tensorrt_rtx``); ``onnx``, ``engine`` and ``layers`` are paths;
+    ``target`` is an architecture (``sm89``), None for this machine's GPU; ``image_shape`` is (channels, height, width);
+    ``batch`` is the smallest, usual and largest batch, None where the ONNX file's is fixed; ``attentions`` are the names of its
+    Softmax and Attention nodes.
+    """
 
     backend: str
     onnx: str
@@ -39,15 +45,17 @@ class BuildRequest:
     attentions: list[str]
 
     def write(self, path: Path) -> None:
+        """Write the request as JSON."""
         path.write_text(json.dumps(asdict(self)))
 
     @classmethod
     def read(cls, path: Path) -> BuildRequest:
+        """Read what ``write`` wrote."""
         return cls(**json.loads(path.read_text()))
 
 
 class BuildFailed(Exception):  # noqa: N818
-    """The build cannot go on; ``kind`` is ``rejected`` (the ONNX file) or ``unavailable`` (the backend or the target)."""
+    """A build that cannot be made: ``kind`` is ``rejected`` (because of the ONNX file) or ``unavailable`` (backend, target)."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -56,21 +64,25 @@ class BuildFailed(Exception):  # noqa: N818
 
 def main(request_path: str) -> int:
     """Build what the request asks for and return 0, or report why not and return 1."""
-    # TensorRT's native code prints to stdout too: keep the real one for reports alone.
+    # TensorRT's native code prints to stdout too: it gets stderr instead, and the real stdout is for reports alone.
     reports = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     try:
         outcome = {"event": "done", **build(BuildRequest.read(Path(request_path)), reports)}
     except BuildFailed as error:
         outcome = {"event": "failed", "kind": error.kind, "message": str(error)}
-    with contextlib.suppress(OSError):  # a parent that was killed reads no more
+    with contextlib.suppress(OSError):  # the parent may be gone
         print(json.dumps(outcome), file=reports, flush=True)
-    # Leave at once: a thread still waits on stdin, and the backends' own clean-up at exit has nothing left to save.
+    # End without clean-up: a thread still waits on stdin, and everything is written.
     os._exit(0 if outcome["event"] == "done" else 1)
 
 
 def build(request: BuildRequest, reports: TextIO) -> dict[str, Any]:
-    """Write the engine and its layers; return the backend's version, the seconds taken, and counts of kernels and fusions."""
+    """Build the engine, and write it and its list of layers to the paths of ``request``.
+
+    Returns the fields of the ``done`` event: ``version`` of the backend, ``seconds`` of the build and, where the layers could
+    be read, ``kernels`` and ``fused_attentions``. Raises ``BuildFailed``.
+    """
     try:
         trt: Any = importlib.import_module(request.backend)
     except (ImportError, OSError, RuntimeError) as error:
@@ -84,7 +96,7 @@ def build(request: BuildRequest, reports: TextIO) -> dict[str, Any]:
     serialized = builder.build_serialized_network(network, config)
     seconds = time.perf_counter() - started
     if serialized is None:
-        raise BuildFailed("unavailable", " ".join(logger.errors) or "TensorRT gave no engine and no reason")
+        raise BuildFailed("unavailable", " ".join(logger.errors) or "TensorRT built no engine and gave no reason")
     engine = bytes(serialized)
     Path(request.engine).write_bytes(engine)
     layers = logger.layers or (_inspect(trt, logger, engine) if request.target is None else "")
@@ -92,7 +104,7 @@ def build(request: BuildRequest, reports: TextIO) -> dict[str, Any]:
 
 
 def _parse(trt: Any, logger: Any, builder: Any, request: BuildRequest) -> Any:
-    # TensorRT 10 must be told to keep the types of the ONNX file; in 11 nothing else exists, and the flag may go one day.
+    # TensorRT 10 keeps the types of the ONNX file only under this flag. 11 always does, and may lose the flag.
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if typed is None else 1 << int(typed))
     parser = trt.OnnxParser(network, logger)
@@ -100,7 +112,7 @@ def _parse(trt: Any, logger: Any, builder: Any, request: BuildRequest) -> Any:
         problems = [parser.get_error(i) for i in range(parser.num_errors)]
         raise BuildFailed("rejected", "; ".join(f"{p.desc()}{_at(p)}" for p in problems) or "the parser gave no reason")
     if network.num_layers == 0:
-        raise BuildFailed("rejected", "the parser found no layers in it")
+        raise BuildFailed("rejected", "TensorRT's parser found no layers in it")
     return network
 
 
@@ -112,7 +124,7 @@ def _configure(trt: Any, builder: Any, network: Any, request: BuildRequest) -> A
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if request.precision == "fp32":
-        config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and not what fp32 promises
+        config.clear_flag(trt.BuilderFlag.TF32)  # on by default; it rounds to 10 bits of mantissa
     if request.target is not None:
         capability = getattr(getattr(trt, "ComputeCapability", None), request.target.upper(), None)
         if capability is None:
@@ -127,7 +139,7 @@ def _configure(trt: Any, builder: Any, network: Any, request: BuildRequest) -> A
 
 
 def _inspect(trt: Any, logger: Any, engine: bytes) -> str:
-    """Ask the engine itself for its layers, for releases that do not log them; needs the GPU, and has not been executed yet."""
+    """Return the engine's layers by its inspector, for releases that do not log them; needs the GPU. Not executed so far."""
     runtime = trt.Runtime(logger)
     loaded = runtime.deserialize_cuda_engine(engine)
     if loaded is None:
@@ -149,7 +161,7 @@ def _write_layers(request: BuildRequest, message: str) -> dict[str, Any]:
 
 def _make_logger(trt: Any) -> Any:
     class Logger(trt.ILogger):  # type: ignore[misc]
-        """Keeps the last list of layers and all errors, and passes warnings and errors on to stderr."""
+        """Stores the last list of layers and all errors, and prints warnings and errors to stderr."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -179,7 +191,7 @@ def _make_monitor(trt: Any, reports: TextIO) -> Any:
     threading.Thread(target=wait_for_end_of_stdin, daemon=True).start()
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        """Reports phases and, at most every 50 ms, steps; TensorRT calls it from several threads."""
+        """Reports phases and steps, these at most every 50 ms; TensorRT calls it from several threads."""
 
         def __init__(self) -> None:
             super().__init__()

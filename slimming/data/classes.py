@@ -1,7 +1,7 @@
-"""Which classes there are, by name: one order for all data sets of a run, and for the model's answers.
+"""The names of the classes, in the order of the model's answers: one order for all data sets of a run.
 
-From ``--class-map``, else from the weights' own file, else from the class folders that a model is trained on (the ``train``
-split, or the whole of a data set without splits), in natural order, as timm numbers them.
+They come from ``--class-map``, else from the weights' own file, else from the class folders of the training split (or of a data
+set without splits), in natural order, as timm numbers them.
 """
 
 from __future__ import annotations
@@ -19,19 +19,22 @@ _SHOWN = 8
 def read_class_map(path: Path) -> list[str]:
     """Return the names in a class map as timm has it: a text file, one name a line, in the order of the model's answers.
 
-    Raises ``InputRejected`` where it cannot be read, or a name is empty or given twice.
+    Raises ``InputRejected`` where the file cannot be read, or a name is empty or given twice.
     """
     if path.suffix.lower() == ".pkl":
-        raise InputRejected(f"--class-map {path}: a pickle: write the names into a .txt file, one a line, in their order")
+        raise InputRejected(
+            f"--class-map {path}: is a pickle: write the names into a .txt file, one a line, in the model's order"
+        )
     try:
         lines = read_bounded(path, _MAX_MAP_BYTES, "class map").decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise InputRejected(f"--class-map {path}: is no UTF-8 text: one class name a line") from error
+        raise InputRejected(f"--class-map {path}: is not UTF-8 text; give one class name a line") from error
     names = [line.strip() for line in lines]
     while names and not names[-1]:
         names.pop()
     if not names or not all(names):
-        raise InputRejected(f"--class-map {path}: line {names.index('') + 1 if names else 1} is empty: one class name a line")
+        line = names.index("") + 1 if names else 1
+        raise InputRejected(f"--class-map {path}: line {line} is empty; give one class name a line")
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise InputRejected(f"--class-map {path}: {twice[:100]!r} is given twice")
@@ -55,25 +58,25 @@ def agreed_classes(trained: Sequence[str], named: Sequence[tuple[str, Sequence[s
             address, classes = other, names
         elif not set(names) <= set(classes) and not set(names).isdisjoint(classes):
             raise InputRejected(
-                f"{address} and {other} have different classes: {described(set(classes) - set(names))} beside "
-                f"{described(set(names) - set(classes))}: give the model's with --class-map FILE"
+                f"{address} and {other} have different classes: {described(set(classes) - set(names))} and "
+                f"{described(set(names) - set(classes))}: give those of the model with --class-map FILE"
             )
     if not trained or set(classes) <= set(trained):
         return list(trained) or classes
     if set(classes).isdisjoint(trained) and len(classes) == len(trained):
         say(
-            f"{address}: the weights name other classes ({described(trained)}); the folders are taken in their order, "
-            f"{described(classes)}: give --class-map FILE where that is not the order of training"
+            f"{address}: the weights name other classes ({described(trained)}), so the folders count in their own order "
+            f"({described(classes)}): give --class-map FILE if the model was trained in another order"
         )
         return classes
     raise InputRejected(
         f"{address}: {described(set(classes) - set(trained))}: not among the {len(trained)} classes of the weights "
-        f"({described(trained)}): pass data of these, or --class-map FILE"
+        f"({described(trained)}): pass data of those classes, or --class-map FILE"
     )
 
 
 def target_map(labels: Sequence[str], classes: Sequence[str], where: str) -> tuple[list[int] | None, str]:
-    """The index in ``classes`` of each of ``labels`` (None where they are alike), and what to say of classes without images.
+    """Return the index in ``classes`` of each of ``labels`` (None where both are equal), and a note on classes without images.
 
     Raises ``InputRejected`` naming the labels that are not among ``classes``; ``where`` is the data set's name in messages.
     """
@@ -83,7 +86,7 @@ def target_map(labels: Sequence[str], classes: Sequence[str], where: str) -> tup
     if unknown := [label for label in labels if label not in index]:
         raise InputRejected(
             f"{where}: {described(unknown)}: not among the {len(classes)} classes that the model is trained on "
-            f"({described(classes)}): rename or move the folder, or give --class-map FILE"
+            f"({described(classes)}): rename or move the folder, or give the model's classes with --class-map FILE"
         )
     absent = [name for name in classes if name not in set(labels)]
     note = f"{where}: no images of {len(absent)} of the {len(classes)} classes ({described(absent)})" if absent else ""
@@ -91,7 +94,7 @@ def target_map(labels: Sequence[str], classes: Sequence[str], where: str) -> tup
 
 
 def check_utf8(names: Sequence[str], where: str) -> None:
-    """Raise ``InputRejected`` for a class name that is not UTF-8: no manifest could hold it."""
+    """Raise ``InputRejected`` for a class name that is not UTF-8: a manifest could not hold it. ``where`` is its data set."""
     for name in names:
         try:
             name.encode()
@@ -100,6 +103,6 @@ def check_utf8(names: Sequence[str], where: str) -> None:
 
 
 def described(names: Sequence[str] | set[str]) -> str:
-    """Some of the names, with commas between."""
+    """Return the first eight names, separated by commas; a set is sorted first."""
     shown = sorted(names) if isinstance(names, set) else list(names)
     return ", ".join(name[:60] for name in shown[:_SHOWN]) + (", ..." if len(shown) > _SHOWN else "")

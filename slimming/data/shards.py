@@ -37,8 +37,8 @@ _LONGEST = {"cls": 64, "json": 1 << 24}  # bytes of a member that is read while 
 class ShardReader:
     """The samples of ``shards``, ordered by shard name and then as they lie: reader[i] -> (encoded image's stream, class).
 
-    Made like timm's readers (``len``, ``filename``). Every read opens its shard anew, so that processes and threads share no
-    file position, and a copy of the reader in another process costs no open file.
+    It has the interface of timm's readers (``len``, ``filename``). Every read opens its shard anew, so that processes and
+    threads share no file position, and a copy of the reader in another process has no open file.
     ``label`` is the field of the ``.json`` that holds the class; empty: the ``.cls`` does.
     Raises ``InputRejected`` naming the shard, and the sample where one is at fault.
     """
@@ -59,16 +59,16 @@ class ShardReader:
 
     @property
     def held_bytes(self) -> int:
-        """What the index of the samples occupies in memory, in bytes; the shards' names come on top."""
+        """The bytes that the index of the samples takes in memory, without the shards' names."""
         return sum(part.nbytes for part in (self._starts, self._offsets, self._sizes, self._classes))
 
     def __getitem__(self, index: int) -> tuple[IO[bytes], int]:
-        """The encoded image and the class of sample ``index``. Raises ``OSError`` where the shard is no longer as indexed."""
+        """Return the encoded image and the class of sample ``index``. Raises ``OSError`` where the shard was changed since."""
         shard = self._shard_of(index)
         size = int(self._sizes[index])
         with open(self.shards[shard], "rb") as file:
             if _stamp(file) != self._stamps[shard]:
-                raise OSError("the shard was changed after it had been indexed")
+                raise OSError("the shard was changed after it was indexed")
             file.seek(int(self._offsets[index]))
             content = file.read(size)
         return io.BytesIO(content), int(self._classes[index])
@@ -103,7 +103,9 @@ class ShardReader:
                     image = next((parts[suffix] for suffix in IMAGE_SUFFIXES if suffix in parts), None)
                     if image is None:
                         kinds = ", ".join(sorted(parts))
-                        raise InputRejected(f"{shard}: sample {key}: no image (jpg, jpeg, png, webp or ppm) among {kinds}")
+                        raise InputRejected(
+                            f"{shard}: sample {key}: has no image (jpg, jpeg, png, webp or ppm) among its files ({kinds})"
+                        )
                     if target is not None:
                         offsets.append(image[0])
                         sizes.append(image[1])
@@ -111,7 +113,7 @@ class ShardReader:
         except OSError as error:
             raise InputRejected(f"{shard}: {error}") from error
         except OverflowError as error:
-            raise InputRejected(f"{shard}: sample {key}: its class or its image's size is out of range") from error
+            raise InputRejected(f"{shard}: sample {key}: its class or the size of its image is out of range") from error
         return stamp, offsets, sizes, classes
 
 
@@ -122,7 +124,7 @@ def shards_of(folder: Path, split: str) -> tuple[list[Path], str]:
     their own (``imagenet-train-0001.tar``), or in a folder of that name. Raises ``InputRejected`` where there are none.
     """
     if not folder.is_dir():
-        raise InputRejected(f"{folder} is not a folder on this machine")
+        raise InputRejected(f"{folder} is not a folder on this machine: give the folder of the shards as wds/PATH")
     for name in _INFO_NAMES:
         if (folder / name).is_file():
             return _by_info(folder / name, split)
@@ -130,7 +132,9 @@ def shards_of(folder: Path, split: str) -> tuple[list[Path], str]:
     word = re.compile(rf"(?:.*[-_.])?{re.escape(split)}[-_.0-9of]*\.t[a-z0-9.]+", re.IGNORECASE | re.DOTALL)
     shards = [path for path in _archives(folder) if word.fullmatch(path.name)] or _archives(folder / split)
     if not shards:
-        raise InputRejected(f"no {_INFO_NAMES[0]}, and no shard is named like {split}-0000.tar or {split}/0000.tar")
+        raise InputRejected(
+            f"{folder} has no {_INFO_NAMES[0]}, and no shard is named like {split}-0000.tar or {split}/0000.tar"
+        )
     return shards, ""
 
 
@@ -138,16 +142,16 @@ def _by_info(path: Path, split: str) -> tuple[list[Path], str]:
     try:
         splits = json.loads(read_bounded(path, _LONGEST["json"], "description of splits"))["splits"]
         if split not in splits:
-            raise InputRejected(f"not among the splits of {path} ({', '.join(map(str, splits))})")
+            raise InputRejected(f"{split} is not among the splits of {path} ({', '.join(map(str, splits))})")
         names, label = splits[split]["filenames"], splits[split].get("alt_label") or ""
         if not isinstance(label, str):
-            raise InputRejected(f"{path}: the alt_label of split {split} is not text")
+            raise InputRejected(f"{path}: the alt_label of split {split} must be text")
         shards = [path.parent / name for name in names]
         here = [shard for shard in shards if shard.is_file()]  # a few of a large data set's shards will do, as for timm
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputRejected(f"{path}: not a description of splits ({type(error).__name__}: {error})") from error
+        raise InputRejected(f"{path}: cannot be read as a description of splits ({type(error).__name__}: {error})") from error
     if not here:
-        raise InputRejected(f"none of the {len(shards)} shard(s) that {path} names is here")
+        raise InputRejected(f"{path} names {len(shards)} shard(s), and none of them is here")
     return here, label
 
 
@@ -160,14 +164,14 @@ def _archives(folder: Path) -> list[Path]:
 def _members(shard: str, file: IO[bytes]) -> Iterator[tuple[str, str, _Place]]:
     """Each sample file's key, suffix and place, in order; the contents are passed over."""
     if _COMPRESSED_NAME.search(shard) or file.read(8).startswith(_COMPRESSED_START):
-        raise InputRejected(f"{shard}: a compressed tar has no random access; unpack it to a plain .tar")
+        raise InputRejected(f"{shard}: a compressed tar has no random access: unpack it to a plain .tar")
     try:
         for name, place in regular_files(file):
             divided = None if _META.match(name) else _NAME.fullmatch(name)
             if divided is not None:
                 yield divided[1], divided[2].lower(), place
     except ValueError as error:
-        raise InputRejected(f"{shard}: not a readable tar file: {error}") from error
+        raise InputRejected(f"{shard}: cannot be read as a tar file: {error}") from error
 
 
 def _samples(shard: str, file: IO[bytes]) -> Iterator[tuple[str, dict[str, _Place]]]:
@@ -188,10 +192,10 @@ def _class_of(where: str, parts: dict[str, _Place], file: IO[bytes], label: str)
     """A sample's class; None where its ``.json`` says that it has none."""
     suffix = "json" if label else "cls"
     if suffix not in parts:
-        raise InputRejected(f"{where}: no .{suffix} file to take its class from")
+        raise InputRejected(f"{where}: has no .{suffix} file that gives its class")
     offset, size = parts[suffix]
     if size > _LONGEST[suffix]:
-        raise InputRejected(f"{where}: a .{suffix} file of {size} bytes holds no class")
+        raise InputRejected(f"{where}: its .{suffix} file has {size} bytes; at most {_LONGEST[suffix]} are read for a class")
     file.seek(offset)
     content = file.read(size)
     if not label:

@@ -1,4 +1,4 @@
-"""One address form for every data set, its splits, and the share that calibrates when there are none.
+"""Opens every data set by one form of address, and says which of its images calibrate and which are evaluated on.
 
     digits | DIR | FILE.tar | hfds/NAME | wds/PATH_WITHOUT_SPLIT
 
@@ -7,7 +7,7 @@ WebDataset shards, which may be of any size: images are read one at a time, by i
 is divided once and for good: a fifth of its images, drawn by a fixed permutation, calibrates, and the others are evaluated on.
 
 Classes are known by name: an image's class is the place of its folder's name among the classes given, else among those of the
-training split. Which files are images, and how they are decoded, says ``patchslim.images``.
+training split. ``patchslim.images`` decides which files are images, and how they are decoded.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class ImageSet:
 
 
 def calibration_set(address: str, count: int, seed: int = 0, *, apart: bool = False, classes: Sequence[str] = ()) -> ImageSet:
-    """Return ``count`` images (or as many as there are) to make plans from: never any that ``evaluation_set`` gives.
+    """Return ``count`` images (or all, if there are fewer) to make plans from; ``evaluation_set`` returns none of them.
 
     ``apart`` says that nothing of this data set is evaluated on, so that one without splits need not be divided.
     ``classes`` are the names of the model's classes, in order; empty: those of the data set. Drawn by ``seed``
@@ -132,9 +132,10 @@ def class_names_of(address: str) -> list[str]:
 
 
 def load_tensors(images: ImageSet, transform: Transform | None, batch_size: int = 8) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches of (float tensor (b, 3, h, w), class tensor (b,)), in order; worker processes decode ahead.
+    """Yield batches of images, float (b, 3, h, w), and classes, int64 (b,), in order; worker processes decode ahead.
 
-    ``transform``: PIL image -> float tensor (3, h, w); None where the samples are such tensors already.
+    ``transform`` maps a PIL image to a float tensor (3, h, w); None where the samples are such tensors already. Raises
+    ``InputRejected`` naming an image that cannot be read.
     """
     import torch
 
@@ -157,15 +158,16 @@ def load_tensors(images: ImageSet, transform: Transform | None, batch_size: int 
 
 
 def workers_for(images: int, batch_size: int) -> int:
-    """Return how many worker processes decode: none for a few batches, else half of this process's share of the cores."""
+    """Return how many processes decode: 0 for up to four batches, else half of this process's share of the cores, up to 8."""
     share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return 0 if images <= 4 * batch_size else min(8, max(1, share // 2))
 
 
 def fingerprint_of(images: ImageSet) -> str:
-    """Return the SHA-256 over the images' bytes and classes, in order: what a cache is keyed by.
+    """Return the SHA-256 of the images' bytes and classes, in order: the key of what is made from them.
 
-    ``digits`` is a function of split and index, so its code and its source stand for its pixels.
+    ``digits`` is a function of split and index, so its code stands for its pixels. Raises ``InputRejected`` where an image
+    cannot be opened.
     """
     digest = hashlib.sha256(f"{images.address.partition('/')[0] if images.address == 'digits' else ''}".encode())
     if isinstance(images.samples, Digits):
@@ -199,7 +201,7 @@ def _open(address: str, *, training: bool, limit: int | None, apart: bool = Fals
     targets, note = target_map(opened.labels, classes, where)
     if targets is not None:
         if not isinstance(samples, _Read):
-            raise InputRejected(f"{address}: has classes of its own, and cannot be put in another order")
+            raise InputRejected(f"{address}: its classes have an order of their own, which --class-map cannot change")
         samples.targets = targets
     return replace(opened, labels=list(classes), notes=(*notes, *([note] if note else [])))
 
@@ -238,7 +240,9 @@ def _unnamed(address: str, *, training: bool, limit: int | None, apart: bool) ->
     indices = sorted((shuffled[:cut] if training else shuffled[cut:]).tolist())
     share = f"{CALIBRATION_SHARE if training else 1 - CALIBRATION_SHARE:.0%}, disjoint"
     if not indices:
-        raise InputRejected(f"{address}: {len(samples)} image(s) cannot be divided into calibration and evaluation images")
+        raise InputRejected(
+            f"{address}: has {len(samples)} image(s), too few for both calibration and evaluation: give 2 or more"
+        )
     return ImageSet(address, "none", share, _labels(samples), samples, indices, notes)
 
 
@@ -247,7 +251,7 @@ def _with_reader(path: Path) -> tuple[Samples, tuple[str, ...]]:
     if path.is_dir():
         folders = scan_class_folders(path)
         if not folders.images:
-            raise InputRejected(f"{path}: cannot be read as class folders of images: found none; {folders.described()}")
+            raise InputRejected(f"{path}: cannot be read as class folders of images: holds none; {folders.described()}")
         return _Read(_FolderReader(folders)), (folders.described(),) if folders.described() else ()
     try:
         reader, note = open_tar(path)
@@ -290,7 +294,7 @@ def _open_shards(address: str, *, training: bool) -> ImageSet:
         samples = _Read(ShardReader(shards, label))
         if len(samples):
             return ImageSet(address, split, "all", [], samples, range(len(samples)))
-        reasons.append(f"{split}: empty")
+        reasons.append(f"{split}: has no images")
     raise _no_split(address, reasons)
 
 
@@ -312,12 +316,12 @@ def _open_named(address: str, *, training: bool) -> ImageSet:
             continue
         if len(samples):
             return ImageSet(address, split, "all", _labels(samples), samples, list(range(len(samples))))
-        reasons.append(f"{split}: empty")
+        reasons.append(f"{split}: has no images")
     raise _no_split(address, reasons)
 
 
 def _no_split(address: str, reasons: list[str]) -> InputRejected:
-    return InputRejected(f"{address}: no usable split here, offline ({'; '.join(reasons)})")
+    return InputRejected(f"{address}: no split of it can be used here, offline ({'; '.join(reasons)})")
 
 
 class _Read:

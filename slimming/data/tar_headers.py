@@ -1,4 +1,4 @@
-"""Where the regular files of a plain tar lie, from its headers alone.
+"""Finds where the regular files of an uncompressed tar file lie, from its headers alone.
 
 ``tarfile`` takes about four times as long for each header, which in a million images is minutes, and takes a broken header in
 the middle for the end of the archive. Formats: POSIX.1-2001 (ustar and pax interchange format) and GNU tar's extensions.
@@ -39,26 +39,26 @@ def regular_files(file: IO[bytes]) -> Iterator[tuple[str, tuple[int, int]]]:
         except ValueError:
             sound, size = False, 0
         if not sound:
-            raise ValueError(f"damaged at byte {position}: no header of a member")
+            raise ValueError(f"damaged at byte {position}: that is not the header of a file")
         kind = header[156:157]
         if kind in _WITHOUT_CONTENT:
             size = 0
         elif kind not in (b"L", b"K", b"x", b"X", b"g") and longer is not None:
             size = longer
         if start + size > length:
-            raise ValueError(f"truncated: the member at byte {position} is longer than the archive")
+            raise ValueError(f"truncated: the file at byte {position} is longer than the rest of the archive")
         position = start + -(-size // BLOCK) * BLOCK
         if kind == b"L":
             path = _extension(file, size).partition(b"\0")[0]
         elif kind in (b"x", b"X", b"g"):
             records = _records(_extension(file, size), start)
             if any(key.startswith(b"GNU.sparse") for key in records) or (kind == b"g" and {b"path", b"size"} & records.keys()):
-                raise ValueError(f"the extended header at byte {start} is of a sparse file, or names every file alike")
+                raise ValueError(f"the extended header at byte {start} is of a sparse file, or names all files alike")
             if kind != b"g":
                 path = records.get(b"path", path)
                 longer = int(records[b"size"]) if b"size" in records else longer
         elif kind == b"S":
-            raise ValueError(f"the member at byte {start} is a sparse file, which cannot be read by offset")
+            raise ValueError(f"the file at byte {start} is sparse, and cannot be read by offset")
         elif kind != b"K":
             name = _name(header) if path is None else path
             if kind in _REGULAR and not name.endswith(b"/"):
@@ -84,7 +84,7 @@ def _number(field: bytes) -> int:
 
 def _extension(file: IO[bytes], size: int) -> bytes:
     if size > _LONGEST_EXTENSION:
-        raise ValueError(f"an extended header of {size} bytes")
+        raise ValueError(f"an extended header has {size} bytes, more than {_LONGEST_EXTENSION}")
     return file.read(size)  # it follows the header, where the file now stands
 
 
@@ -99,5 +99,5 @@ def _records(content: bytes, start: int) -> dict[bytes, bytes]:
         records[key] = value
         place += int(digits)
     if not records.get(b"size", b"0").isdigit():
-        raise ValueError(f"damaged at byte {start}: a pax size that is no number")
+        raise ValueError(f"damaged at byte {start}: a pax size that is not a number")
     return records

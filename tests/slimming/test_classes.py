@@ -116,7 +116,9 @@ def test_what_is_fine_tuned_on_has_the_same_classes(tmp_path: Path) -> None:
     assert class_names(options) == ["ant", "bee", "cat"]  # the widest
     assert found(training_images(options)) == {(name, name) for name in ("ant", "bee", "cat")}
     (tmp_path / "more" / "cat").rename(tmp_path / "more" / "dog")
-    with pytest.raises(InputRejected, match="have different classes: cat beside ant, dog: give the model's with --class-map"):
+    with pytest.raises(
+        InputRejected, match="have different classes: cat and ant, dog: give those of the model with --class-map"
+    ):
         class_names(options)
 
 
@@ -139,7 +141,7 @@ def test_names_decide_and_not_their_number() -> None:
         (b"", "line 1 is empty"),
         (b"a\n\nb\n", "line 2 is empty"),
         (b"a\nb\na\n", "'a' is given twice"),
-        (b"\xff\xfe\n", "no UTF-8"),
+        (b"\xff\xfe\n", "not UTF-8"),
     ],
 )
 def test_class_maps_that_are_none(tmp_path: Path, content: bytes, fault: str) -> None:

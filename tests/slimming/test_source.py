@@ -161,7 +161,7 @@ def test_a_damaged_image_is_named_and_never_replaced(tmp_path: Path, damage: str
         (lambda path: path.mkdir(), "cannot be read as class folders of images"),
         (lambda path: (path / "cat").mkdir(parents=True), "cannot be read as class folders of images"),
         (lambda path: path.write_text("not a folder"), "cannot be read as class folders of images"),
-        (lambda path: fill(path, range(1)), r"1 image\(s\) cannot be divided"),
+        (lambda path: fill(path, range(1)), r"1 image\(s\), too few for both"),
         (lambda path: (fill(path / "train", range(3)), (path / "val").mkdir()), "val: cannot be read"),
     ],
     ids=["missing", "empty", "empty class", "file", "one image", "empty split"],

@@ -54,13 +54,13 @@ def test_a_size_in_the_extended_header_or_in_binary_counts(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("kind", "content", "fault"),
     [
-        (tarfile.GNUTYPE_SPARSE, b"", "sparse file"),
+        (tarfile.GNUTYPE_SPARSE, b"", "is sparse"),
         (tarfile.XHDTYPE, b"22 GNU.sparse.major=1\n", "sparse file"),
-        (tarfile.XGLTYPE, b"10 path=a\n", "names every file alike"),
+        (tarfile.XGLTYPE, b"10 path=a\n", "names all files alike"),
         (tarfile.XHDTYPE, b"99 path=a\n", "not a pax header"),
         (tarfile.XHDTYPE, b"0 path=a\n", "not a pax header"),
         (tarfile.XHDTYPE, b"path=a\n", "not a pax header"),
-        (tarfile.XHDTYPE, b"11 size=-1\n", "no number"),
+        (tarfile.XHDTYPE, b"11 size=-1\n", "not a number"),
     ],
 )
 def test_headers_that_are_refused(tmp_path: Path, kind: bytes, content: bytes, fault: str) -> None:
