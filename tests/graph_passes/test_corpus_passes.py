@@ -32,7 +32,7 @@ from graph_passes.pass_registry import CutForm
 from graph_passes.run import main
 from patchslim.choices import Layout
 from patchslim.plan import Origin, SlimPlan
-from tests.helpers.corpus import CASES, QUICK, REFUSED, Built, Case, built, by_name, exported, plain, reference
+from tests.helpers.corpus import CASES, FUSED, QUICK, REFUSED, Built, Case, built, by_name, exported, plain, reference
 from tests.helpers.corpus.models import DEPTH, SIZE
 from tests.helpers.corpus.rewrites import REWRITES
 
@@ -203,7 +203,15 @@ def test_a_packed_projection_stays_packed_and_openvino_answers_alike(case: Case)
         np.testing.assert_allclose(compiled([images])[0], wanted, rtol=0, atol=given.built.tolerance)
 
 
-@pytest.mark.parametrize("name", ["timm_eva02-dynamo20-unfused", "timm_avg_class-script17", "hf_siglip-dynamo20"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "timm_eva02-dynamo20-unfused",
+        "timm_avg_class-script17",
+        "hf_siglip_avg-script17-static-slim",
+        pytest.param("hf_siglip-dynamo20", marks=pytest.mark.slow),
+    ],
+)
 def test_where_the_head_pools_the_last_cut_lets_go_of_prefix_tokens(name: str) -> None:
     given = subject(by_name(name))
     patches = [token for token in given.plan.kept[-2] if token >= given.plan.prefix_tokens]
@@ -218,7 +226,17 @@ def test_where_the_head_pools_the_last_cut_lets_go_of_prefix_tokens(name: str) -
 
 @pytest.mark.parametrize("form", ["slice", "gather", "matmul"])
 @pytest.mark.parametrize(
-    "name", ["timm_class-dynamo23", "timm_eva02-dynamo20-unfused", "torchvision-script17", "hf_siglip-dynamo20"]
+    "name",
+    [
+        "timm_registers-dynamo23-static",
+        "timm_eva02-dynamo20-unfused",
+        "timm_map-dynamo20-unfused",
+        "hf_siglip_avg-script17-static-slim",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("timm_class-dynamo23", "torchvision-script17", "hf_siglip-dynamo20")
+        ),
+    ],
 )
 def test_every_form_of_a_cut_answers_alike(name: str, form: CutForm) -> None:
     case = by_name(name)
@@ -229,7 +247,10 @@ def test_every_form_of_a_cut_answers_alike(name: str, form: CutForm) -> None:
     assert {kind for kind in ours if kind in ("Slice", "Gather")} == kinds
 
 
-@pytest.mark.parametrize("case", REFUSED, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (case.exporter == "dynamo")) for case in REFUSED],
+)
 def test_a_misfit_is_refused_by_name(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -275,8 +296,8 @@ os._exit(0)
 @pytest.mark.parametrize(
     "cases",
     [
-        pytest.param([by_name(name) for name in QUICK], id="quick"),
-        pytest.param([case for case in CASES if case.name not in QUICK], id="rest", marks=pytest.mark.slow),
+        pytest.param([by_name(name) for name in FUSED], id="quick"),
+        pytest.param([case for case in CASES if case.name not in FUSED], id="rest", marks=pytest.mark.slow),
     ],
 )
 def test_tensorrt_builds_fp16_with_every_attention_fused(cases: list[Case], tmp_path: Path) -> None:

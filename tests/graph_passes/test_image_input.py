@@ -22,7 +22,7 @@ from graph_passes.pass_registry import CutForm, ImageForm
 from patchslim.choices import Layout, Mode
 from patchslim.errors import InputRejected, UsageError
 from patchslim.plan import SlimPlan
-from tests.helpers.onnx_models import as_proto, dense, ort_logits, plan_for, reference, tiny_vit
+from tests.helpers.onnx_models import SIZES, as_proto, dense, ort_logits, plan_for, reference, tiny_vit, trace, traced
 
 pytestmark = pytest.mark.numeric
 
@@ -32,8 +32,12 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PATCHES = [[1, 4, 5, 8, 10, 13, 15], [1, 4, 5, 8, 10, 13, 15], [4, 10, 15], []]  # that each block keeps, of 16
 
 
+def exported_model(kind: str) -> tuple[VisionTransformer, onnx.ModelProto]:
+    return dense(kind) if kind in SIZES else traced(kind)
+
+
 def plan_of(kind: str, mode: Mode = "compact", patches: Sequence[Sequence[int]] = PATCHES) -> SlimPlan:
-    model = dense(kind)[0]
+    model = exported_model(kind)[0]
     prefix = model.num_prefix_tokens
     heads = 2 if kind == "distilled" else 1
     return plan_for(model, [[*range(prefix if kept else heads), *(prefix + patch for patch in kept)] for kept in patches], mode)
@@ -73,7 +77,7 @@ def masked(model: VisionTransformer, plan: SlimPlan, images: torch.Tensor) -> ND
 @pytest.mark.parametrize("kind", ["plain", "registers", "distilled", "layer_scale", "no_positions"])
 @pytest.mark.parametrize("layout", ["split", "packed"])
 def test_dropped_patches_are_masked_everywhere(kind: str, mode: Mode, layout: Layout) -> None:
-    model, exported = dense(kind)
+    model, exported = exported_model(kind)
     plan = plan_of(kind, mode)
     settings, passes = Settings(plan, layout), names("drop_patches", layout=layout)
     result = run_passes(exported, passes, settings)
@@ -363,11 +367,7 @@ def with_features() -> OnnxModel:
             tokens = self.vit.forward_features(images)
             return self.vit.forward_head(tokens), self.extra(tokens)
 
-    batch = ({0: torch.export.Dim("batch", min=1)},)
-    options = {"opset_version": 20, "input_names": ["images"], "output_names": ["logits", "features"], "verbose": False}
-    program = torch.onnx.export(Both().eval(), (IMAGES[:2],), dynamo=True, dynamic_shapes=batch, **options)
-    assert program is not None
-    return OnnxModel.from_proto(program.model_proto)
+    return OnnxModel.from_proto(trace(Both().eval(), outputs=("logits", "features")))
 
 
 def test_outputs_are_chosen_and_what_served_the_others_is_gone() -> None:

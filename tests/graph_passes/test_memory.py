@@ -16,7 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from graph_passes.onnx_io.files import read_model
 from tests.helpers.linear_stacks import stack, values, write
-from tests.helpers.onnx_models import export_dense, plan_for
+from tests.helpers.onnx_models import plan_for, trace
 
 MEMORY = """
 import resource, sys
@@ -120,7 +120,7 @@ def test_all_passes_take_less_memory_than_the_model_has(tmp_path: Path) -> None:
             model = VisionTransformer(
                 img_size=32, patch_size=8, embed_dim=width, depth=4, num_heads=3, mlp_ratio=2, num_classes=10
             )
-            onnx.save(export_dense(model.eval()), tmp_path / f"{name}.onnx")
+            onnx.save(trace(model.eval()), tmp_path / f"{name}.onnx")
             plan_for(model, [list(range(17)), list(range(0, 17, 2)), [0, 4, 8], [0]]).save(tmp_path / f"{name}.json")
     finally:
         timm.layers.set_fused_attn(bool(before))

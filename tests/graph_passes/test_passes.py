@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
@@ -13,7 +15,7 @@ from graph_passes.pass_registry import GraphPass, graph_pass
 from patchslim.choices import Layout, Mode
 from patchslim.errors import InputRejected
 from patchslim.plan import SlimPlan
-from tests.helpers.onnx_models import FORMS, dense, ort_logits, plan_for, random_plan, reference, tiny_cnn
+from tests.helpers.onnx_models import FORMS, dense, ort_logits, plan_for, random_plan, reference, tiny_cnn, traced
 
 pytestmark = pytest.mark.numeric
 
@@ -270,12 +272,13 @@ def test_names_that_the_model_already_uses_are_not_merged() -> None:
     np.testing.assert_allclose(ort_logits(slim(model, plan_of()).model, IMAGES), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("make", [traced, pytest.param(dense, marks=pytest.mark.slow)], ids=["torchscript", "dynamo"])
 @pytest.mark.parametrize(
     "form",
     [pytest.param(form, marks=[] if form in ("packed_gated_mlp", "norms_inside") else pytest.mark.slow) for form in FORMS],
 )
-def test_forms_of_the_block_that_timm_offers(form: str) -> None:
-    model, exported = dense(form)
+def test_forms_of_the_block_that_timm_offers(form: str, make: Any) -> None:
+    model, exported = make(form)
     for seed, mode in enumerate(("compact", "stale")):
         plan = random_plan(model, seed, mode)
         split, packed = (slim(exported, plan, layout=layout).model for layout in ("split", "packed"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from graph_passes import slim
 from patchslim.choices import Layout, Mode
 from slimming.models.slim_vit import SlimViT
-from tests.helpers.onnx_models import SIZES, dense, export_dense, macs_of_graph, ort_logits, random_plan, reference
+from tests.helpers.onnx_models import SIZES, dense, export_dense, macs_of_graph, ort_logits, random_plan, reference, trace
 
 pytestmark = pytest.mark.numeric
 
@@ -53,10 +55,11 @@ def test_fp16_stays_close(kind: str, mode: Mode, layout: Layout, seed: int) -> N
     assert not slim(result.model, plan, layout=layout, precision="fp16").modified
 
 
-@pytest.mark.parametrize("mode", ["compact", pytest.param("stale", marks=pytest.mark.slow)])
-def test_cutting_the_export_equals_exporting_the_slimmed_module(mode: Mode) -> None:
+@pytest.mark.parametrize("export", [trace, pytest.param(export_dense, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["compact", "stale"])
+def test_cutting_the_export_equals_exporting_the_slimmed_module(mode: Mode, export: Any) -> None:
     model, exported = dense("plain")
     plan = random_plan(model, 3, mode)
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     cut = ort_logits(slim(exported, plan).model, images)
-    np.testing.assert_allclose(cut, ort_logits(export_dense(SlimViT(model, plan).eval()), images), atol=1e-4)
+    np.testing.assert_allclose(cut, ort_logits(export(SlimViT(model, plan).eval()), images), atol=1e-4)

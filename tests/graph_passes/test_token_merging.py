@@ -29,10 +29,11 @@ from patchslim.macs import Geometry
 from patchslim.plan import Origin, SlimPlan
 from slimming.api import make_plan
 from slimming.models.slim_vit import SlimViT
-from tests.helpers.corpus import built, by_name, exporters
+from tests.helpers import exporters
+from tests.helpers.corpus import built, by_name
 from tests.helpers.corpus.models import torch_model
 from tests.helpers.merging import KEPT, merges_of, plan_of
-from tests.helpers.onnx_models import dense, export_dense, ort_logits, tiny_vit
+from tests.helpers.onnx_models import dense, export_dense, ort_logits, tiny_vit, trace
 from tests.helpers.tensorrt_vit import AHEAD_OF_TIME, wide
 from tests.helpers.tensorrt_vit import plan_of as tensorrt_plan
 from tests.helpers.timm_models import build, images_for, random_masks
@@ -79,15 +80,17 @@ def total_macs(model: OnnxModel) -> int:
 
 @cache
 def exported(kind: str) -> tuple[Any, onnx.ModelProto]:
-    if kind not in FAMILIES:
-        return dense(kind)
+    """A tiny model and its export; of a family of its own by TorchScript, and by dynamo where its name ends so."""
+    family, _, exporter = kind.partition("-")
+    if family not in FAMILIES:
+        return dense(family)
     before = timm.layers.use_fused_attn()
     timm.layers.set_fused_attn(False)
     try:
-        model = build(kind, **FAMILIES[kind], img_size=32, patch_size=8)
+        model = build(family, **FAMILIES[family], img_size=32, patch_size=8)
     finally:
         timm.layers.set_fused_attn(bool(before))
-    return model, export_dense(model)
+    return model, export_dense(model) if exporter == "dynamo" else trace(model)
 
 
 # Against the PyTorch reference
@@ -98,7 +101,7 @@ def exported(kind: str) -> tuple[Any, onnx.ModelProto]:
     "kind",
     [
         *["plain", "distilled", "registers", "layer_scale", "parallel_scaling", "eva02_rope"],
-        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("gated", "res_post", "parallel_things", "grouped_query")),
+        *(pytest.param(f"{kind}-dynamo", marks=pytest.mark.slow) for kind in FAMILIES),
     ],
 )
 def test_merging_in_the_export_equals_the_merging_module(kind: str, layout: Layout) -> None:
@@ -250,8 +253,8 @@ def _blocks(family: str, model: Any) -> tuple[list[nn.Module], list[nn.Module]]:
         ("hf_vit-dynamo20", "split"),
         pytest.param("hf_vit-script17-unfused-unfolded", "packed", marks=pytest.mark.slow),
         pytest.param("torchvision-dynamo20", "packed", marks=pytest.mark.slow),
-        pytest.param("torchvision-script17", "split", marks=pytest.mark.slow),
-        ("torchvision-dynamo23", "split"),
+        ("torchvision-script17", "split"),
+        pytest.param("torchvision-dynamo23", "split", marks=pytest.mark.slow),
     ],
 )
 def test_foreign_exports_are_merged_as_their_models(name: str, layout: Layout) -> None:
@@ -294,7 +297,7 @@ class TwoNorms(nn.Module):
 def test_a_norm_that_kept_tokens_alone_need_is_merged_behind_it() -> None:
     model = tiny_vit()
     model.blocks = nn.Sequential(*(TwoNorms(block) for block in model.blocks))
-    graph, plan = export_dense(model), plan_of()
+    graph, plan = trace(model), plan_of()
     for block in model.blocks:
         block.attn.fused_attn = True
     blocks = list(model.blocks)

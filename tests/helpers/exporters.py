@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import onnx
 import onnxslim
@@ -47,20 +47,28 @@ def dynamo(model: nn.Module, example: Tensor, opset: int, dynamic: bool) -> onnx
     return program.model_proto
 
 
-def torchscript(model: nn.Module, example: Tensor, opset: int, dynamic: bool, folded: bool = True) -> onnx.ModelProto:
+def torchscript(
+    model: nn.Module, example: Tensor, opset: int, dynamic: bool, folded: bool = True, outputs: Sequence[str] = ("logits",)
+) -> onnx.ModelProto:
     """``torch.onnx.export(dynamo=False)``, the default up to PyTorch 2.8; ``folded`` is its constant folding."""
-    axes = {"images": {0: "batch"}, "logits": {0: "batch"}} if dynamic else None
-    return _traced(model, example, opset, "images", "logits", axes, folded)
+    axes = {name: {0: "batch"} for name in ("images", *outputs)} if dynamic else None
+    return _traced(model, example, opset, "images", outputs, axes, folded)
 
 
 def optimum(model: nn.Module, example: Tensor, opset: int) -> onnx.ModelProto:
     """What optimum's ``main_export`` calls for an image model: TorchScript, every axis of ``pixel_values`` dynamic."""
     axes = {"pixel_values": {0: BATCH, 1: "num_channels", 2: "height", 3: "width"}, "logits": {0: BATCH}}
-    return _traced(model, example, opset, "pixel_values", "logits", axes, folded=True)
+    return _traced(model, example, opset, "pixel_values", ["logits"], axes, folded=True)
 
 
 def _traced(
-    model: nn.Module, example: Tensor, opset: int, image: str, output: str, axes: dict[str, dict[int, str]] | None, folded: bool
+    model: nn.Module,
+    example: Tensor,
+    opset: int,
+    image: str,
+    outputs: Sequence[str],
+    axes: dict[str, dict[int, str]] | None,
+    folded: bool,
 ) -> onnx.ModelProto:
     file = io.BytesIO()
     with _quiet():
@@ -73,7 +81,7 @@ def _traced(
             dynamic_axes=axes,
             do_constant_folding=folded,
             input_names=[image],
-            output_names=[output],
+            output_names=list(outputs),
         )
     return onnx.load_from_string(file.getvalue())
 
