@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from random import Random
 import pytest
 from pydantic import ValidationError
 
-from benchmarks.fuzz import seeds
+from benchmarks.fuzz import guided, seeds
 from benchmarks.fuzz.cases import BAD, KINDS, files_of
 from benchmarks.fuzz.mutators import mutate_json
 from benchmarks.fuzz.run import FuzzOptions, fuzz, run
@@ -153,3 +154,21 @@ def test_no_reader_fails_on_a_few_thousand_inputs(tmp_path: Path) -> None:
     table = json.loads((tmp_path / "r.json").read_text())
     assert all(table["total"][kind] == 0 for kind in BAD)
     assert all(row["read"] + row["refused"] == row["inputs"] for row in table["readers"])
+
+
+def test_readers_that_are_guided_are_readers_of_that_file() -> None:
+    targets = {target.name: target for target in TARGETS}
+    assert all(file in targets[name].valid() for name, file in guided.READERS.items())
+
+
+@pytest.mark.slow
+def test_guided_inputs_are_counted_or_what_is_missing_is_said(tmp_path: Path) -> None:
+    few = ["--inputs", "300", "--only", "engine headers", "--output", str(tmp_path / "g.json")]
+    done = door_here([sys.executable, "-m", "benchmarks.fuzz.guided", *few])
+    if importlib.util.find_spec("atheris") is None:
+        assert (done.returncode, "uv run --with atheris" in done.stderr) == (4, True)
+        return
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "g.json").read_text())["readers"]
+    assert row["read"] + row["refused"] == row["inputs"] == 300
+    assert min(row["read"], row["refused"]) > 0
