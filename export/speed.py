@@ -12,8 +12,7 @@ from patchslim.choices import Layout
 from patchslim.plan import SlimPlan
 from patchslim.records import save_record
 from patchslim.timing import processor_name
-
-LATENCY = "latency.json"
+from validate.bundle import LATENCY
 
 
 def measured_speed(dense: Path, slim: Path, plan: SlimPlan, layout: Layout, work: Workspace) -> Path:

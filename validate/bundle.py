@@ -14,6 +14,7 @@ from validate.manifest import FileRecord, Manifest, ParityReport, plain_path
 MANIFEST = "manifest.json"
 PARITY = "parity.json"
 PLAN = "plan.json"
+LATENCY = "latency.json"
 #: For ``sha256sum -c``: every file but itself, the manifest too.
 SUMS = "SHA256SUMS"
 GOLDEN = "golden.npz"

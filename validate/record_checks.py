@@ -19,6 +19,8 @@ from validate.verdict import Check, failed, not_checked
 if TYPE_CHECKING:
     from validate.golden import Golden
 
+_ROUNDING = 1e-6  # of a ratio that was written as a float
+
 
 def check_records(folder: Path, manifest: Manifest, say: Callable[[str], None]) -> Iterator[Check]:
     """``plan.json``, ``parity.json``, ``golden.npz`` and engines are what the manifest says; the build's gate was passed."""
@@ -56,10 +58,29 @@ def check_records(folder: Path, manifest: Manifest, say: Callable[[str], None]) 
         return
     detail = f"{len(report.rungs)} stages, {gate}, recomputed"
     yield Check(name="parity report", subject=files.PARITY, status="passed", detail=detail)
+    if any(record.path == files.LATENCY for record in manifest.files):
+        yield _check_latency(folder, manifest)
     found = _check_golden(folder, manifest, report, say)
     yield found
     if not found.exit_code:
         yield _check_preprocessing(folder, manifest, say)
+
+
+def _check_latency(folder: Path, manifest: Manifest) -> Check:
+    """``latency.json`` is well formed, and compares these two models."""
+    from validate.latency_sheet import LatencySheet
+
+    path = folder / files.LATENCY
+    try:
+        data = read_file(folder, manifest, files.LATENCY, files.MAX_RECORD_BYTES)
+        sheet = parse_record(data, LatencySheet, "latency sheet", path)
+        ratio = manifest.macs.dense / manifest.macs.slim if manifest.macs.slim else None
+        for one in sheet.comparisons:
+            if one.macs_ratio is not None and (ratio is None or abs(one.macs_ratio - ratio) > _ROUNDING * ratio):
+                raise InputRejected(f"{path}: macs_ratio: {one.macs_ratio} is not manifest.json's dense / slim")
+    except InputRejected as error:
+        return failed("latency", files.LATENCY, error)
+    return Check(name="latency", subject=files.LATENCY, status="passed", detail=f"{len(sheet.comparisons)} comparisons")
 
 
 def _check_golden(folder: Path, manifest: Manifest, report: ParityReport, say: Callable[[str], None]) -> Check:

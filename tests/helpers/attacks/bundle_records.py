@@ -203,3 +203,68 @@ def names_that_are_control_characters_and_markup(bundle: Path) -> None:
     change = in_both(lambda record: [record["evaluation"].update(data=odd), record["rungs"][3].update(note=odd)])
     change(bundle)
     in_manifest(lambda record: record.update(name=odd, labels=[odd * n for n in range(1, 7)], tools={odd: odd}))(bundle)
+
+
+def in_report(change: Change) -> Damage:
+    """Change the parity report alone and seal it."""
+
+    def damage(bundle: Path) -> None:
+        edit(bundle / "parity.json", change)
+        seal(bundle)
+
+    return damage
+
+
+COMPARISONS: tuple[tuple[str, Change, str], ...] = (
+    (
+        "a candidate that never ran",
+        lambda c: c["candidate"].update(stage="engine"),
+        "engine with 10 images is no",
+    ),
+    ("fewer images", lambda c: c.update(images=9), "with 9 images is no stage that ran"),
+    ("a better top-1", lambda c: c["candidate"].update(top1=90.0), "its top1 and top5 are not those of its rung"),
+    ("another original", lambda c: c["original"].update(stage="onnx-slim"), "onnx-slim is not the original, pytorch"),
+    ("a p-value that is none", lambda c: c.update(mcnemar=2.0), "comparison.mcnemar"),
+    ("a p-value of its own", lambda c: c.update(mcnemar=0.5), "is not what 0 lost and 0 gained give"),
+    (
+        "a class that changed",
+        lambda c: c["classes"].append({"label": 0, "images": 3, "original": 3, "candidate": 1}),
+        "their changes do not add up",
+    ),
+    ("a worst image of endless divergence", lambda c: c.update(divergence=float("inf")), "comparison.divergence"),
+)
+for _name, _change, _word in COMPARISONS:
+    add(f"a comparison with {_name}", 3, ("parity.json", _word), in_report(lambda r, change=_change: change(r["comparison"])))
+add(
+    "answers that may depend on their batch as they like",
+    3,
+    ("rungs: onnx-slim: batches: tolerance: 1e+30",),
+    in_both(lambda r: r["rungs"][2]["batches"].update(tolerance=1e30)),
+)
+add(
+    "answers that depend on their batch",
+    5,
+    ("did not pass its gate", "onnx-slim"),
+    in_both(lambda r: r["rungs"][2]["batches"].update(max_error=1.0)),
+)
+add(
+    "a gate of confidence that ten images cannot give",
+    5,
+    ("did not pass its gate", "pytorch-slim, onnx-slim"),
+    in_report(lambda r: r["gate"].update(rule="confidence")),
+)
+add("a rule of the gate that is none", 3, ("parity.json", "gate.rule"), in_report(lambda r: r["gate"].update(rule="hope")))
+add(
+    "SHA256SUMS of something else",
+    3,
+    ("SHA256SUMS", "is not the digests"),
+    replaced("SHA256SUMS", b"0" * 64 + b"  model.onnx\n"),
+)
+add("SHA256SUMS without an end", 3, ("SHA256SUMS", "bytes allowed"), replaced("SHA256SUMS", b"0" * (1 << 20)))
+add("a latency sheet that is none", 3, ("latency.json", "Field required"), replaced("latency.json", b"{}"))
+add(
+    "a latency sheet of a later version",
+    3,
+    ("latency.json", "schema_version"),
+    replaced("latency.json", b'{"schema_version": 2}'),
+)
