@@ -8,6 +8,8 @@ from pathlib import Path
 from graph_passes.report import report_schema
 from patchslim.latency_table import latency_table_schema
 from patchslim.plan import plan_schema
+from validate.build_recipe import recipe_schema
+from validate.built_engine import build_schema
 from validate.latency_sheet import latency_sheet_schema
 from validate.manifest import manifest_schema, parity_schema
 
@@ -18,6 +20,8 @@ SCHEMAS = {
     "parity": parity_schema,
     "latency": latency_sheet_schema,
     "latency_table": latency_table_schema,
+    "recipe": recipe_schema,
+    "build": build_schema,
     "passes_report": report_schema,
 }
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from export.cache import copy_verified, tool_versions
-from export.engines.base import EngineResult
+from export.engines.base import BuildSettings, EngineResult
 from export.golden import preprocessing
 from export.logits import PYTORCH, PYTORCH_SLIM, Measured
 from export.onnx_export import INPUT, OUTPUT
@@ -17,7 +17,10 @@ from export.stages import ONNX_FP16, ONNX_SLIM, EngineRequest
 from graph_passes.onnx_io.metadata import NORMALIZATION, add_metadata
 from patchslim.files import digest
 from patchslim.plan import SlimPlan
+from patchslim.records import save_record
 from validate import manifest as schema
+from validate.build_recipe import RECIPE, ExpectedEngine, make_recipe
+from validate.build_recipe import BuildSettings as RecipeSettings
 from validate.bundle import record_files, write_parity
 from validate.golden import Golden, write_golden
 from validate.parity import FP16_MIN_AGREEMENT, fp16_tolerance, fp32_tolerance
@@ -74,6 +77,7 @@ def write_contents(contents: BundleContents, folder: Path) -> schema.Manifest:
     for row, path in contents.golden_images.items():
         (folder / "golden").mkdir(exist_ok=True)
         copy_verified(path, folder / "golden" / f"{row}.png")
+    _write_recipe(contents, folder)
     manifest = _manifest(contents, folder)
     write_serving(manifest, folder)
     served = [one.model_copy(update={"path": f"serving/{one.path}"}) for one in record_files(folder / "serving")]
@@ -94,6 +98,33 @@ def _metadata(contents: BundleContents, plan_sha256: str) -> dict[str, str]:
         "weights_sha256": model.weights_sha256,
     }
     return {key: value for key, value in said.items() if value}
+
+
+def _write_recipe(contents: BundleContents, folder: Path) -> None:
+    """How a device builds an engine of the served ONNX file by itself, and what it should come to."""
+    engine, precision = contents.engine, contents.request.precision
+    name = ONNX_FILES[ONNX_FP16 if ONNX_FP16 in contents.graphs else ONNX_SLIM]
+    served = folder / name
+    defaults, ahead_of_time = BuildSettings.default(precision), contents.request.backend.ahead_of_time
+    recipe = make_recipe(
+        onnx=schema.FileRecord(path=name, size=served.stat().st_size, sha256=digest(served)),
+        spec=_input(contents.model),
+        batch=engine.batch,
+        settings=RecipeSettings(
+            precision=precision,
+            tf32=defaults.tf32,
+            workspace_mib=None,
+            optimization_level=defaults.optimization_level,
+            compute_capabilities=list(engine.targets) if ahead_of_time else [],
+        ),
+        expected=ExpectedEngine(precision=precision, attentions=engine.attentions, fused_attentions=engine.fused_attentions),
+        tools=tool_versions(),
+    )
+    save_record(folder / RECIPE, recipe)
+
+
+def _input(model: ModelFacts) -> schema.TensorSpec:
+    return schema.TensorSpec(name=INPUT, dtype="float32", shape=["batch", *model.data_config["input_size"]])
 
 
 def _in_bundle(plan: SlimPlan) -> SlimPlan:
@@ -119,7 +150,7 @@ def _golden(measured: Measured) -> Golden:
 
 def _manifest(contents: BundleContents, folder: Path) -> schema.Manifest:
     model, plan, parity, engine = contents.model, contents.plan, contents.parity, contents.engine
-    config, calibration = model.data_config, plan.origin.calibration
+    calibration = plan.origin.calibration
     return schema.Manifest(
         macs=parity.macs,
         evaluation=parity.evaluation,
@@ -133,7 +164,7 @@ def _manifest(contents: BundleContents, folder: Path) -> schema.Manifest:
         tools=tool_versions(),
         target={"engine": contents.request.engine, "targets": list(engine.targets), "batch": list(engine.batch)},
         precision=contents.request.precision,
-        inputs=[schema.TensorSpec(name=INPUT, dtype="float32", shape=["batch", *config["input_size"]])],
+        inputs=[_input(model)],
         outputs=[schema.TensorSpec(name=OUTPUT, dtype="float32", shape=["batch", model.classes])],
         preprocessing=preprocessing(model),
         labels=contents.labels if len(contents.labels) == model.classes else [],

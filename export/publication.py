@@ -17,18 +17,23 @@ from validate.manifest import Manifest
 
 _NEW, _OLD = "new", "old"
 States = dict[str, tuple[int, int, int, int]]
+#: What in a folder is not of an earlier one of ours, and so would be lost with it, in words; "" where nothing is.
+Foreign = Callable[[Path], str]
 _LONGEST_NAME = 255  # bytes, on every file system that is in use
 
 
-def check_place(folder: Path) -> None:
-    """Raise ``UsageError`` unless ``folder`` is free, empty, or an earlier bundle that may be replaced."""
+def check_place(folder: Path, foreign: Foreign | None = None) -> None:
+    """Raise ``UsageError`` unless ``folder`` is free, empty, or an earlier bundle that may be replaced.
+
+    ``foreign`` says what is not to be lost where the folder is none of a bundle's.
+    """
     try:
-        _check_place(folder)
+        _check_place(folder, foreign or _foreign)
     except (OSError, ValueError) as error:
         raise UsageError(f"--output {folder}: cannot be used: {_cause(error)}") from error
 
 
-def _check_place(folder: Path) -> None:
+def _check_place(folder: Path, foreign: Foreign) -> None:
     if folder.name in ("", ".."):
         raise UsageError(f"--output {folder}: needs a folder of its own, with a name")
     try:
@@ -45,7 +50,7 @@ def _check_place(folder: Path) -> None:
         raise UsageError(f"--output {folder}: {above} is not a folder that can be written")
     if folder.is_dir():
         _check_rights(folder, above)
-        if fault := _foreign(folder):
+        if fault := foreign(folder):
             raise UsageError(f"--output {folder}: {fault}; move that away or pass a new folder")
 
 
@@ -114,38 +119,47 @@ def publish(fill: Callable[[Path], Manifest], folder: Path) -> None:
     moment; when anything fails it stays, and nothing else is left behind. Of several that publish to one place the last one's
     bundle stays. Raises ``UsageError`` where the place cannot be written, or holds anything that is not a bundle of ours.
     """
+
+    def whole(new: Path) -> None:
+        manifest = fill(new)
+        write_manifest(new, manifest)
+        write_sums(new, manifest)
+
+    publish_folder(whole, folder, _foreign)
+
+
+def publish_folder(fill: Callable[[Path], None], folder: Path, foreign: Foreign) -> None:
+    """``publish`` a folder of any kind, which ``fill`` makes whole; what else lies in the parent of what it fills vanishes."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         recover(folder)
         with temporary_folder(*_box(folder), folder.parent) as box:
             new = box / _NEW
             new.mkdir()
-            manifest = fill(new)
-            write_manifest(new, manifest)
-            write_sums(new, manifest)
+            fill(new)
             with locked(folder.parent):  # no file of its own that would be left behind; held for as long as a bundle is hashed
                 before = _states(folder)
-                check_place(folder)
-                _put(new, folder, box / _OLD, before)
+                check_place(folder, foreign)
+                _put(new, folder, box / _OLD, before, foreign)
     except OSError as error:
         if disk_full(error, folder.parent):
             raise UsageError(f"--output {folder}: the disk is full; free some space or pass another folder") from error
         raise UsageError(f"--output {folder}: cannot be written: {_cause(error)}") from error
 
 
-def _put(new: Path, folder: Path, old: Path, before: States) -> None:
+def _put(new: Path, folder: Path, old: Path, before: States, foreign: Foreign) -> None:
     """Rename ``new`` to ``folder``, whose files were checked in the states ``before``; ``old`` is a free place."""
     if not folder.exists():
         new.rename(folder)
         return
     if exchange(new, folder):
-        if _states(new) != before and (fault := _foreign(new)):  # put there since the last look
+        if _states(new) != before and (fault := foreign(new)):  # put there since the last look
             exchange(new, folder)
             raise UsageError(f"--output {folder}: {fault}; move that away or pass a new folder")
         return
     try:
         folder.rename(old)
-        if _states(old) != before and (fault := _foreign(old)):
+        if _states(old) != before and (fault := foreign(old)):
             raise UsageError(f"--output {folder}: {fault}; move that away or pass a new folder")
         new.rename(folder)
     finally:

@@ -11,6 +11,7 @@ from patchslim.packages import missing
 from patchslim.plan import SlimPlan
 from patchslim.records import MAX_JSON_BYTES, parse_record
 from validate import bundle as files
+from validate.build_recipe import MAX_RECIPE_BYTES, RECIPE, parse_recipe
 from validate.bundle import parse_parity, read_file
 from validate.engine_file import check_engine
 from validate.manifest import Manifest, ParityReport
@@ -39,6 +40,7 @@ def check_records(folder: Path, manifest: Manifest, say: Callable[[str], None]) 
                 yield Check(name="engine", subject=name, status="passed", detail=f"the header is {manifest.engine.backend}'s")
         except InputRejected as error:
             yield failed("engine", name, error)
+    yield from _check_recipe(folder, manifest)
     path = folder / files.PARITY
     try:
         report = read_parity(folder, manifest)
@@ -81,6 +83,36 @@ def _check_latency(folder: Path, manifest: Manifest) -> Check:
     except InputRejected as error:
         return failed("latency", files.LATENCY, error)
     return Check(name="latency", subject=files.LATENCY, status="passed", detail=f"{len(sheet.comparisons)} comparisons")
+
+
+def _check_recipe(folder: Path, manifest: Manifest) -> Iterator[Check]:
+    """``recipe.json`` is for an ONNX file of this bundle, and says of it and its engine what the manifest says."""
+    if RECIPE not in [file.path for file in manifest.files]:  # a bundle made before there were any
+        return
+    path = folder / RECIPE
+    try:
+        recipe = parse_recipe(read_file(folder, manifest, RECIPE, MAX_RECIPE_BYTES), path)
+        engine, expected = manifest.engine, recipe.expected
+        stated: dict[str, tuple[object, object]] = {
+            "input": (recipe.input, manifest.inputs[0]),
+            "precision": (expected.precision, manifest.precision),
+        }
+        if engine.fused_attentions is not None:
+            stated["expected.fused_attentions"] = (expected.fused_attentions, engine.fused_attentions)
+        if engine.attentions is not None:
+            stated["expected.attentions"] = (expected.attentions, engine.attentions)
+        for field, (of_recipe, of_manifest) in stated.items():
+            if of_recipe != of_manifest:
+                raise InputRejected(f"{path}: {field}: {of_recipe}, and manifest.json says {of_manifest}")
+        if recipe.onnx.path not in [record.path for record in manifest.onnx]:
+            raise InputRejected(f"{path}: onnx: {recipe.onnx.path} is no ONNX file of manifest.json")
+        if recipe.onnx not in manifest.files:
+            raise InputRejected(f"{path}: onnx: size and SHA-256 of {recipe.onnx.path} are not those in manifest.json")
+    except InputRejected as error:
+        yield failed("recipe", RECIPE, error)
+        return
+    detail = f"builds {recipe.onnx.path}, {expected.precision}"
+    yield Check(name="recipe", subject=RECIPE, status="passed", detail=detail)
 
 
 def _check_golden(folder: Path, manifest: Manifest, report: ParityReport, say: Callable[[str], None]) -> Check:

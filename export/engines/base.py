@@ -73,13 +73,34 @@ class Backend:
 
 
 @dataclass(frozen=True)
+class BuildSettings:
+    """What the builder is told beside types and shapes, which the ONNX file and the batch sizes say."""
+
+    tf32: bool = False  # whether float32 products may be rounded to TF32
+    workspace: int | None = None  # bytes that a kernel may use beside weights and activations; None: what the GPU has
+    optimization_level: int = 3  # 0 builds fastest, 5 tries most
+
+    @classmethod
+    def default(cls, precision: Precision) -> BuildSettings:
+        """What is built with unless a recipe says otherwise: an fp32 engine computes in float32, as it promises."""
+        return cls(tf32=precision != "fp32")
+
+
+@dataclass(frozen=True)
 class BuildOptions:
-    """How an engine is built: ``targets`` None leaves them to the backend."""
+    """How an engine is built: ``targets`` and ``backend`` None leave them to what is installed and visible here."""
 
     targets: Sequence[str] | None
     precision: Precision
     batch: Batch
     progress: BuildProgressCallback = lambda report: None
+    backend: BackendName | None = None
+    settings: BuildSettings | None = None  # None: those of the precision
+
+    @property
+    def builder_settings(self) -> BuildSettings:
+        """``settings``, or the default ones."""
+        return self.settings or BuildSettings.default(self.precision)
 
 
 @dataclass(frozen=True)

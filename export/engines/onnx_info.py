@@ -32,7 +32,7 @@ def read_onnx(path: Path) -> OnnxFacts:
     try:
         import onnx
     except ModuleNotFoundError as error:
-        raise Unavailable(f"building an engine needs onnx: {install_command('export')}") from error
+        raise Unavailable(f"building an engine needs onnx: {install_command('edge')}") from error
     try:
         graph = onnx.load(str(path), load_external_data=False).graph
     except OSError as error:

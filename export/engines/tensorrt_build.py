@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import signal
@@ -20,6 +19,7 @@ from export.engines.base import (
     RTX_PRECISIONS,
     TARGETS,
     Backend,
+    BackendName,
     Batch,
     BuildOptions,
     BuildProgress,
@@ -31,7 +31,7 @@ from export.engines.tensorrt_worker import BuildRequest
 from patchslim import cuda
 from patchslim.choices import Precision
 from patchslim.errors import InputRejected, Unavailable, UsageError, did_you_mean
-from patchslim.packages import install_command
+from patchslim.packages import install_command, missing
 
 _GRACE = 5.0  # seconds that a cancelled build has to end by itself
 _NAMES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
@@ -41,8 +41,12 @@ _INSTALL = (
 )
 
 
-def choose_backend(targets: Sequence[str] | None = None, precision: Precision | None = None) -> Backend:
+def choose_backend(
+    targets: Sequence[str] | None = None, precision: Precision | None = None, backend: BackendName | None = None
+) -> Backend:
     """Return full TensorRT where it is installed, a GPU is visible and no other target is asked for; else TensorRT-RTX.
+
+    With a ``backend`` it is that one or none.
 
     Raises ``UsageError`` for a target that nothing builds for, or not in ``precision``; ``Unavailable`` where neither is
     installed, or what is installed cannot build for these targets here.
@@ -54,10 +58,10 @@ def choose_backend(targets: Sequence[str] | None = None, precision: Precision | 
         raise UsageError(
             f"unknown target {', '.join(unknown)}; valid targets are {', '.join(TARGETS)}{did_you_mean(unknown[0], TARGETS)}"
         )
-    full = importlib.util.find_spec("tensorrt") is not None
+    full, rtx = (backend in (None, name) and not missing([name]) for name in ("tensorrt", "tensorrt_rtx"))
     if full and local is not None and wanted in ((), (local,)):
         return Backend("tensorrt", (local,), ahead_of_time=False)
-    if importlib.util.find_spec("tensorrt_rtx") is not None:
+    if rtx:
         foreign = [target for target in wanted if target not in TARGETS]
         if foreign:
             raise Unavailable(f"TensorRT-RTX does not build for {', '.join(foreign)}; {_INSTALL}")
@@ -69,6 +73,9 @@ def choose_backend(targets: Sequence[str] | None = None, precision: Precision | 
                 f"use --precision {able}, or leave {named} out of --target"
             )
         return Backend("tensorrt_rtx", wanted or DEFAULT_TARGETS, ahead_of_time=True)
+    if not full and backend is not None:
+        extra = "trt" if backend == "tensorrt" else "rtx"
+        raise Unavailable(f"{_NAMES[backend]} is not installed; install it: {install_command(extra)}")
     if not full:
         raise Unavailable(f"neither tensorrt nor tensorrt_rtx is installed; {_INSTALL}")
     here = f"only for this machine's {local}" if local else "nothing on a machine without a GPU"
@@ -77,7 +84,7 @@ def choose_backend(targets: Sequence[str] | None = None, precision: Precision | 
 
 def build(onnx_path: Path, output_dir: Path, facts: OnnxFacts, options: BuildOptions) -> EngineResult:
     """Build one engine per target, each in its own process; see ``export.engines.build.build_engine``."""
-    backend = choose_backend(options.targets, options.precision)
+    backend = choose_backend(options.targets, options.precision, options.backend)
     built = build_files(onnx_path, output_dir, facts, backend, options)
     done, files = built.done, built.files
     executed, reason = _try(dict(zip(backend.targets, files, strict=True)), backend, facts, options.batch)
@@ -117,6 +124,7 @@ def build_files(onnx_path: Path, output_dir: Path, facts: OnnxFacts, backend: Ba
     output_dir.mkdir(parents=True, exist_ok=True)
     done: dict[str, dict[str, Any]] = {}
     layers: dict[str, Any] = {}
+    settings = options.builder_settings
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".engines-") as staging:
         for target in backend.targets:
             work = Path(staging) / target
@@ -132,6 +140,9 @@ def build_files(onnx_path: Path, output_dir: Path, facts: OnnxFacts, backend: Ba
                 image_shape=facts.image_shape,
                 batch=None if facts.fixed_batch else options.batch,
                 attentions=facts.attentions,
+                tf32=settings.tf32,
+                workspace=settings.workspace,
+                optimization_level=settings.optimization_level,
             )
             done[target] = _run_worker(request, work, target, options.progress)
             if (work / "layers.json").is_file():
@@ -155,7 +166,7 @@ def _run_worker(request: BuildRequest, work: Path, target: str, progress: BuildP
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     with (work / "log.txt").open("w+") as log:
         worker = subprocess.Popen(
-            [sys.executable, "-m", "export.engines.tensorrt_worker", str(work / "request.json")],
+            [sys.executable, "-P", "-m", "export.engines.tensorrt_worker", str(work / "request.json")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,

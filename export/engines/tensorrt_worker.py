@@ -30,7 +30,8 @@ class BuildRequest:
     ``backend`` is the Python module (``tensorrt``, ``tensorrt_rtx``); ``onnx``, ``engine`` and ``layers`` are paths;
     ``target`` is an architecture (``sm89``), None for this machine's GPU; ``image_shape`` is (channels, height, width);
     ``batch`` is the smallest, usual and largest batch, None where the ONNX file's is fixed; ``attentions`` are the names of its
-    Softmax and Attention nodes.
+    Softmax and Attention nodes. ``tf32``, ``workspace`` (bytes) and ``optimization_level`` are those of
+    ``export.engines.base.BuildSettings``.
     """
 
     backend: str
@@ -43,6 +44,9 @@ class BuildRequest:
     image_shape: tuple[int, int, int]
     batch: tuple[int, int, int] | None
     attentions: list[str]
+    tf32: bool = False
+    workspace: int | None = None
+    optimization_level: int = 3
 
     def write(self, path: Path) -> None:
         """Write the request as JSON."""
@@ -123,8 +127,11 @@ def _at(problem: Any) -> str:
 def _configure(trt: Any, builder: Any, network: Any, request: BuildRequest) -> Any:
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    if request.precision == "fp32":
+    if not request.tf32:
         config.clear_flag(trt.BuilderFlag.TF32)  # on by default; it rounds to 10 bits of mantissa
+    if request.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.workspace)
+    config.builder_optimization_level = request.optimization_level
     if request.target is not None:
         capability = getattr(getattr(trt, "ComputeCapability", None), request.target.upper(), None)
         if capability is None:

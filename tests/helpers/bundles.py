@@ -14,7 +14,9 @@ from PIL import Image
 from patchslim.files import digest
 from patchslim.macs import Geometry
 from patchslim.plan import Origin, SlimPlan
+from patchslim.records import save_record
 from validate import check_bundle, parity
+from validate.build_recipe import RECIPE, BuildRecipe, BuildSettings, ExpectedEngine, make_recipe
 from validate.bundle import SUMS, load_manifest, record_files, write_manifest, write_parity, write_sums
 from validate.comparison import compare
 from validate.golden import Golden, write_golden
@@ -92,6 +94,16 @@ def plan() -> SlimPlan:
     )
 
 
+def write_recipe(folder: Path, spec: TensorSpec) -> BuildRecipe:
+    """A recipe for the bundle's FP32 file, which has no attention."""
+    onnx = next(file for file in record_files(folder) if file.path == "model.onnx")
+    settings = BuildSettings(precision="fp32", tf32=False, workspace_mib=None, optimization_level=3, compute_capabilities=[])
+    expected = ExpectedEngine(precision="fp32", attentions=0, fused_attentions=None)
+    recipe = make_recipe(onnx=onnx, spec=spec, batch=(1, 4, 8), settings=settings, expected=expected, tools={"onnx": "1"})
+    save_record(folder / RECIPE, recipe)
+    return recipe
+
+
 def make_bundle(folder: Path, **changes: Any) -> Path:
     """Write a bundle that passes every check, but for ``changes`` to its manifest's fields."""
     folder.mkdir(parents=True)
@@ -151,15 +163,18 @@ def make_bundle(folder: Path, **changes: Any) -> Path:
             OnnxRecord(path="model.onnx", stage="onnx-slim", max_error=TOLERANCE),
             OnnxRecord(path="model-fp16.onnx", stage="onnx-slim-fp16", dtype="float16", max_error=0.05),
         ],
-        "files": record_files(folder),
     }
-    write_manifest(folder, Manifest(**(results | fields | changes)))
+    fields |= results | changes
+    write_recipe(folder, fields["inputs"][0])
+    write_manifest(folder, Manifest(**({"files": record_files(folder)} | fields)))
     return folder
 
 
 def reseal(folder: Path, **changes: Any) -> None:
     """Write the manifest anew over the files as they are now, as someone who tampers carefully would."""
     fields = {name: getattr(load_manifest(folder), name) for name in Manifest.model_fields}
+    if (folder / RECIPE).is_file():
+        write_recipe(folder, changes.get("inputs", fields["inputs"])[0])
     fields |= {"files": record_files(folder), "plan_digest": digest(folder / "plan.json")}
     manifest = Manifest(**(fields | changes))
     write_manifest(folder, manifest)

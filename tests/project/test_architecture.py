@@ -36,10 +36,15 @@ TORCH_FREE_MODULES = (
     "slimming.search.costs",
     "slimming.search.profile",
     "export",
+    "export.build",
     "export.options",
     "export.console",
     "export.doctor",
+    "export.engines.build",
     "export.engines.support",
+    "export.engines.tensorrt_worker",
+    "export.publication",
+    "export.recipe_build",
 )
 NEEDS_TORCH = ("torch", "torchvision", "timm")
 

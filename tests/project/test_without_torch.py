@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import torch
 
 from tests.helpers.bundles import make_bundle
 from tests.helpers.onnx_models import dense, ort_logits, plan_for, reference
+from tests.helpers.tensorrt_vit import DEPTH, fp16_recipe
 
 ROOT = Path(__file__).parents[2]
 #: What the wheel says to install, since no index has it.
@@ -74,7 +76,7 @@ def test_the_packages_import_from_the_wheel(edge: Path, tmp_path: Path) -> None:
     assert str(ROOT) not in done.stdout
 
 
-@pytest.mark.parametrize("door", ["export.run", "slimming.run", "graph_passes.run", "validate.run"])
+@pytest.mark.parametrize("door", ["export.run", "export.build", "slimming.run", "graph_passes.run", "validate.run"])
 def test_every_door_answers_help(edge: Path, door: str, tmp_path: Path) -> None:
     done = run(edge, "-m", door, "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -152,6 +154,29 @@ def test_validate_checks_a_bundle(edge: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (tmp_path / "bundle" / "model.onnx").write_bytes(b"not what was promised")
     assert run(edge, "-m", "validate.run", "bundle", cwd=tmp_path).returncode == 3
+
+
+def test_the_build_door_says_what_to_install(edge: Path, tmp_path: Path) -> None:
+    fp16_recipe(tmp_path)
+    done = run(edge, "-m", "export.build", "recipe.json", "-o", "engine", cwd=tmp_path)
+    assert (done.returncode, "Traceback" in done.stderr) == (4, False), done.stderr
+    assert f'pip install "{WHEEL.replace("export", "rtx")}"' in done.stderr
+    (tmp_path / "model.fp16.onnx").write_bytes(b"not what was promised")
+    assert run(edge, "-m", "export.build", "recipe.json", "-o", "engine", cwd=tmp_path).returncode == 3
+
+
+@pytest.mark.slow
+def test_an_engine_is_built_where_there_is_no_torch(tmp_path: Path) -> None:
+    if importlib.util.find_spec("tensorrt_rtx") is None:
+        pytest.skip("tensorrt_rtx is not installed")
+    device = installed(tmp_path / "venv", "--extra", "edge", "--extra", "rtx")
+    for module in ("torch", "timm"):
+        assert run(device, "-c", f"import {module}", cwd=tmp_path).returncode == 1
+    fp16_recipe(tmp_path)
+    done = run(device.with_name("patchslim"), "build", "recipe.json", "-o", "engine", "--target", "sm89", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"{DEPTH} of {DEPTH} attentions fused" in done.stdout
+    assert (tmp_path / "engine" / "model.fp16.sm89.engine").stat().st_size > 10_000
 
 
 def test_the_base_install_checks_a_bundle_but_for_its_models(tmp_path: Path) -> None:

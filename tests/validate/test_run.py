@@ -95,6 +95,7 @@ def test_the_base_install_checks_what_it_can(good: Path, tmp_path: Path) -> None
         "manifest": "passed",
         "files": "passed",
         "plan": "passed",
+        "recipe": "passed",
         "parity report": "passed",
         "golden": "passed",
         "preprocessing": "not executed",
@@ -106,7 +107,7 @@ def test_the_base_install_checks_what_it_can(good: Path, tmp_path: Path) -> None
         "golden parity of model.onnx: not checked: onnx and onnxruntime are not installed",
         "golden parity of model-fp16.onnx: not checked: onnx and onnxruntime are not installed",
     ]
-    assert "validate: 3 of 9 checks need packages that are not installed; install them: pip install" in answer.err
+    assert "validate: 3 of 10 checks need packages that are not installed; install them: pip install" in answer.err
     assert "[edge]" in answer.err
     broken = Path(shutil.copytree(good, tmp_path / "broken"))
     data = bytearray((broken / "model.onnx").read_bytes())

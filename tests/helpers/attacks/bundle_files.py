@@ -34,7 +34,7 @@ for _name in ("model.onnx", "plan.json", "golden.npz", "parity.json", "golden/0.
     add(f"{_name} missing", 3, (_name, "missing"), lambda bundle, name=_name: (bundle / name).unlink())  # type: ignore[misc]
 
 for _path in ("../outside", "/etc/passwd", "a/../../b", "a//b", "C:x", "a\\b", "", ".", "a\nb", "\x1b[2J", "x" * 513):
-    add(f"a path {_path[:20]!r}", 3, ("manifest.json", "files.8.path", "plain relative path"), listed(_path))
+    add(f"a path {_path[:20]!r}", 3, ("manifest.json", "files.", ".path", "plain relative path"), listed(_path))
 
 add("an unlisted file", 3, ("sub/extra.bin", "not listed"), replaced("sub/extra.bin", b"x", sealed=False))
 add("a listed file that is not there", 3, ("sub/x", "missing"), listed("sub/x"))

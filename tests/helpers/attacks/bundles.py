@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,7 +58,12 @@ def edit(path: Path, change: Change) -> None:
 
 
 def seal(bundle: Path, change: Change = lambda record: None) -> None:
-    """Give the manifest sizes and digests of the files as they are, as who can write the folder does; then ``change`` it."""
+    """Give the records sizes and digests of the files as they are, as who can write the folder does; then ``change`` one."""
+    with contextlib.suppress(ValueError, KeyError, TypeError, OSError, RecursionError):  # the recipe may be what is damaged
+        recipe = json.loads((bundle / "recipe.json").read_text())
+        onnx = bundle / recipe["onnx"]["path"]
+        recipe["onnx"].update(size=onnx.stat().st_size, sha256=digest(onnx))
+        (bundle / "recipe.json").write_text(json.dumps(recipe))
 
     def renew(record: dict[str, Any]) -> None:
         record["files"] = [one.model_dump(mode="json") for one in record_files(bundle)]
