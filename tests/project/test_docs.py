@@ -33,7 +33,7 @@ PYTHON = re.findall(r"```python\n(.*?)```", EVERYTHING, flags=re.DOTALL)
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 #: Commands other than those, with their options.
 OTHERS = re.compile(
-    r"(?:pytest|mkdocs|patchslim --version|pre-commit|ruff|torchrun|uv run --group"
+    r"(?:pytest|mkdocs|patchslim --version|pre-commit|ruff|torchrun|uv run --(?:group|with)"
     r"|docker (?:build|compose|run)|--build-arg|--gpus)\b[^\n`]*"
 )
 #: Scripts that pages tell to run: those of a bundle, and of docker/. Their options are in their text.
