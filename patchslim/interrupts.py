@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+from collections.abc import Callable
+from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 #: As ``patchslim.errors.EXIT_INTERRUPTED``; this module is imported before anything else is.
 _EXIT_INTERRUPTED = 130
 
 _interrupted = False
+_quiet = False  # since an interrupt, to the end of the process or the next command: what libraries make of one is no news
+_logging_before: int | None = None  # the level up to which logging was disabled before that
+_report: Callable[[Any], object] = sys.unraisablehook
 
 
 def end_when_interrupted() -> None:
@@ -23,8 +29,10 @@ def end_when_interrupted() -> None:
 
 def raise_when_interrupted() -> None:
     """Raise ``KeyboardInterrupt`` on Ctrl-C or SIGTERM: for the time in which there may be something to clean up."""
-    global _interrupted
-    _interrupted = False
+    global _interrupted, _quiet, _report
+    _interrupted = _quiet = False
+    if sys.unraisablehook is not _report_unraisable:
+        _report, sys.unraisablehook = sys.unraisablehook, _report_unraisable
     for number in SIGNALS:
         signal.signal(number, _raise)
 
@@ -33,6 +41,7 @@ def ignore_interrupts() -> None:
     """Take no notice of Ctrl-C or SIGTERM, and forget earlier ones: for the time in which all is done and the process ends."""
     global _interrupted
     _interrupted = False
+    _log_again()
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     # CPython remembers a KeyboardInterrupt that left a text given to ``exec``, of which libraries have many, and kills its own
@@ -52,9 +61,32 @@ def raise_if_interrupted() -> None:
 
 
 def _raise(signum: int, frame: object) -> None:
-    global _interrupted
-    _interrupted = True
+    global _interrupted, _quiet
+    _interrupted = _quiet = True
+    _stop_logging()
     raise KeyboardInterrupt
+
+
+def _stop_logging() -> None:
+    """Libraries log the interrupt that passes through them as an error of theirs, with its traceback."""
+    global _logging_before
+    logging = sys.modules.get("logging")
+    if logging is not None and _logging_before is None:
+        _logging_before = logging.root.manager.disable
+        logging.disable()
+
+
+def _log_again() -> None:
+    global _logging_before
+    if _logging_before is not None:
+        sys.modules["logging"].disable(_logging_before)
+        _logging_before = None
+
+
+def _report_unraisable(found: Any) -> None:
+    """Report an exception in a finaliser, unless it comes of an interrupt: objects that were half made then, say."""
+    if not _quiet:
+        _report(found)
 
 
 def _end(signum: int, frame: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -193,6 +194,62 @@ sys.exit(run_command(Paint, main, prog="paint", description="Paint."))
         [sys.executable, "-m", "paint"], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, len(done.stderr.splitlines())) == (130, 1), done.stderr
+
+
+def test_what_libraries_make_of_an_interrupt_is_not_shown(tmp_path: Path) -> None:
+    """They log it as an error with its traceback, and objects that were half made fail in their finalisers."""
+    script = """
+import dataclasses, logging, os, signal, sys
+from patchslim.cli import run_command
+
+@dataclasses.dataclass(frozen=True)
+class Paint:
+    coats: int = 1
+
+class HalfMade:
+    def __del__(self):
+        self.brush.close()
+
+kept = []
+
+def main(options):
+    HalfMade()  # before an interrupt that is a bug, and told
+    kept.append(HalfMade())
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        while True:
+            pass
+    except KeyboardInterrupt:
+        logging.getLogger("library").exception("cannot paint")
+        HalfMade()
+        raise
+
+sys.exit(run_command(Paint, main, prog="paint", description="Paint."))
+"""
+    (tmp_path / "paint.py").write_text(script, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, tmp_path / "paint.py"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 130
+    assert done.stderr.count("Traceback") == done.stderr.count("Exception ignored in") == 1
+    assert done.stderr.splitlines()[-1].startswith("paint: interrupted")
+
+
+def test_logging_goes_on_after_an_interrupted_command(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    def main(options: Paint) -> int:
+        signal.raise_signal(signal.SIGINT)
+        return 0
+
+    assert command(main) == 130
+    logging.getLogger("library").error("a fault of its own")
+    assert "a fault of its own" in caplog.text
 
 
 def test_a_signal_while_a_command_runs_is_130_even_if_a_library_swallows_it(capsys: pytest.CaptureFixture[str]) -> None:
