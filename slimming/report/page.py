@@ -186,6 +186,10 @@ def _maps(plan: SlimPlan, pixels: tuple[int, int] | None) -> dict[str, Any]:
         cells.append({"row": y, "column": x, "n": depths[patch], "fill": fill, "ink": ink})
     return {
         "cell": (CELL, high),
+        # In the map's units, so that both take the same share of it at every size: at most a twelfth of a patch, so that
+        # outlines do not crowd a small picture of many, and of the whole map as much as suits one of few.
+        "stroke": min(1.3, round(0.13 * columns, 2)),
+        "letter": min(7.0, round(0.9 * columns, 2)),
         "size": (columns * CELL, rows * high),
         "patches": rows * columns,
         "blocks": [{"kept": len({*each} - {-1}), **mask} for each, mask in zip(groups, masks, strict=True)],

@@ -399,11 +399,15 @@ def test_the_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
     assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
 
 
-def test_outlines_take_the_same_share_of_a_patch_at_every_size() -> None:
-    rule = re.search(r"\.edge \{(.*?)\}", CSS.read_text(encoding="utf-8"), re.DOTALL)
-    assert rule
-    assert "non-scaling-stroke" not in rule[1]
-    assert 0 < float(re.findall(r"stroke-width: ([\d.]+);", rule[1])[0]) <= 1.6  # a tenth of a patch, which is 16 wide
+@pytest.mark.parametrize("columns", [1, 3, 14, 40])
+def test_outlines_crowd_neither_a_map_of_many_patches_nor_one_of_few(columns: int, tmp_path: Path) -> None:
+    """They are in the map's own units, of which a patch is 16 wide, so that they shrink with it."""
+    plan = plan_of([2, 1], (2, columns), kept=[[0, 1], [0]])
+    page = write(tmp_path / "page.html", plan, images=[picture(2 * 16, columns * 16)])
+    widths = {float(path["stroke-width"] or 0) for path in page.having("path", class_="edge")}
+    assert len(widths) == 1
+    assert 0 < min(widths) <= min(16 / 12, 16 * columns / 100)
+    assert "non-scaling-stroke" not in CSS.read_text(encoding="utf-8")
 
 
 def test_tables_scroll_by_themselves(tmp_path: Path) -> None:
