@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.attacks import bundle_arrays, bundle_files, bundle_graphs, bundle_recipes, bundle_records  # noqa: F401 - register theirs
+from tests.helpers.attacks import (  # noqa: F401 - register theirs
+    bundle_arrays,
+    bundle_files,
+    bundle_graphs,
+    bundle_recipes,
+    bundle_records,
+    bundle_serving,
+)
 from tests.helpers.attacks.bundles import BUNDLE_ATTACKS, BundleAttack
 from tests.helpers.bundles import make_bundle
 from validate.run import ValidateOptions, run
