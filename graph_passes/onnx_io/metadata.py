@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import onnx
+from graph_passes.onnx_io import protobuf_wire as wire
 
 #: How far the values of a pixel reach, as the graph takes them.
 PIXEL_RANGE = "Image.NominalPixelRange"
@@ -17,13 +17,18 @@ FULL_RANGE = "NominalRange_0_255"
 #: What is to be done to pixels outside of the graph; not there where the graph normalises them.
 NORMALIZATION = "normalization"
 
+_METADATA_PROPS, _KEY, _VALUE = 14, 1, 2  # field numbers in ModelProto and StringStringEntryProto
+
 
 def add_metadata(path: Path, entries: Mapping[str, str]) -> None:
     """Add entries to the metadata of an ONNX file that has none of these keys, without reading it; raises ``OSError``.
 
     A protobuf message that follows another of its type in a file adds to the other's lists.
     """
-    more = onnx.ModelProto()
-    onnx.helper.set_model_props(more, dict(entries))
     with path.open("ab") as file:
-        file.write(more.SerializeToString(deterministic=True))
+        for key, value in entries.items():
+            file.write(_field(_METADATA_PROPS, _field(_KEY, key.encode()) + _field(_VALUE, value.encode())))
+
+
+def _field(number: int, data: bytes) -> bytes:
+    return wire.head(number, len(data)) + data
