@@ -33,7 +33,7 @@ class ServingFacts:
     """Facts of one bundle; ``labels`` are one for each class, on one line each; ``engines`` those that Triton can load.
 
     ``name`` is fit for a folder, a URL and a configuration, ``dns_name`` for Kubernetes. ``onnx`` is the file that engines are
-    built from; ``runnable`` the one that ONNX Runtime and OpenVINO run, mostly the same, and ``max_error`` and
+    built from, ``runnable`` the one that ONNX Runtime and OpenVINO run, mostly the same, and ``max_error`` and
     ``min_agreement`` what it must keep on the golden images.
     """
 
@@ -69,8 +69,8 @@ def serving_facts(manifest: Manifest) -> ServingFacts:
     return ServingFacts(
         name=name,
         dns_name=_dns_name(name),
-        model=manifest.model,
-        license=manifest.weights.license or "",
+        model=_one_line(manifest.model),
+        license=_one_line(manifest.weights.license or ""),
         plan_sha256=manifest.plan_digest,
         labels=_one_line_each(manifest.labels) or [str(number) for number in range(manifest.classes)],
         input=manifest.inputs[0].name,
@@ -101,8 +101,13 @@ def _dns_name(name: str) -> str:
 
 
 def _one_line_each(labels: list[str]) -> list[str]:
-    """Labels that a file with one on each line can hold: control characters and line ends become spaces."""
-    return [_CONTROL.sub(" ", label).strip() or "?" for label in labels]
+    """Labels that a file with one on each line can hold."""
+    return [_one_line(label) or "?" for label in labels]
+
+
+def _one_line(text: str) -> str:
+    """``text`` with spaces for control characters and line ends."""
+    return _CONTROL.sub(" ", text).strip()
 
 
 def _engines(manifest: Manifest) -> list[EngineFile]:

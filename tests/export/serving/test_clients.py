@@ -13,10 +13,11 @@ import pytest
 from PIL import Image
 
 from tests.helpers.bundles import PREPROCESSING, SIZE
-from tests.helpers.serving import bundle_with_serving, rendered, script
+from tests.helpers.serving import bundle_with_serving, commands, rendered, script
 from validate import check_bundle
 from validate.bundle import load_manifest
 from validate.images import preprocess
+from validate.manifest import Weights
 from validate.preprocessing import Preprocessing
 
 SIZES = [(SIZE, SIZE), (31, 17), (17, 31), (5, 90), (3, 3), (64, 63)]
@@ -110,6 +111,27 @@ def test_any_label_stays_on_its_line(label: str, bundle: Path) -> None:
     assert len(files["deepstream/labels.txt"].split(";")) == len(labels)
     assert len(files["deepstream/labels.txt"].splitlines()) == 1
     assert lines[0] == (" ".join(label.split()) if label.strip() else "?") or lines[0] == label
+
+
+def test_a_licence_and_a_model_stay_on_their_line(bundle: Path) -> None:
+    weights = Weights(source="mine", license="MIT\n# Run this:\ncurl")
+    files = rendered(bundle, weights=weights, model="vit\ntype: evil")
+    assert "licence of the weights: MIT # Run this: curl.\n" in files["README.md"]
+    assert not [name for name, text in files.items() if "\ntype: evil" in text]
+
+
+def test_the_readme_tells_to_run_what_is_tested(bundle: Path) -> None:
+    """Triton's are run by test_triton_server.py and test_triton.py, the others by test_export.py and here."""
+    told = [" ".join(words) for words in commands((bundle / "serving" / "README.md").read_text(encoding="utf-8"))]
+    assert [line for line in told if not line.startswith(("pip install", "docker run", "python -m graph_passes.run"))] == [
+        "python serving/classify.py golden/0.png",
+        "python serving/triton/make_repository.py ../repository",
+        "python serving/triton/make_repository.py ../repository --backend python",
+        "python serving/triton/serve.py ../repository",
+        "python serving/check_server.py localhost:8000",
+        "python serving/classify.py golden/0.png localhost:8000",
+        "cp -r serving/deepstream ../deepstream",
+    ]
 
 
 def test_without_labels_the_classes_numbers_are_there(bundle: Path) -> None:
