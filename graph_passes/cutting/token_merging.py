@@ -66,10 +66,18 @@ class Merges:
 
 
 def add_key_bias(graph: gs.Graph, softmax: gs.Node, bias: NDArray[np.float64], name: str) -> None:
-    """Add ``bias [n]``, one number per key, to the logits that a Softmax reads."""
+    """Add ``bias [n]``, one number per key, to the logits that a Softmax reads.
+
+    Where the logits are (batch, heads, queries, keys) it is laid (1, heads, 1, keys): OpenVINO 2026.4 fuses the attention, and
+    in bfloat16 answers wrongly where its mask has fewer axes or one head for all.
+    """
     logits = softmax.inputs[0]
     build = NodeBuilder(graph, name, logits.dtype)
-    log_sizes = build.constant("log_sizes", bias.astype(logits.dtype or np.float32))
+    values = bias.astype(logits.dtype or np.float32)
+    shape = list(logits.shape or [])
+    if len(shape) == 4 and isinstance(shape[1], int):
+        values = np.ascontiguousarray(np.broadcast_to(values, (1, shape[1], 1, len(values))))
+    log_sizes = build.constant("log_sizes", values)
     replace_input(softmax, logits, build.op("Add", [logits, log_sizes]))
 
 
