@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,19 @@ def test_what_cannot_be_laid_out_is_said_and_nothing_is_left_as_if_it_could(
     assert done.returncode != 0
     assert fault in done.stderr
     assert not (tmp_path / "repository" / "tiny").exists()
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(bundle: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk: both end a write half-way."""
+    resource = pytest.importorskip("resource")
+    size = (bundle / "model.onnx").stat().st_size // 2
+    maker = bundle / "serving/triton/make_repository.py"
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
+    done = script(maker, tmp_path / "repository", preexec_fn=limit)
+    assert done.returncode == 1
+    assert "tiny: cannot be made: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list((tmp_path / "repository").iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ['a "quoted" name', "../up", "name\nwith lines", "größe", "...", "x" * 300])

@@ -6,9 +6,11 @@ The server is that of the wheel nvidia-pytriton, in an environment of its own, m
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -193,6 +195,15 @@ def test_a_port_in_use_is_said(python: str, bundle: Path, repository: Path) -> N
         _, error = process.communicate(timeout=60)
     assert process.returncode == 4
     assert f"--grpc-port {port}: cannot be used on 127.0.0.1" in error
+
+
+def test_no_room_for_the_servers_files_is_said(python: str, bundle: Path, repository: Path) -> None:
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (1000, 1000))
+    command = [python, bundle / "serving" / "triton" / "serve.py", repository, "--http-port", str(free_ports()[0])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, preexec_fn=limit)
+    assert done.returncode == 4
+    assert "the server cannot be started: " in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_server_that_does_not_start_says_why_and_leaves_no_process(

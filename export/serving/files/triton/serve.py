@@ -47,7 +47,10 @@ def main() -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, interrupted)
         log = Path(folder) / "log"
-        process = start(server, given.repository, given.address, ports, Path(folder), log)
+        try:
+            process = start(server, given.repository, given.address, ports, Path(folder), log)
+        except OSError as error:
+            fail(f"the server cannot be started: {error}")
         try:
             wait_until_ready(process, f"http://{given.address}:{ports['http']}", given.timeout, log)
             print(
