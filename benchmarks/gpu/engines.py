@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from benchmarks.accuracy.rows import DEFAULT, SubjectOptions, TableOptions
+from benchmarks.accuracy.rows import DEFAULT
+from benchmarks.gpu.subject import GpuSubject
 from patchslim.cli import run_command
 from patchslim.errors import InputRejected, UsageError
 from patchslim.records import atomic_path
@@ -28,56 +28,25 @@ _TINY_MODEL = ("img_size=48", "patch_size=16", "embed_dim=48", "depth=3", "num_h
 
 
 @dataclasses.dataclass(frozen=True)
-class EnginesOptions(SubjectOptions):
+class EnginesOptions(GpuSubject):
     """Options of ``benchmarks.gpu.engines``."""
 
-    name: str = "cifar10-vit_ti-gpu"
-    """What the results are called."""
-    model: str = "vit_tiny_patch16_224"
-    """A preset or any timm model name."""
-    weights: str = "benchmarks/accuracy/cifar10_vit_ti.safetensors"
-    """bundled, pretrained, random or a weights file."""
-    data: str = "cifar10-test.tar"
-    """Held-out images: digits, a folder, FILE.tar, hfds/NAME or wds/PATH."""
-    train_data: str = "cifar10-train.tar"
-    """Images to make the plan from."""
     eval_images: int | None = 1000
     """How many held-out images parity is measured on; None is all."""
     budgets: tuple[float, ...] = (0.45,)
     """Fraction of the dense multiply-accumulates that we remove: the first is timed."""
-    threads: int = os.cpu_count() or 1
-    """Threads of PyTorch on the CPU."""
     batches: tuple[int, ...] = (1, 8, 32, 128)
     """Images per timed run."""
     rounds: int = 30
     """How often dense and slim are timed in turn."""
-    device: Literal["cuda", "cpu"] = "cuda"
-    """Where PyTorch runs."""
     output: Path = Path("engines.json")
     """The JSON file of results; exported models and engines are kept in OUTPUT-work beside it."""
-    tiny: bool = False
-    """A random small model, the built-in digits and the CPU instead: a test of the command, no measurement."""
 
     def check(self) -> None:
         """Raise ``UsageError`` for values that no run could use."""
         if not self.batches or min(self.rounds, *self.batches) < 1:
             raise UsageError("--rounds and --batches: at least 1")
         self.of_tables().check()
-
-    def of_tables(self) -> TableOptions:
-        """The options of the accuracy tables that load the same model, images and plan."""
-        shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(SubjectOptions)}
-        return TableOptions(
-            **(shared | {"calibration_data": self.calibration_data or self.train_data}),
-            seeds=(0,),
-            batch_size=None if self.tiny else 256,
-            device=self.device,
-            output=self.beside("accuracy.json"),
-        )
-
-    def beside(self, name: str) -> Path:
-        """A path beside the results, called after them."""
-        return self.output.with_name(f"{self.output.stem}-{name}")
 
     def smallest(self) -> EnginesOptions:
         """What ``--tiny`` stands for."""

@@ -18,14 +18,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.accuracy.rows import Case, SubjectOptions, TableOptions
+from benchmarks.accuracy.rows import Case
+from benchmarks.gpu.subject import GpuSubject
 from patchslim.cli import run_command
 from patchslim.errors import InputRejected, UsageError
 from patchslim.records import atomic_path
@@ -43,27 +43,13 @@ _TINY_MODEL = ("img_size=48", "patch_size=16", "embed_dim=48", "depth=6", "num_h
 
 
 @dataclasses.dataclass(frozen=True)
-class HeadlineOptions(SubjectOptions):
+class HeadlineOptions(GpuSubject):
     """Options of ``benchmarks.gpu.headline``."""
 
-    name: str = "cifar10-vit_ti-gpu"
-    """What the results are called."""
-    model: str = "vit_tiny_patch16_224"
-    """A preset or any timm model name."""
-    weights: str = "benchmarks/accuracy/cifar10_vit_ti.safetensors"
-    """bundled, pretrained, random or a weights file."""
-    data: str = "cifar10-test.tar"
-    """Held-out images: digits, a folder, FILE.tar, hfds/NAME or wds/PATH."""
-    train_data: str = "cifar10-train.tar"
-    """A tar of class folders of 32 px images: plans are made from it, and it is trained on."""
-    eval_images: int | None = None
-    """How many held-out images; None is all."""
     calibration_images: int = 1024
     """How many images a plan is made from."""
     budgets: tuple[float, ...] = (0.45, 0.462, 0.60)
     """Fractions of the dense multiply-accumulates that we remove."""
-    threads: int = os.cpu_count() or 1
-    """Threads of PyTorch on the CPU."""
     minutes: float = 8.0
     """Minutes for all of it: fine-tuning has what is left."""
     distilled_images: int = 4096
@@ -78,14 +64,10 @@ class HeadlineOptions(SubjectOptions):
     """Peak learning rate of fine-tuning."""
     max_epochs: float = 20.0
     """Fine-tune no longer than this, however many minutes are left."""
-    device: Literal["cuda", "cpu"] = "cuda"
-    """Where PyTorch runs."""
     output: Path = Path("headline.json")
     """The JSON file of results; fine-tuned weights go beside it."""
     keep: tuple[str, ...] = ("slim-46.2%",)
     """Rows whose fine-tuned weights are kept, as OUTPUT-ROW.safetensors in half precision."""
-    tiny: bool = False
-    """A random small model, few images and the CPU instead: a test of the command, no measurement."""
 
     def check(self) -> None:
         """Raise ``UsageError`` for values that no run could use."""
@@ -94,18 +76,6 @@ class HeadlineOptions(SubjectOptions):
         if min(self.distill_steps, self.distill_batch, self.finetune_batch, self.distilled_images) < 1:
             raise UsageError("--distill-steps, --distill-batch, --distilled-images and --finetune-batch: at least 1")
         self.of_tables().check()
-
-    def of_tables(self) -> TableOptions:
-        """The options of the accuracy tables for the rows without training."""
-        shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(SubjectOptions)}
-        return TableOptions(
-            **(shared | {"calibration_data": self.calibration_data or self.train_data}),
-            train_data=self.train_data,
-            seeds=(0,),
-            batch_size=8 if self.tiny else 250,
-            device=self.device,
-            output=self.output.with_name(f"{self.output.stem}-tables.json"),
-        )
 
     def smallest(self) -> HeadlineOptions:
         """What ``--tiny`` stands for."""
