@@ -98,13 +98,16 @@ def rewrite(path: Path, content: bytes) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
+SHALLOW = (*ARGUMENTS, "depth=1")
+
+
 def weights_file(seed: int) -> bytes:
-    """The weights of the small model, drawn from ``seed``, as a file's bytes."""
+    """The weights of the small model with one block, drawn from ``seed``, as a file's bytes."""
     from safetensors.torch import save
 
     from slimming.models.loading import load_model, parse_arguments
 
-    loaded = load_model(MODEL, weights="random", arguments=parse_arguments(ARGUMENTS), classes=10, seed=seed)
+    loaded = load_model(MODEL, weights="random", arguments=parse_arguments(SHALLOW), classes=10, seed=seed)
     return save(loaded.module.state_dict())
 
 
@@ -112,7 +115,7 @@ def test_changed_weights_are_noticed_whatever_their_file_looks_like(tmp_path: Pa
     monkeypatch.setattr("export.cache.SETTLED_NS", 0)
     work, path = tmp_path / "work", tmp_path / "weights.safetensors"
     path.write_bytes(weights_file(1))
-    options = tiny(work, "bundle", weights=str(path), dense=True)
+    options = tiny(work, "bundle", weights=str(path), model_arg=SHALLOW, dense=True)
     first = export_bundle(options)
     stages = set(stages_in(work))
     assert any((work / "facts").glob("source-*"))

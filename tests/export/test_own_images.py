@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def outcome(folder: Path, export_work: Path) -> Outcome:
-    return export_bundle(tiny(export_work, "own", data=str(folder), calibration_images=99, eval_images="all"))
+    return export_bundle(tiny(export_work, "own", data=str(folder), calibration_images=99, eval_images="all", fit="none"))
 
 
 def test_what_calibrates_is_not_measured(folder: Path, outcome: Outcome) -> None:
@@ -64,7 +64,8 @@ def test_the_head_and_the_labels_are_the_datas(outcome: Outcome) -> None:
 
 def test_other_images_may_calibrate(folder: Path, export_work: Path, tmp_path: Path) -> None:
     draw(tmp_path / "more", start=IMAGES, count=12, names=("a", "b"))
-    options = tiny(export_work, "apart", data=str(folder), calibration_data=str(tmp_path / "more"), eval_images="all")
+    more = {"calibration_data": str(tmp_path / "more"), "eval_images": "all", "fit": "none"}
+    options = tiny(export_work, "apart", data=str(folder), **more)
     manifest = read(export_bundle(options).bundle / "manifest.json")
     assert manifest["calibration"]["data"].startswith(str(tmp_path / "more"))
     assert manifest["calibration"]["images"] == 12  # all of them: none of these is measured
@@ -76,7 +77,7 @@ def test_other_images_may_calibrate(folder: Path, export_work: Path, tmp_path: P
 
 def test_new_images_in_the_folder_are_noticed(export_work: Path, tmp_path: Path) -> None:
     draw(tmp_path / "images", count=15)
-    options = tiny(export_work, "grown", data=str(tmp_path / "images"), eval_images="all")
+    options = tiny(export_work, "grown", data=str(tmp_path / "images"), eval_images="all", fit="none")
     before = export_bundle(options)
     draw(tmp_path / "images", start=15, count=15)
     after = export_bundle(options)

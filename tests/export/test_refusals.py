@@ -130,10 +130,17 @@ def test_held_out_classes_that_the_model_does_not_have(export_work: Path, tmp_pa
     assert not (export_work.parent / "classes").exists()
 
 
-def test_pretrained_weights_without_a_network(tmp_path: Path) -> None:
+@pytest.mark.parametrize("alone", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_pretrained_weights_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone: bool) -> None:
     arguments = command(tmp_path / "work", "bundle", "--weights", "pretrained")
-    empty = {"HF_HOME": str(tmp_path / "hub"), "TORCH_HOME": str(tmp_path / "torch"), "HF_HUB_OFFLINE": "1"}
-    done = door(arguments, env=os.environ | empty)
+    if alone:
+        empty = {"HF_HOME": str(tmp_path / "hub"), "TORCH_HOME": str(tmp_path / "torch"), "HF_HUB_OFFLINE": "1"}
+        done = door(arguments, env=os.environ | empty)
+    else:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+        done = door_here(arguments)
     assert done.returncode == 4, done.stderr
     assert "--weights PATH" in done.stderr
     assert "Traceback" not in done.stderr

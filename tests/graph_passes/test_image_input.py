@@ -73,9 +73,15 @@ def masked(model: VisionTransformer, plan: SlimPlan, images: torch.Tensor) -> ND
     return model.head(model.fc_norm(x[:, 0])).numpy()
 
 
-@pytest.mark.parametrize("mode", ["compact", "stale"])
-@pytest.mark.parametrize("kind", ["plain", "registers", "distilled", "layer_scale", "no_positions"])
-@pytest.mark.parametrize("layout", ["split", "packed"])
+@pytest.mark.parametrize(
+    ("kind", "mode", "layout"),
+    [
+        pytest.param(kind, mode, layout, marks=[pytest.mark.slow] * ((number + (mode == "stale") + (layout == "packed")) % 2))
+        for number, kind in enumerate(["plain", "registers", "distilled", "layer_scale", "no_positions"])
+        for mode in ("compact", "stale")
+        for layout in ("split", "packed")
+    ],
+)
 def test_dropped_patches_are_masked_everywhere(kind: str, mode: Mode, layout: Layout) -> None:
     model, exported = exported_model(kind)
     plan = plan_of(kind, mode)
@@ -207,8 +213,14 @@ def logits_of_pixels(model: OnnxModel, image: ImageForm) -> NDArray[np.float32]:
     return ort_logits(model, pixels)
 
 
-@pytest.mark.parametrize("image", FORMS)
-@pytest.mark.parametrize("kind", ["plain", "registers", "distilled"])
+@pytest.mark.parametrize(
+    ("kind", "image"),
+    [
+        pytest.param(kind, image, marks=[pytest.mark.slow] * (place != number))
+        for number, kind in enumerate(["plain", "registers", "distilled"])
+        for place, image in enumerate(FORMS)
+    ],
+)
 def test_pixels_give_what_normalised_floats_gave(kind: str, image: ImageForm) -> None:
     _, exported = dense(kind)
     plan = plan_of(kind)

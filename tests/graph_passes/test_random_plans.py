@@ -23,7 +23,7 @@ LAYOUTS = st.sampled_from(["split", "packed"])
 RUN_TIME_INDEXING = {"TopK", "NonZero", "Where", "ScatterND", "ScatterElements", "Scatter", "GatherND", "GatherElements"}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(KINDS, MODES, LAYOUTS, st.integers(0, 10_000))
 def test_cutting_the_export_equals_the_slimmed_module(kind: str, mode: Mode, layout: Layout, seed: int) -> None:
     model, exported = dense(kind)

@@ -14,7 +14,7 @@ from tests.helpers.tensorrt_vit import AHEAD_OF_TIME, DEPTH, plan_of, wide
 pytestmark = AHEAD_OF_TIME
 
 
-@pytest.mark.parametrize("mode", ["compact", "stale"])
+@pytest.mark.parametrize("mode", ["compact", pytest.param("stale", marks=pytest.mark.slow)])
 def test_every_rectangular_attention_is_fused_and_packed_takes_fewer_kernels(mode: Mode, tmp_path: Path) -> None:
     kernels: dict[Layout, int] = {}
     for layout in ("packed", "split"):

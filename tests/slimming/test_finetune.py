@@ -39,7 +39,7 @@ def test_it_learns_the_labels_and_leaves_the_teacher_alone(kind: str, mode: Any)
     slim, teacher = models(kind, mode)
     before, taught = state(slim), state(teacher)
     calls: list[tuple[str, int, int]] = []
-    recipe = Recipe(epochs=20, batch_size=8, lr=3e-3, distill=0.1)
+    recipe = Recipe(epochs=12, batch_size=8, lr=3e-3, distill=0.1)
     report = run(slim, teacher, recipe, progress=lambda *call: calls.append(call))
     given = images()
     given.samples.transform = train_transform(DATA_CONFIG, hflip=0.0)
@@ -48,8 +48,8 @@ def test_it_learns_the_labels_and_leaves_the_teacher_alone(kind: str, mode: Any)
     assert sum(right) > 0.7 * IMAGES
     assert not equal(state(slim), before)
     assert equal(state(teacher), taught)
-    assert calls == [("fine-tuning", step, 100) for step in range(1, 101)]
-    assert (report.steps, report.images, report.epochs, report.lr) == (100, 800, 20.0, 3e-3)
+    assert calls == [("fine-tuning", step, 60) for step in range(1, 61)]
+    assert (report.steps, report.images, report.epochs, report.lr) == (60, 480, 12.0, 3e-3)
     assert 0 < report.loss < 5
     assert json.loads(json.dumps(report.as_dict()))["fingerprint"] == report.fingerprint
 

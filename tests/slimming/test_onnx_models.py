@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import sys
 from pathlib import Path
@@ -106,11 +107,17 @@ def masked(reader: GraphReader, plan: SlimPlan, images: Tensor) -> Tensor:
 # The same plan as from PyTorch
 
 
-@pytest.mark.parametrize("mode", ["compact", "stale"])
+@pytest.fixture(scope="module")
+def finders(files: Any, images: Path) -> Any:
+    """``both`` of a kind and mode, whose features are computed once for all scores."""
+    return functools.cache(lambda kind, mode: both(kind, files(kind), images, mode=mode))
+
+
 @pytest.mark.parametrize("score", ["paper", "attention", "residual", "random"])
+@pytest.mark.parametrize("mode", ["compact", "stale"])
 @pytest.mark.parametrize("kind", ["plain", "distilled", "registers"])
-def test_the_plan_is_the_one_found_from_the_pytorch_model(kind: str, score: Any, mode: Any, files: Any, images: Path) -> None:
-    graph, original = both(kind, files(kind), images, mode=mode)
+def test_the_plan_is_the_one_found_from_the_pytorch_model(kind: str, score: Any, mode: Any, finders: Any) -> None:
+    graph, original = finders(kind, mode)
     budget = Budget("tokens", tokens=COUNTS[kind])
     found, expected = (each.find_plan(PlanRequest(budget, score, mode=mode)).plan for each in (graph, original))
     assert found.kept == expected.kept
@@ -179,12 +186,14 @@ def test_a_masked_graph_answers_as_the_cut_one_and_as_pytorch(kind: str, mode: s
 @pytest.mark.parametrize(
     "name",
     [
-        "timm_avg_class-dynamo20-unfused-fp16",
+        "timm_layer_scale-script17-unfused-fp16",
         "hf_dinov2-script17-unfused",
-        "torchvision-dynamo23",
+        "timm_registers-dynamo23-static",
         *(
             pytest.param(name, marks=pytest.mark.slow)
             for name in (
+                "timm_avg_class-dynamo20-unfused-fp16",
+                "torchvision-dynamo23",
                 "timm_map-script17-slim",
                 "hf_vit-dynamo23",
                 "hf_deit-script17-static",

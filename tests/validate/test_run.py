@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from PIL import Image
 
 from patchslim.errors import InputRejected, Unavailable, UsageError
 from tests.helpers.bundles import PREPROCESSING, SIZE, Answer, make_bundle, reseal, weight, write_onnx
+from tests.helpers.commands import door_here
 from tests.helpers.validate_process import BLOCKED, run
 from validate import run as door
 from validate.images import list_images, preprocess
@@ -34,6 +36,12 @@ def photographs() -> list[Image.Image]:
     return [Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)) for width, height in sizes]
 
 
+def here(*arguments: object) -> Answer:
+    """The command in the test's own process."""
+    done = door_here([sys.executable, "-m", "validate.run", *map(str, arguments)])
+    return Answer(done.returncode, done.stdout, done.stderr)
+
+
 def test_without_torch(good: Path) -> None:
     answer = run(good, "--threads", 1)
     assert answer.code == 0, answer.err
@@ -46,7 +54,7 @@ def test_as_json_with_images(good: Path, photographs: list[Image.Image], tmp_pat
         folder = tmp_path / "images" / f"class {number % 3}"
         folder.mkdir(parents=True, exist_ok=True)
         image.save(folder / f"{number}.png")
-    answer = run(good, "--json", "--images", tmp_path / "images", "--batch", 2, "--threads", 1)
+    answer = here(good, "--json", "--images", tmp_path / "images", "--batch", 2, "--threads", 1)
     assert answer.code == 0, answer.err
     record = json.loads(answer.out)
     assert record["passed"]
@@ -58,23 +66,23 @@ def test_as_json_with_images(good: Path, photographs: list[Image.Image], tmp_pat
 
 
 def test_exit_codes(good: Path, tmp_path: Path) -> None:
-    assert run().code == 2
+    assert here().code == 2
     broken = Path(shutil.copytree(good, tmp_path / "broken"))
     (broken / "model.onnx").write_bytes(b"")
-    answer = run(broken)
+    answer = here(broken)
     assert answer.code == 3
     assert "model.onnx" in answer.err
     bad_plan = Path(shutil.copytree(good, tmp_path / "bad_plan"))
     plan = json.loads((bad_plan / "plan.json").read_text())
     (bad_plan / "plan.json").write_text(json.dumps(plan | {"mode": "loose"}))
     reseal(bad_plan)
-    answer = run(bad_plan)
+    answer = here(bad_plan)
     assert answer.code == 3
     assert f"{bad_plan / 'plan.json'}: not a valid plan: mode: Input should be 'compact' or 'stale'" in answer.err
     wrong = Path(shutil.copytree(good, tmp_path / "wrong"))
     write_onnx(wrong / "model.onnx", weight(seed=3))
     reseal(wrong)
-    answer = run(wrong, "--json")
+    answer = here(wrong, "--json")
     assert answer.code == 5
     told = json.loads(answer.out)
     assert told["exit_code"] == told["error"]["code"] == 5
@@ -248,7 +256,7 @@ def test_folders_that_do_not_fit(good: Path, tmp_path: Path) -> None:
     assert listed.images == [(tmp_path / "class 1" / "a.png", 1)]
     assert "1 file(s) left out (1 .txt;" in listed.notes[0]
     assert listed.notes[1] == "5 of 6 classes have no images here: 'class 0', 'class 2', 'class 3', 'class 4', 'class 5'"
-    answer = run(good, "--images", tmp_path)
+    answer = here(good, "--images", tmp_path)
     assert answer.code == 3
     assert "a.png" in answer.err
 
@@ -364,5 +372,5 @@ def test_pictures_that_are_traps(good: Path, tmp_path: Path) -> None:
     folder = tmp_path / "class 1"
     folder.mkdir()
     pipe.rename(folder / "pipe.png")
-    assert run(good, "--images", tmp_path).code == 3
+    assert here(good, "--images", tmp_path).code == 3
     assert len(list(folder.iterdir())) == 1
