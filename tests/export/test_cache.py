@@ -61,14 +61,14 @@ def test_an_empty_work_folder_gives_the_same_bytes(ort_export: Outcome, tmp_path
     outcome = export_bundle(tiny(tmp_path / "work", ort_export.bundle.name))
     assert digests(outcome.bundle) == digests(ort_export.bundle)
     kinds = {name.partition("-")[0] for name in stages_in(tmp_path / "work")}
-    assert kinds == {"plan", "dense", "slim", "engine", "logits", "picture", "golden"}
+    assert kinds == {"plan", "dense", "slim", "engine", "logits", "picture", "golden", "report"}
 
 
 def test_only_what_a_choice_changes_is_made_again(ort_export: Outcome, export_work: Path) -> None:
     before = set(stages_in(export_work))
     export_bundle(tiny(export_work, "images", eval_images=36))
     made = {name.partition("-")[0] for name in set(stages_in(export_work)) - before}
-    assert made == {"logits", "golden"}
+    assert made == {"logits", "golden", "report"}
     before = set(stages_in(export_work))
     export_bundle(tiny(export_work, "budget", macs_reduction=0.2))
     made = {name.partition("-")[0] for name in set(stages_in(export_work)) - before}
@@ -79,15 +79,16 @@ def test_only_what_a_choice_changes_is_made_again(ort_export: Outcome, export_wo
         "engine",
         "logits",
         "picture",
+        "report",
     }  # the weights are fitted to the plan, so the dense graph is too
     before = set(stages_in(export_work))
     export_bundle(tiny(export_work, "budget", macs_reduction=0.2, fit="none", seed=77))  # a model that no other test uses
     made = {name.partition("-")[0] for name in set(stages_in(export_work)) - before}
-    assert made == {"plan", "dense", "slim", "engine", "logits", "picture"}
+    assert made == {"plan", "dense", "slim", "engine", "logits", "picture", "report"}
     before = set(stages_in(export_work))
     export_bundle(tiny(export_work, "budget", macs_reduction=0.3, fit="none", seed=77))
     made = {name.partition("-")[0] for name in set(stages_in(export_work)) - before}
-    assert made == {"plan", "slim", "engine", "logits", "picture"}  # the original's dense graph serves every plan
+    assert made == {"plan", "slim", "engine", "logits", "picture", "report"}  # the original's dense graph serves every plan
 
 
 def rewrite(path: Path, content: bytes) -> None:
@@ -122,7 +123,7 @@ def test_changed_weights_are_noticed_whatever_their_file_looks_like(tmp_path: Pa
     rewrite(path, weights_file(2))
     second = export_bundle(options)
     made = [name.partition("-")[0] for name in set(stages_in(work)) - stages]
-    assert sorted(made) == ["dense", "engine", "logits", "logits", "logits", "slim"]
+    assert sorted(made) == ["dense", "engine", "logits", "logits", "logits", "report", "slim"]
     assert first.parity.rungs[0].top1 != second.parity.rungs[0].top1
 
 

@@ -48,7 +48,7 @@ def test_it_learns_the_labels_and_leaves_the_teacher_alone(kind: str, mode: Any)
     assert sum(right) > 0.7 * IMAGES
     assert not equal(state(slim), before)
     assert equal(state(teacher), taught)
-    assert calls == [("fine-tuning", step, 60) for step in range(1, 61)]
+    assert calls == [("fine-tuning", step, 60) for step in range(61)]
     assert (report.steps, report.images, report.epochs, report.lr) == (60, 480, 12.0, 3e-3)
     assert 0 < report.loss < 5
     assert json.loads(json.dumps(report.as_dict()))["fingerprint"] == report.fingerprint
@@ -371,7 +371,7 @@ def test_two_processes_share_a_run(tmp_path: Path) -> None:
     assert first["weights"] == second["weights"]
     assert first["report"]["images"] == 96  # 6 steps of 2 x 8
     assert first["report"]["loss"] == second["report"]["loss"]
-    assert first["calls"] == [["fine-tuning", step, 6] for step in range(1, 7)]
+    assert first["calls"] == [["fine-tuning", step, 6] for step in range(7)]
     assert second["calls"] == []
     saved = [path.name for path in (tmp_path / "checkpoints").iterdir()]
     assert saved == ["step-6"]
