@@ -96,10 +96,21 @@ def preload() -> None:
     Without threads of its own: a forked process has none of them, and would wait for them forever.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
-    for name in ("torch", "timm", "onnx", "onnxruntime", "sklearn.datasets", "matplotlib.pyplot", "safetensors.torch"):
+    for name in (
+        "torch",
+        "timm",
+        "onnx",
+        "onnxruntime",
+        "sklearn.datasets",
+        "matplotlib.pyplot",
+        "safetensors.torch",
+        "jinja2",
+    ):
         import_module(name)
     import_module("torch").set_num_threads(1)
     for name in ("export.pipeline", "export.summary", "slimming.pipeline", "graph_passes.pass_manager", "validate.check"):
+        import_module(name)
+    for name in ("export.run", "slimming.run", "graph_passes.run", "validate.run", "export.kept_patches", "validate.report"):
         import_module(name)
     _load_exporter()
 

@@ -3,8 +3,8 @@
     python -m benchmarks.faults --output benchmarks/faults/results.json
 
 The models are tiny and random, so that a run takes seconds; each writes over what an earlier one made. Moments are drawn
-evenly over a run's length, from when the command handles signals (before that there is nothing of ours to be wrong). Half of
-the runs find their stages in the work folder, so that half of the moments fall near the publication. Commands are forked from a
+evenly over a run's length, from when the command handles signals (before that there is nothing of ours to be wrong). Two of
+three runs find their stages in the work folder, so that many moments fall near the publication. Commands are forked from a
 process that has loaded PyTorch, so that few moments fall into its loading; "fresh process" rows are for those. A full disk is a
 tmpfs on which only a share of what a run writes is left, or, where this user may mount none, a limit on the size of a file
 (RLIMIT_FSIZE): the row is named after it. The rows are written as they are found: a run that was stopped goes on with the next

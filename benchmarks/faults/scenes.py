@@ -116,7 +116,7 @@ class Workshop:
         codes = (EXIT_DONE, -signal.SIGKILL if number == signal.SIGKILL else EXIT_INTERRUPTED)
         known: set[str] = set()
         for run in range(1, runs + 1):
-            cold = bool(run // 2 % 2)
+            cold = run % 3 == 0
             running = Running(thing.door(run, cold=cold), self.log, fresh=fresh)
             running.await_ready()
             running.hurt(number, self.draws.uniform(0, 1.1 * lengths[cold]))
