@@ -8,6 +8,7 @@ from pathlib import Path
 from graph_passes.report import report_schema
 from patchslim.latency_table import latency_table_schema
 from patchslim.plan import plan_schema
+from validate.attestation import attestation_schema
 from validate.build_recipe import recipe_schema
 from validate.built_engine import build_schema
 from validate.latency_sheet import latency_sheet_schema
@@ -22,6 +23,7 @@ SCHEMAS = {
     "latency_table": latency_table_schema,
     "recipe": recipe_schema,
     "build": build_schema,
+    "attestation": attestation_schema,
     "passes_report": report_schema,
 }
 

@@ -25,7 +25,7 @@ class Package:
 
         Of whichever distribution brings the module: ``onnxruntime-gpu`` and ``tensorrt-cu12`` are as good as those listed.
         """
-        if importlib.util.find_spec(self.module) is None:
+        if missing([self.module]):
             return None
         from importlib.metadata import packages_distributions
 

@@ -16,10 +16,14 @@ import numpy as np
 
 from patchslim import cuda
 from patchslim.errors import InputRejected, Unavailable
+from patchslim.ort_runner import TensorInfo
 from patchslim.runner import BatchLimits
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+
+_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)"}
 
 
 def can_execute(backend: str, targets: Sequence[str]) -> tuple[bool, str]:
@@ -35,22 +39,24 @@ def can_execute(backend: str, targets: Sequence[str]) -> tuple[bool, str]:
 
 
 class TrtRunner:
-    """An engine file on the first visible GPU, a ``Runner``: one input, images, and its first output, logits.
+    """An engine on the first visible GPU, a ``Runner``: one input, images, and its first output, logits.
 
-    Raises ``InputRejected`` where the file is missing, or is not an engine of this release of ``backend`` for this GPU;
-    ``Unavailable`` where there is no GPU, or ``backend`` is not installed.
+    ``model`` is a file or the bytes of one, ``name`` what messages call it (default: the file). Raises ``InputRejected`` where
+    the file is missing, or is not an engine of this release of ``backend`` for this GPU; ``Unavailable`` where there is no GPU,
+    or ``backend`` is not installed.
     """
 
-    def __init__(self, path: Path, backend: str) -> None:
+    def __init__(self, model: Path | bytes, backend: str, *, name: str = "") -> None:
+        path = name or (str(model) if isinstance(model, Path) else "the engine")
         if importlib.util.find_spec(backend) is None:
             raise Unavailable(f"{path}: {backend} is not installed, so the engine cannot run")
-        if not Path(path).is_file():
+        if isinstance(model, Path) and not model.is_file():
             raise InputRejected(f"{path}: no such file")
         self._stream = cuda.Stream()  # first: without a GPU, TensorRT answers with None or not at all
         self._trt: Any = importlib.import_module(backend)
         self._logger = self._trt.Logger(self._trt.Logger.ERROR)
         self._runtime = self._trt.Runtime(self._logger)
-        self._engine = self._runtime.deserialize_cuda_engine(Path(path).read_bytes())
+        self._engine = self._runtime.deserialize_cuda_engine(model.read_bytes() if isinstance(model, Path) else model)
         if self._engine is None:
             raise InputRejected(
                 f"{path}: not an engine that {backend} {self._trt.__version__} can load on {cuda.local_target()}"
@@ -62,10 +68,19 @@ class TrtRunner:
         self._outputs = [name for name in names if self._engine.get_tensor_mode(name) == mode.OUTPUT]
         if len(inputs) != 1 or not self._outputs:
             raise InputRejected(f"{path}: expected one input and an output, found {names}")
-        self.name, self.input_name = str(path), inputs[0]
+        self.name, self.input_name = path, inputs[0]
+        self.inputs, self.outputs = [self._described(inputs[0])], [self._described(name) for name in self._outputs]
         self.input_shape = tuple(self._engine.get_tensor_shape(self.input_name))  # -1 where it is dynamic
+        if len(self.input_shape) != 4 or min(self.input_shape[1:]) < 1:
+            raise InputRejected(f"{path}: expected an input (batch, channels, height, width), found {self.inputs[0]}")
+        self.image_shape: tuple[int, int, int] = self.input_shape[1], self.input_shape[2], self.input_shape[3]
         self._held: list[int] = []  # what lies on the GPU until the runner is closed
         self.dtype = np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(self.input_name)))
+
+    def _described(self, name: str) -> TensorInfo:
+        kind = np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(name))).name
+        shape = tuple(int(size) if size >= 0 else "batch" for size in self._engine.get_tensor_shape(name))
+        return TensorInfo(name, _TYPES.get(kind, f"tensor({kind})"), shape)
 
     @property
     def batch_limits(self) -> BatchLimits:

@@ -11,6 +11,8 @@ from patchslim.files import digest
 from patchslim.packages import install_command
 from validate import bundle as files
 from validate.bundle import list_files, read_manifest
+from validate.engine_checks import Running
+from validate.engine_runs import EngineChoice, EngineRun
 from validate.graph_checks import check_graphs
 from validate.isolated import Limits
 from validate.manifest import Gate, Manifest
@@ -31,6 +33,7 @@ def check_bundle(
     limits: Limits | None = None,
     expect_manifest_sha256: str | None = None,
     require_executed: bool = False,
+    engines: EngineChoice | None = None,
 ) -> BundleVerdict:
     """Check the bundle in ``folder``: records, files, digests, figures, graphs, and the golden logits in ONNX Runtime.
 
@@ -39,15 +42,17 @@ def check_bundle(
 
     The digests prove that the files are those of the manifest, and nothing against one who can write the folder: with
     ``expect_manifest_sha256``, which came another way, they do. ``require_executed`` fails a bundle whose engine never ran
-    where it was built. Where another bundle takes the folder's place meanwhile, that one is checked.
+    where it was built. Where another bundle takes the folder's place meanwhile, that one is checked. ``engines`` are others
+    than ONNX Runtime to run the models in as well, or in its place.
 
     What a package that is not installed would be needed for is ``unchecked``. Raises ``Unavailable`` where a ``provider`` is
     asked for (None: the CPU's, if there is any) and is not here, and with ``require_executed`` where anything is unchecked.
     """
     say = progress or (lambda _: None)
+    how = Running(engines or EngineChoice(), limits or Limits(), provider, threads)
     before = _identity(folder)
     for _ in range(_ATTEMPTS):
-        verdict = _check_bundle(folder, say, limits or Limits(), provider, threads, expect_manifest_sha256, require_executed)
+        verdict = _check_bundle(folder, say, how, expect_manifest_sha256, require_executed)
         if verdict.passed or (after := _identity(folder)) == before:
             break
         before = after
@@ -65,16 +70,12 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 
 def _check_bundle(
-    folder: Path,
-    say: Progress,
-    limits: Limits,
-    provider: str | None,
-    threads: int,
-    expect_manifest_sha256: str | None,
-    require_executed: bool,
+    folder: Path, say: Progress, how: Running, expect_manifest_sha256: str | None, require_executed: bool
 ) -> BundleVerdict:
     checks: list[Check] = []
+    runs: list[EngineRun] = []
     manifest: Manifest | None = None
+    sha256: str | None = None
     gate: Gate | None = None
     say("manifest.json")
     try:
@@ -92,7 +93,7 @@ def _check_bundle(
                 break
         else:
             checks += check_engine_ran(manifest, require_executed)
-            checks += check_graphs(folder, manifest, say, limits, provider, threads)
+            checks += check_graphs(folder, manifest, say, how, runs)
     except (InputRejected, OSError) as error:  # OSError: a file went away after it was listed
         checks.append(failed("manifest" if manifest is None else "bundle", str(folder), str(error)))
     if manifest is not None and any(check.name == "files" and check.status == "passed" for check in checks):
@@ -102,6 +103,8 @@ def _check_bundle(
         folder=str(folder),
         checks=checks,
         manifest=manifest,
+        manifest_sha256=sha256,
+        engines=runs,
         max_top1_drop=None if gate is None else gate.max_top1_drop,
         gate_rule="point" if gate is None else gate.rule,
     )

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -21,13 +21,14 @@ from patchslim.arrays import Array
 from patchslim.errors import EXIT_UNAVAILABLE, InputRejected, Unavailable
 from patchslim.ort_runner import CPU, TensorInfo
 from patchslim.runner import BatchLimits
-from validate.manifest import Manifest
+from validate.manifest import FileRecord
 from validate.worker import receive, send
 
 _GIB = 1 << 30
 _BASE_MEMORY = 4 * _GIB  # Python, ONNX Runtime, activations of a batch
 _MEMORY_PER_BYTE = 4  # of weights: read, parsed, loaded; a model of ViT-L's size, 1.2 GB, had 3.7 GB in all at its peak
 _REPLY_BYTES = 1 << 30
+_ON_CPU = ("onnxruntime", "openvino")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,23 +36,40 @@ class Limits:
     """What one model may take: ``timeout`` seconds for loading and the golden inputs, or for a batch of other images.
 
     ``memory`` is in bytes: 0 for no bound, None for 4 GiB and four times the bundle's files, or those beside a file that is of
-    no bundle. Other execution providers than the CPU's have no bound of memory, since theirs is not the process's.
+    no bundle. What runs on a GPU has no bound of memory, since that is not the process's.
     """
 
     timeout: float = 300.0
     memory: int | None = None
 
 
+class Listed(Protocol):
+    """A record with the sizes and digests of a folder's files: a manifest, or ``build.json``."""
+
+    @property
+    def files(self) -> list[FileRecord]:
+        """Every file that a model may be read from."""
+
+
 class IsolatedRunner:
     """An ONNX file in ONNX Runtime, as ``OrtRunner`` is, but in another process, which reads and checks it.
 
     Of a bundle it loads exactly the bytes that the ``manifest`` has the digests of; None: ``path`` is a file of no bundle, or
-    is taken as it is. Use it in a ``with`` block. Raises ``InputRejected`` where the file is not those, does not run, or takes
+    is taken as it is. ``backend`` is the module that runs it: ``onnxruntime``, ``openvino``, and for an engine ``tensorrt`` or
+    ``tensorrt_rtx``. Use it in a ``with`` block. Raises ``InputRejected`` where the file is not those, does not run, or takes
     more than ``limits``; ``Unavailable`` as ``OrtRunner`` does.
     """
 
     def __init__(
-        self, folder: Path, manifest: Manifest | None, path: str, limits: Limits, *, provider: str = CPU, threads: int = 0
+        self,
+        folder: Path,
+        manifest: Listed | None,
+        path: str,
+        limits: Limits,
+        *,
+        provider: str = CPU,
+        threads: int = 0,
+        backend: str = "onnxruntime",
     ):
         self.name = str(folder / path)
         self._limits = limits
@@ -59,7 +77,7 @@ class IsolatedRunner:
         files = None if manifest is None else [(file.path, file.size, file.sha256) for file in manifest.files]
         sizes = _bytes_beside(folder) if files is None else sum(size for name, size, _ in files if not name.endswith(".engine"))
         memory = _BASE_MEMORY + _MEMORY_PER_BYTE * sizes if limits.memory is None else limits.memory
-        self._memory = memory if provider == CPU else 0
+        self._memory = memory if provider == CPU and backend in _ON_CPU else 0
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "validate.worker"],
             stdin=subprocess.PIPE,
@@ -75,6 +93,7 @@ class IsolatedRunner:
             "provider": provider,
             "threads": threads,
             "memory": self._memory,
+            "backend": backend,
         }
         self.renew()
         try:
@@ -99,14 +118,14 @@ class IsolatedRunner:
             raise InputRejected(f"{self.name}: answers with shape {shape} for {len(images)} images, not (images, classes)")
         return np.frombuffer(payload, dtype=np.float32).reshape(shape)
 
-    def timed(self, batch: int) -> Callable[[], float]:
+    def timed(self, batch: int, *, wall: bool = False) -> Callable[[], float]:
         """Return what runs the model once on ``batch`` random images and gives the seconds that it took, as it counts them.
 
-        CPU time with one thread on the CPU, else wall time; nothing that passes between the processes is counted. Each run has
-        the whole time of ``limits``.
+        CPU time with one thread on the CPU unless ``wall`` is asked for, the GPU's time of a TensorRT engine, else wall time;
+        nothing that passes between the processes is counted. Each run has the whole time of ``limits``.
         """
         self.renew()
-        self._ask({"prepare": batch})
+        self._ask({"prepare": batch, "wall": wall})
 
         def seconds() -> float:
             self.renew()

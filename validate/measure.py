@@ -1,9 +1,10 @@
-"""A bundle measured on images of one's own: top-1 and top-5 of its ONNX files, against its own top-1 and against gates."""
+"""A bundle measured on images of one's own: top-1 and top-5 of its models, against its own top-1 and against gates."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,10 +13,12 @@ import numpy as np
 from patchslim.arrays import Array
 from patchslim.errors import EXIT_PARITY
 from patchslim.intervals import proportion_interval
-from patchslim.ort_runner import CPU
 from patchslim.runner import infer_in_batches
+from validate.attestation import DeviceImages
+from validate.built_engine import read_build
+from validate.engine_checks import Running
+from validate.engine_runs import BACKENDS, EngineRun, Subject
 from validate.images import batches, list_images
-from validate.isolated import IsolatedRunner, Limits
 from validate.manifest import Manifest, Rung
 from validate.parity import rung
 from validate.verdict import Check
@@ -29,56 +32,61 @@ class ImageGates:
     max_top1_drop: float | None = None
 
 
-def measure(
-    folder: Path,
-    manifest: Manifest,
-    images: Path,
-    gates: ImageGates,
-    *,
-    batch: int = 8,
-    provider: str = CPU,
-    threads: int = 0,
-    limits: Limits | None = None,
-) -> tuple[list[Rung], list[Check]]:
-    """Top-1 and top-5 over a folder of images of every ONNX file that runs in ONNX Runtime, and what ``gates`` say of them.
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What images showed: a rung and a check for every run of a model, in their order, and what was noted of the images."""
 
-    Drop, agreement and errors are against the first of the files. Raises ``InputRejected`` for images that do not fit the
-    bundle or cannot be read, and where a model exceeds its ``limits``.
+    rungs: list[Rung]
+    checks: list[Check]
+    notes: list[Check]
+    images: DeviceImages
+
+
+def measure(
+    bundle: tuple[Path, Manifest], images: Path, gates: ImageGates, how: Running, runs: Sequence[EngineRun], batch: int = 8
+) -> Measured:
+    """Top-1 and top-5 over a folder of images of every model in every engine of ``runs``, and what ``gates`` say of them.
+
+    ``bundle`` is its folder and manifest. Drop, agreement and errors are against the first of the runs. Raises
+    ``InputRejected`` for images that do not fit the bundle or cannot be read, and where a model exceeds its limits.
     """
+    folder, manifest = bundle
     listed = list_images(images, manifest)
-    records = [record for record in manifest.onnx if record.max_error is not None]
-    logits: list[list[Array]] = [[] for _ in records]
+    logits: list[list[Array]] = [[] for _ in runs]
     parts: list[Array] = []
     with contextlib.ExitStack() as stack:
-        runners = [
-            stack.enter_context(
-                IsolatedRunner(folder, manifest, record.path, limits or Limits(), provider=provider, threads=threads)
-            )
-            for record in records
-        ]
+        runners = [stack.enter_context(how.open(_subject(run, folder, manifest, how))) for run in runs]
         for tensors, classes in batches(listed.images, manifest.preprocessing, batch):
             parts.append(classes)
             for runner, answers in zip(runners, logits, strict=True):
                 runner.renew()
                 answers.append(infer_in_batches(runner, tensors, batch))
     targets, first = np.concatenate(parts), np.concatenate(logits[0])
-    rungs, checks = [], [Check(name="images", subject=str(images), status="passed", detail=note) for note in listed.notes]
-    for index, (record, answers) in enumerate(zip(records, logits, strict=True)):
+    stages = [_stage(run, manifest) for run in runs]
+    rungs, checks = [], []
+    for index, (run, stage, answers) in enumerate(zip(runs, stages, logits, strict=True)):
         reference = (first, first) if index else (None, None)
-        found = rung(
-            record.stage,
-            np.concatenate(answers),
-            targets,
-            *reference,
-            compared_to=records[0].stage if index else None,
-        )
-        check = _judged(found, record.path, manifest, gates)
+        found = rung(stage, np.concatenate(answers), targets, *reference, compared_to=stages[0] if index else None)
+        check = _judged(found, run, manifest, gates)
         checks.append(check)
         rungs.append(found.model_copy(update={"status": check.status, "note": check.detail}))
-    return rungs, checks
+    notes = [Check(name="images", subject=str(images), status="passed", detail=note) for note in listed.notes]
+    seen = DeviceImages(folder=str(images)[-4096:], images=len(targets), classes=len(np.unique(targets)))
+    return Measured(rungs, checks, notes, seen)
 
 
-def _judged(found: Rung, path: str, manifest: Manifest, gates: ImageGates) -> Check:
+def _subject(run: EngineRun, folder: Path, manifest: Manifest, how: Running) -> Subject:
+    built = how.choice.built
+    if run.recipe_sha256 is None or built is None:
+        return Subject(run.engine, folder, run.file, manifest.files)
+    return Subject(run.engine, built, run.file, read_build(built).files, run.recipe_sha256)
+
+
+def _stage(run: EngineRun, manifest: Manifest) -> str:
+    return next((record.stage for record in manifest.onnx if record.path == run.file), "engine")
+
+
+def _judged(found: Rung, run: EngineRun, manifest: Manifest, gates: ImageGates) -> Check:
     """Whether the top-1 that was ``found`` meets the ``gates``; exactly as much as a gate asks for passes."""
     right = round((found.top1 or 0.0) * found.images / 100)
     top1 = Fraction(100 * right, found.images)
@@ -103,8 +111,8 @@ def _judged(found: Rung, path: str, manifest: Manifest, gates: ImageGates) -> Ch
     if any(100 / found.images > points for points in asked) or (gates.min_top1 is not None and found.images == 1):
         said.append(f"one image of {found.images} decides this gate alone: it proves nothing")
     return Check(
-        name="images",
-        subject=path,
+        name="images" if run.engine == "ort" else f"images, {BACKENDS[run.engine]}",
+        subject=run.file,
         status="failed" if faults else "passed",
         detail="; ".join(said + faults),
         exit_code=EXIT_PARITY if faults else 0,

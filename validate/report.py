@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from patchslim.console import Console
+from validate.engine_runs import EngineRun
 from validate.explain import blame, what_it_proves
 from validate.manifest import Rung
 from validate.verdict import BundleVerdict
@@ -30,6 +31,8 @@ def print_verdict(verdict: BundleVerdict, measured: list[Rung], console: Console
             for line in what_it_proves(manifest.rungs, verdict.max_top1_drop, verdict.gate_rule):
                 console.print(escape(line), highlight=False)
     console.print(_check_table(verdict))
+    if verdict.engines:
+        console.print(_engine_table(verdict.engines))
     if measured:
         console.print(rung_table(measured, "Measured here on the images given"))
     word = "passed" if verdict.passed else "failed"
@@ -83,6 +86,28 @@ def _check_table(verdict: BundleVerdict) -> Table:
         table.add_column(heading, overflow="fold")
     for check in verdict.checks:
         table.add_row(check.name, escape(check.subject), _status(check.status), escape(check.detail))
+    return table
+
+
+def _engine_table(runs: list[EngineRun]) -> Table:
+    """A row per model and engine, with the median time of a batch by batch size."""
+    table = Table(title="Run here", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    batches = sorted({point.batch for run in runs for point in run.latency})
+    headings = ("engine", "on", "file", "golden max err", "top-1", *(f"ms at batch {batch}" for batch in batches), "status")
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    for run in runs:
+        times = {point.batch: f"{point.p50_ms:.3g}" for point in run.latency}
+        error = None if run.golden is None else run.golden.max_error
+        table.add_row(
+            f"{run.engine} {escape(run.version)}",
+            escape(run.on),
+            escape(run.file),
+            "" if error is None else f"{error:.2g}",
+            _number(None if run.accuracy is None else run.accuracy.top1),
+            *(times.get(batch, "") for batch in batches),
+            _status(run.status),
+        )
     return table
 
 

@@ -8,168 +8,135 @@ if __name__ == "__main__":
     end_when_interrupted()
 
 import dataclasses
-import math
-import re
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import tyro
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from patchslim.cli import error_record, run_command
-from patchslim.errors import UsageError
 from patchslim.text import printable
+from validate.engine_runs import EngineChoice
+from validate.options import ValidateOptions
 
 if TYPE_CHECKING:
+    from validate.attestation import DeviceImages
     from validate.manifest import Rung
     from validate.verdict import BundleVerdict
 
 EXAMPLES = (
     "bundles/vit_ti-ort",
-    "bundles/vit_ti-ort --images images/ --threads 1",
+    "bundles/vit_ti-ort --images images/ --json > attestation.json",
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class BundleGroup:
-    """What is checked."""
-
-    bundle: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="BUNDLE")]
-    """The bundle's folder."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageGroup:
-    """Images to measure the bundle on as well."""
-
-    images: Path | None = None
-    """A folder of images to measure top-1 and top-5 on as well: one subfolder per class, named as in the bundle's labels."""
-    batch: int = 8
-    """Images per run when --images is measured."""
-    min_top1: Annotated[float | None, tyro.conf.arg(metavar="PERCENT")] = None
-    """Fail with exit code 5 where top-1 on --images is less than this."""
-    max_top1_drop: Annotated[float | None, tyro.conf.arg(metavar="POINTS")] = None
-    """Fail with exit code 5 where top-1 on --images is more than this below the bundle's own."""
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineGroup:
-    """How ONNX Runtime runs."""
-
-    provider: str | None = None
-    """ONNX Runtime's execution provider. Default: CPUExecutionProvider; without ONNX Runtime no model is run."""
-    threads: int = 0
-    """Threads of ONNX Runtime; 0 leaves the choice to it."""
-
-
-@dataclasses.dataclass(frozen=True)
-class OutputGroup:
-    """What is printed."""
-
-    json: bool = False
-    """Print the verdict as one JSON object instead of tables."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TrustGroup:
-    """What is not believed. The digests in manifest.json prove that the files are whole and belong together, and nothing
-    against one who can write the folder and so the manifest too: only a manifest's digest that came another way does."""
-
-    expect_manifest_sha256: Annotated[str | None, tyro.conf.arg(metavar="HEX")] = None
-    """SHA-256 that manifest.json must have, from whoever made the bundle; any other is refused with exit code 3."""
-    require_executed: bool = False
-    """Fail with exit code 5 where the engine never ran on the machine that built it, and with 4 where anything of the bundle
-    cannot be checked here."""
-    timeout: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 300.0
-    """Seconds that a model may take to load and answer the golden inputs, or a batch of --images; then it is ended."""
-    memory: Annotated[float | None, tyro.conf.arg(metavar="GIB")] = None
-    """GiB of memory that a model may take on the CPU; 0 is no bound. Default: 4, and four times the bundle's size."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ValidateOptions(OutputGroup, TrustGroup, EngineGroup, ImageGroup, BundleGroup):
-    """Check a patchslim bundle whole: digests, contracts and the ONNX files' answers to the golden inputs."""
-
-    def check(self) -> None:
-        """Raise ``UsageError`` for values that no run could use."""
-        if self.threads < 0 or self.batch < 1:
-            raise UsageError("--threads must not be negative, --batch must be at least 1")
-        if not (math.isfinite(self.timeout) and self.timeout > 0):
-            raise UsageError(f"--timeout {self.timeout}: must be a positive number of seconds")
-        if self.memory is not None and not 0 <= self.memory <= 1 << 20:
-            raise UsageError(f"--memory {self.memory}: must be GiB, or 0 for no bound")
-        for option, value in (("--min-top1", self.min_top1), ("--max-top1-drop", self.max_top1_drop)):
-            if value is not None and self.images is None:
-                raise UsageError(f"{option} needs --images, a folder of images to measure")
-            if value is not None and not 0 <= value <= 100:
-                raise UsageError(f"{option} {value}: must be from 0 to 100")
-        sha256 = self.expect_manifest_sha256
-        if sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
-            raise UsageError(f"--expect-manifest-sha256 {sha256}: must be 64 hexadecimal digits, as sha256sum prints them")
 
 
 def run(options: ValidateOptions) -> int:
     """Check the bundle, print what was found, and return the exit code: 0 right, 3 broken, 5 wrong answers.
 
-    Raises ``Unavailable`` where models are to be run and cannot be: with ``images``, a ``provider`` or ``require_executed``.
+    Raises ``Unavailable`` where models are to be run and cannot be: with ``images``, an ``engine``, a ``provider``, ``build``
+    or ``require_executed``.
     """
     options.check()
     from rich.markup import escape
 
     from patchslim.console import Console
-    from patchslim.ort_runner import CPU
-    from patchslim.packages import install_command
-    from validate.check import check_bundle
-    from validate.isolated import Limits
 
-    memory = None if options.memory is None else round(options.memory * (1 << 30))
-    limits = Limits(options.timeout, memory)
-    provider = options.provider or (None if options.images is None else CPU)
-    errors = Console(stderr=True)
-    measured: list[Rung] = []
-    with errors.status("") as status:
-        verdict = check_bundle(
-            options.bundle,
-            provider=provider,
-            threads=options.threads,
-            progress=lambda what: status.update(escape(what)),
-            limits=limits,
-            expect_manifest_sha256=options.expect_manifest_sha256,
-            require_executed=options.require_executed,
-        )
-        if options.images is not None and verdict.passed and verdict.manifest is not None:
-            from validate.measure import ImageGates, measure
-
-            measured, checks = measure(
-                options.bundle,
-                verdict.manifest,
-                options.images,
-                ImageGates(options.min_top1, options.max_top1_drop),
-                batch=options.batch,
-                provider=provider or CPU,
-                threads=options.threads,
-                limits=limits,
-            )
-            verdict = verdict.model_copy(update={"checks": [*verdict.checks, *checks]})
-    _print(verdict, measured, options)
+    with Console(stderr=True).status("") as status:
+        found = _sent(options) if options.attestation else _checked(options, lambda what: status.update(escape(what)))
+    verdict = found.verdict
+    _print(found, options)
     for fault in verdict.faults:
         print(f"validate: {printable(fault)}", file=sys.stderr)
     if verdict.unchecked:
+        from patchslim.packages import install_command
+
         unchecked = f"{len(verdict.unchecked)} of {len(verdict.checks)} checks need packages that are not installed"
         print(f"validate: {unchecked}; install them: {install_command('edge')}", file=sys.stderr)
     return verdict.exit_code
 
 
-def _print(verdict: BundleVerdict, measured: list[Rung], options: ValidateOptions) -> None:
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a run of the door has to show; ``images`` and ``measured`` where there were images, None and empty otherwise."""
+
+    verdict: BundleVerdict
+    measured: list[Rung] = dataclasses.field(default_factory=list)
+    images: DeviceImages | None = None
+
+
+def _checked(options: ValidateOptions, say: Callable[[str], None]) -> Found:
+    """Check the bundle here, in the engines asked for, and on images if there are any."""
+    from patchslim.ort_runner import CPU
+    from validate.check import check_bundle
+    from validate.engine_checks import Running
+    from validate.isolated import Limits
+
+    memory = None if options.memory is None else round(options.memory * (1 << 30))
+    needs_ort = options.images is not None and not options.engine
+    provider = options.provider or (CPU if needs_ort or "ort" in options.engine else None)
+    how = Running(options.choice, Limits(options.timeout, memory), provider, options.threads)
+
+    def check(engines: EngineChoice) -> BundleVerdict:
+        return check_bundle(
+            options.bundle,
+            provider=provider,
+            threads=options.threads,
+            progress=say,
+            limits=how.limits,
+            expect_manifest_sha256=options.expect_manifest_sha256,
+            require_executed=options.require_executed and bool(engines.keys is None or engines.keys),
+            engines=engines,
+        )
+
+    if options.build:
+        from validate.recipe_run import build_engine
+
+        verdict = check(EngineChoice(()))
+        if not verdict.passed:
+            return Found(verdict)
+        say("building the engine")
+        build_engine(options.bundle, options.built_folder, next((key for key in options.engine if key in ("trt", "rtx")), None))
+        how = dataclasses.replace(how, choice=dataclasses.replace(how.choice, built=options.built_folder))
+    verdict = check(how.choice)
+    if options.images is None or not verdict.passed or verdict.manifest is None:
+        return Found(verdict)
+    from validate.measure import ImageGates, measure
+
+    gates = ImageGates(options.min_top1, options.max_top1_drop)
+    runs = verdict.engines
+    bundle = (options.bundle, verdict.manifest)
+    measured = measure(bundle, options.images, gates, how, runs, options.batch)
+    engines = [run.model_copy(update={"accuracy": rung}) for run, rung in zip(runs, measured.rungs, strict=True)]
+    checks = [*verdict.checks, *measured.notes, *measured.checks]
+    verdict = verdict.model_copy(update={"checks": checks, "engines": engines})
+    first = [run.accuracy for run in engines if run.engine == engines[0].engine and run.accuracy is not None]
+    return Found(verdict, first, measured.images)
+
+
+def _sent(options: ValidateOptions) -> Found:
+    """Check the bundle's files and records here, and what a device says of it."""
+    from validate.attestation import check_attestation
+    from validate.check import check_bundle
+
+    assert options.attestation is not None
+    expected = options.expect_manifest_sha256
+    verdict = check_bundle(options.bundle, expect_manifest_sha256=expected, engines=EngineChoice(()))
+    if verdict.passed:
+        checks = check_attestation(options.attestation, options.bundle, verdict)
+        verdict = verdict.model_copy(update={"checks": [*verdict.checks, *checks]})
+    return Found(verdict)
+
+
+def _print(found: Found, options: ValidateOptions) -> None:
+    verdict = found.verdict
     if options.json:
         import json
 
-        record = verdict.model_dump(mode="json") | {
-            "passed": verdict.passed,
-            "exit_code": verdict.exit_code,
-            "unchecked": verdict.unchecked,
-            "measured": [one.model_dump(mode="json") for one in measured],
-        }
+        if options.attestation:
+            kept = {"passed": verdict.passed, "exit_code": verdict.exit_code, "unchecked": verdict.unchecked, "measured": []}
+            record = verdict.model_dump(mode="json") | kept
+        else:
+            from validate.attestation import attest
+
+            record = attest(verdict, found.measured, found.images).model_dump(mode="json", exclude={"error"})
         if (error := verdict.error) is not None:
             record["error"] = error_record(error, "validate")
         print(json.dumps(record, indent=1))
@@ -178,7 +145,7 @@ def _print(verdict: BundleVerdict, measured: list[Rung], options: ValidateOption
     from validate.report import print_verdict
 
     wide = None if sys.stdout.isatty() else 120  # a log file has no width to wrap to
-    print_verdict(verdict, measured, Console(width=wide))
+    print_verdict(verdict, found.measured, Console(width=wide))
 
 
 def main(prog: str = "validate") -> int:

@@ -16,6 +16,7 @@ from patchslim.errors import (
     PatchslimError,
 )
 from patchslim.records import StrictRecord
+from validate.engine_runs import EngineRun
 from validate.manifest import GateRule, Manifest, Status
 
 
@@ -39,6 +40,8 @@ class BundleVerdict(StrictRecord):
     folder: str
     checks: list[Check]
     manifest: Manifest | None = None
+    manifest_sha256: str | None = Field(default=None, description="of manifest.json's bytes; None where it could not be read")
+    engines: list[EngineRun] = Field(default_factory=list, description="the models in each engine that they were run in here")
     max_top1_drop: float | None = Field(default=None, description="the build's gate in points; None where it could not be read")
     gate_rule: GateRule = "point"
 

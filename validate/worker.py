@@ -16,7 +16,30 @@ from patchslim.errors import EXIT_REJECTED, EXIT_UNAVAILABLE, InputRejected, Pat
 from patchslim.packages import install_command
 
 if TYPE_CHECKING:
-    from patchslim.ort_runner import OrtRunner
+    from typing import Protocol
+
+    from patchslim.ort_runner import TensorInfo
+    from patchslim.runner import Runner
+
+    class Model(Runner, Protocol):
+        """What runs here: a runner that says what it takes and gives."""
+
+        @property
+        def inputs(self) -> list[TensorInfo]:
+            """The input."""
+
+        @property
+        def outputs(self) -> list[TensorInfo]:
+            """The outputs, logits first."""
+
+        @property
+        def image_shape(self) -> tuple[int, int, int]:
+            """Channels, height, width."""
+
+        @property
+        def dtype(self) -> Any:
+            """NumPy's type of the input."""
+
 
 _HEADER_BYTES = 1 << 20
 
@@ -68,7 +91,7 @@ def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
         while True:
             header, payload = receive(requests, sys.maxsize)
             if "prepare" in header:
-                timed_run = _prepared(runner, header["prepare"], task)
+                timed_run = _prepared(runner, header["prepare"], task, wall=header["wall"])
                 send(replies, {})
             elif "run" in header and timed_run is not None:
                 send(replies, {"seconds": timed_run()})
@@ -85,16 +108,22 @@ def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
         send(replies, {"error": f"{task['path']}: needs more memory than it may have", "exit_code": EXIT_REJECTED})
 
 
-def _open(task: dict[str, Any]) -> OrtRunner:
-    """The model in ONNX Runtime, from the bytes that were checked: in memory, or in a folder of its own with its weights."""
+def _open(task: dict[str, Any]) -> Model:
+    """The model in its engine, from the bytes that were checked: in memory, or in a folder of its own with its weights."""
     from patchslim.files import copy_verified, read_verified
-    from patchslim.ort_runner import OrtRunner
+
+    if task["backend"] in ("tensorrt", "tensorrt_rtx"):
+        from patchslim.tensorrt_runner import TrtRunner
+
+        path = Path(task["folder"]) / task["path"]
+        size, sha256 = next((size, sha256) for name, size, sha256 in task["files"] if name == task["path"])
+        return TrtRunner(read_verified(path, size, sha256), task["backend"], name=str(path))
     from validate.onnx_file import beside, check_onnx, check_onnx_bytes
 
     folder, name = Path(task["folder"]), task["path"]
     if task["files"] is None:
         check_onnx(folder / name)
-        return OrtRunner(folder / name, provider=task["provider"], threads=task["threads"])
+        return _loaded(folder / name, str(folder / name), task)
     files = {path: (size, sha256) for path, size, sha256 in task["files"]}
     inside = beside(name, files)
     path = folder / name
@@ -109,10 +138,21 @@ def _open(task: dict[str, Any]) -> OrtRunner:
             copy_verified(folder / inside[location], *files[inside[location]], to)
         model = private / f"{hashlib.sha256(data).hexdigest()}.onnx"
         model.write_bytes(data)
-    return OrtRunner(model, name=str(path), provider=task["provider"], threads=task["threads"])
+    return _loaded(model, str(path), task)
 
 
-def _prepared(runner: OrtRunner, batch: int, task: dict[str, Any]) -> Callable[[], float]:
+def _loaded(model: Path | bytes, name: str, task: dict[str, Any]) -> Model:
+    """An ONNX model in the engine that is asked for."""
+    if task["backend"] == "openvino":
+        from patchslim.openvino_runner import OpenVinoRunner
+
+        return OpenVinoRunner(model, name=name, threads=task["threads"])
+    from patchslim.ort_runner import OrtRunner
+
+    return OrtRunner(model, name=name, provider=task["provider"], threads=task["threads"])
+
+
+def _prepared(runner: Model, batch: int, task: dict[str, Any], *, wall: bool) -> Callable[[], float]:
     """What runs the model once on ``batch`` random images and gives the seconds by the clock that is fair to it."""
     import numpy as np
 
@@ -123,8 +163,11 @@ def _prepared(runner: OrtRunner, batch: int, task: dict[str, Any]) -> Callable[[
     if batch < fewest or (most is not None and batch > most):
         raise InputRejected(f"{runner.name}: has the fixed batch size {fewest}, not {batch}")
     values = np.random.default_rng(0).standard_normal((batch, *runner.image_shape)).astype(runner.dtype)
-    feed = {runner.inputs[0].name: values}
-    return timed(lambda: runner.run(feed), fair_clock(task["threads"], on_cpu=task["provider"] == CPU))
+    if (on_gpu := getattr(runner, "timed", None)) is not None:
+        gpu_seconds: Callable[[], float] = on_gpu(values)
+        return gpu_seconds
+    clock = time.perf_counter if wall else fair_clock(task["threads"], on_cpu=task["provider"] == CPU)
+    return timed(lambda: runner.infer(values), clock)
 
 
 def _end_with(parent: int) -> None:

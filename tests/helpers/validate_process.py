@@ -12,8 +12,19 @@ from tests.helpers.bundles import Answer
 ROOT = Path(__file__).parents[2]
 
 
-#: Packages that the subprocess's import system says are not installed.
-BLOCKED = ("torch", "torchvision", "timm", "sklearn", "matplotlib", "tensorrt", "slimming", "graph_passes", "export")
+#: Packages that the subprocess's import system says are not installed: those that ``edge`` does not bring.
+BLOCKED = (
+    "torch",
+    "torchvision",
+    "timm",
+    "sklearn",
+    "matplotlib",
+    "tensorrt",
+    "openvino",
+    "slimming",
+    "graph_passes",
+    "export",
+)
 
 
 def run(*arguments: object, module: str = "validate.run", blocked: tuple[str, ...] = BLOCKED) -> Answer:

@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -21,7 +22,10 @@ from tests.helpers.commands import door_here
 from tests.helpers.validate_process import BLOCKED, run
 from validate import run as door
 from validate.images import list_images, preprocess
-from validate.preprocessing import Preprocessing
+from validate.preprocessing import Interpolation, Preprocessing
+
+#: ONNX Runtime alone, and no times: tests/validate/test_engines.py is about the others.
+ORT: dict[str, Any] = {"threads": 1, "engine": ("ort",), "latency_seconds": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +165,8 @@ def test_what_is_required_and_cannot_be_checked(
     there = importlib.util.find_spec
     for module in ("onnx", "onnxruntime"):
         with monkeypatch.context() as patch:
-            patch.setattr("importlib.util.find_spec", lambda name, gone=module: None if name == gone else there(name))
+            gone = (module, "openvino")
+            patch.setattr("importlib.util.find_spec", lambda name, gone=gone: None if name in gone else there(name))
             with pytest.raises(Unavailable, match=rf"golden parity of model\.onnx: not checked: {module} is not installed"):
                 door.run(options)
             assert door.run(door.ValidateOptions(bundle, threads=1)) == 0
@@ -172,9 +177,9 @@ def test_options_that_cannot_be_met(good: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--batch"):
         door.run(door.ValidateOptions(good, batch=0))
     with pytest.raises(Unavailable, match="NoSuchProvider"):
-        door.run(door.ValidateOptions(good, provider="NoSuchProvider"))
+        door.run(door.ValidateOptions(good, engine=("ort",), provider="NoSuchProvider"))
     with pytest.raises(InputRejected, match="nowhere"):
-        door.run(door.ValidateOptions(good, images=tmp_path / "nowhere"))
+        door.run(door.ValidateOptions(good, images=tmp_path / "nowhere", **ORT))
 
 
 def test_help_is_quick() -> None:
@@ -195,14 +200,9 @@ def test_the_public_names() -> None:
 
 
 @pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("interpolation", get_args(Interpolation))
 @pytest.mark.parametrize(
-    ("size", "crop_pct", "interpolation"),
-    [
-        ((3, 24, 24), 0.9, "bicubic"),
-        ((3, 24, 24), 1.0, "bilinear"),
-        ((3, 20, 32), 0.875, "bicubic"),
-        ((3, 16, 16), 1.3, "lanczos"),
-    ],
+    ("size", "crop_pct"), [((3, 24, 24), 0.9), ((3, 24, 24), 1.0), ((3, 20, 32), 0.875), ((3, 16, 16), 1.3)]
 )
 def test_preprocessing_is_timms(
     photographs: list[Image.Image], crop_mode: str, size: tuple[int, int, int], crop_pct: float, interpolation: str
@@ -306,7 +306,7 @@ def test_gates_on_images(
     good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], gates: dict[str, float], fault: str
 ) -> None:
     write_pictures(tmp_path, wrong=2)
-    code = door.run(door.ValidateOptions(good, images=tmp_path, threads=1, json=True, **gates))  # type: ignore[arg-type]
+    code = door.run(door.ValidateOptions(good, images=tmp_path, **ORT, json=True, **gates))  # type: ignore[arg-type]
     told = capsys.readouterr()
     assert code == (5 if fault else 0)
     assert fault in told.err
@@ -322,7 +322,7 @@ def test_gates_on_images(
 
 def test_a_gate_that_one_image_decides(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_pictures(tmp_path)
-    assert door.run(door.ValidateOptions(good, images=tmp_path, threads=1, max_top1_drop=5.0)) == 0
+    assert door.run(door.ValidateOptions(good, images=tmp_path, **ORT, max_top1_drop=5.0)) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "one image of 10 decides this gate alone: it proves nothing" in told
     assert "one image of 10 is 10 points and decides this gate alone: it proves nothing; about 980 could" in told
@@ -348,13 +348,13 @@ def test_options_that_mean_nothing(good: Path, options: dict[str, object]) -> No
 
 def test_a_manifest_that_is_expected(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sha256 = hashlib.sha256((good / "manifest.json").read_bytes()).hexdigest()
-    assert door.run(door.ValidateOptions(good, threads=1, expect_manifest_sha256=sha256.upper())) == 0
+    assert door.run(door.ValidateOptions(good, **ORT, expect_manifest_sha256=sha256.upper())) == 0
     assert door.run(door.ValidateOptions(good, expect_manifest_sha256="0" * 64)) == 3
     assert sha256 in capsys.readouterr().err
 
 
 def test_an_engine_that_never_ran(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert door.run(door.ValidateOptions(good, threads=1, require_executed=True)) == 5
+    assert door.run(door.ValidateOptions(good, **ORT, require_executed=True)) == 5
     assert "never ran where it was built" in capsys.readouterr().err
 
 

@@ -1,0 +1,112 @@
+"""ONNX models in OpenVINO: the answers of ONNX Runtime, in float32 whatever the processor would rather do, and refusals."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from patchslim.errors import InputRejected
+from patchslim.openvino_runner import OpenVinoRunner
+from patchslim.ort_runner import OrtRunner
+from tests.helpers.bundles import CLASSES, SIZE, weight, write_onnx
+
+pytest.importorskip("openvino")
+ROOT = Path(__file__).parents[2]
+RNG = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("as_bytes", [False, True])
+def test_answers_are_those_of_onnx_runtime(half: bool, as_bytes: bool, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    write_onnx(path, weight().astype(np.float16) if half else weight())
+    images = RNG.standard_normal((5, 3, SIZE, SIZE)).astype(np.float32)
+    with OpenVinoRunner(path.read_bytes() if as_bytes else path, threads=1) as runner, OrtRunner(path) as reference:
+        assert (runner.inputs, runner.outputs) == (reference.inputs, reference.outputs)
+        assert (runner.batch_limits, runner.image_shape, runner.dtype) == ((1, None), (3, SIZE, SIZE), reference.dtype)
+        first, second = runner.infer(images), runner.infer(-images)
+        assert first.dtype == np.float32
+        np.testing.assert_allclose(first, reference.infer(images), atol=1e-2 if half else 1e-5)
+        np.testing.assert_allclose(second, -first, atol=1e-2 if half else 1e-5)  # the first is not overwritten
+
+
+def test_a_fixed_batch_and_weights_beside_the_file(tmp_path: Path) -> None:
+    write_onnx(tmp_path / "model.onnx", weight(), batch=4, external="weights.bin")
+    with OpenVinoRunner(tmp_path / "model.onnx") as runner:
+        assert runner.batch_limits == (4, 4)
+        assert runner.infer(np.zeros((4, 3, SIZE, SIZE))).shape == (4, CLASSES)
+        with pytest.raises(InputRejected, match=r"model\.onnx: OpenVINO cannot run it on \(3, 3, 8, 8\)"):
+            runner.infer(np.zeros((3, 3, SIZE, SIZE)))
+
+
+def biased_attention(tokens: int, width: int) -> onnx.ModelProto:
+    """One attention whose key bias is a constant of one row, as merged tokens have it; logits are the mean of its output."""
+    rng = np.random.default_rng(3)
+    names = {"q": (3, width), "k": (3, width), "v": (3, CLASSES)}
+    weights = [numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), n) for n, shape in names.items()]
+    bias = np.log(rng.integers(1, 30, tokens)).astype(np.float32)
+    nodes = [
+        helper.make_node("Reshape", ["image", "flat"], ["tokens3"]),
+        helper.make_node("Transpose", ["tokens3"], ["x"], perm=[0, 2, 1]),
+        *(helper.make_node("MatMul", ["x", name], [f"x{name}"]) for name in names),
+        helper.make_node("Transpose", ["xk"], ["keys"], perm=[0, 2, 1]),
+        helper.make_node("MatMul", ["xq", "keys"], ["scores"]),
+        helper.make_node("Add", ["scores", "bias"], ["biased"]),
+        helper.make_node("Softmax", ["biased"], ["p"], axis=-1),
+        helper.make_node("MatMul", ["p", "xv"], ["mixed"]),
+        helper.make_node("ReduceMean", ["mixed", "axis"], ["logits"], keepdims=0),
+    ]
+    constants = [
+        numpy_helper.from_array(np.array([0, 3, tokens]), "flat"),
+        numpy_helper.from_array(np.array([1]), "axis"),
+        numpy_helper.from_array(bias, "bias"),
+    ]
+    size = round(tokens**0.5)
+    graph = helper.make_graph(
+        nodes,
+        "attention",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", 3, size, size])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", CLASSES])],
+        [*weights, *constants],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def test_a_key_bias_of_one_row_is_computed_in_float32(tmp_path: Path) -> None:
+    """In bfloat16, which OpenVINO takes by itself where the processor has it, it answers this wrongly."""
+    onnx.save(biased_attention(64, 32), tmp_path / "model.onnx")
+    images = RNG.standard_normal((3, 3, 8, 8)).astype(np.float32)
+    with OpenVinoRunner(tmp_path / "model.onnx") as runner, OrtRunner(tmp_path / "model.onnx") as reference:
+        np.testing.assert_allclose(runner.infer(images), reference.infer(images), atol=1e-4)
+
+
+def test_what_is_no_classifier_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "none.onnx").write_bytes(b"not onnx")
+    with pytest.raises(InputRejected, match=r"none\.onnx: OpenVINO cannot load it: .*[Uu]nable to read the model"):
+        OpenVinoRunner(tmp_path / "none.onnx")
+    with pytest.raises(InputRejected, match="is not a file"):
+        OpenVinoRunner(tmp_path / "nowhere.onnx")
+    write_onnx(tmp_path / "model.onnx", weight())
+    model = onnx.load(tmp_path / "model.onnx")
+    model.graph.input[0].type.tensor_type.shape.dim[2].dim_param = "height"
+    onnx.save(model, tmp_path / "free.onnx")
+    with pytest.raises(InputRejected, match="expected one floating-point input"):
+        OpenVinoRunner(tmp_path / "free.onnx")
+
+
+def test_without_openvino_it_says_what_to_install() -> None:
+    code = (
+        "import sys; sys.modules['openvino'] = None\n"
+        "from patchslim.openvino_runner import OpenVinoRunner\n"
+        "from patchslim.errors import Unavailable\n"
+        "try: OpenVinoRunner(b'')\n"
+        "except Unavailable as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert 'OpenVINO is not installed; install it: pip install ".[openvino]"' in done.stdout, done.stderr
