@@ -47,7 +47,7 @@ def prepared(folder: Path, sizes: list[tuple[int, int]], work: Path) -> tuple[Ex
     options = tiny(work, data=str(folder), eval_images="all")
     source = ExportSource(options, FactStore(work / "facts"))
     batches = load_tensors(source.evaluation_images, source.session.transform, 8)
-    return source, next(pixels.numpy() for pixels, _ in batches), Workspace(StageCache(work), Reporter())
+    return source, next(pixels.numpy() for pixels, _ in batches), Workspace(StageCache(work, Reporter().say), Reporter())
 
 
 def test_large_pictures_stay_away(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
