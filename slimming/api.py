@@ -15,22 +15,20 @@ from torch import Tensor, nn
 from patchslim.choices import Fit, Mode, ScoreName
 from patchslim.errors import UsageError
 from patchslim.plan import Calibration, Origin, SlimPlan
-from patchslim.progress import StageProgress
 from slimming.data.source import ImageSet, Transform, load_tensors
-from slimming.distributed import SINGLE_PROCESS, ProcessGroup, batch_slices
+from slimming.distributed import ProcessGroup, batch_slices
 from slimming.fitting.block_sgd import BlockFitter
 from slimming.fitting.closed_form import compensate
 from slimming.models.reader import ModelReader, reader_of
 from slimming.models.vit_reader import VitReader
 from slimming.search.budget import LATENCY
 from slimming.search.costs import Cost, MacsCost
-from slimming.search.features import BATCH, DenseFeatures
+from slimming.search.features import BATCH, DenseFeatures, FeatureSettings
 from slimming.search.profile import counts_within
 from slimming.search.request import PlanRequest
 from slimming.search.scores import score_named
 from slimming.search.similarity import MergeSearch, SummarySearch, with_summary
 from slimming.search.top_down import Selection, TopDownSearch
-from slimming.tensor_store import DEFAULT_BOUND, TensorStore
 
 
 @dataclass(frozen=True)
@@ -44,19 +42,10 @@ class FoundPlan:
 
 
 @dataclass(frozen=True)
-class FinderSettings:
-    """How dense features are made and held.
+class FinderSettings(FeatureSettings):
+    """How dense features are made and held, as ``FeatureSettings`` says, and ``seed``, which random choices are drawn from."""
 
-    ``mode`` is what later blocks see of a dropped token. ``magnitudes``: keep Eq. 6's second factor as well, which the scores
-    ``paper`` and ``uniform`` need. ``bound`` is how many bytes of per-image state are held in memory before it spills to disk.
-    """
-
-    mode: Mode = "compact"
-    magnitudes: bool = True
     seed: int = 0
-    bound: int = DEFAULT_BOUND
-    process_group: ProcessGroup = SINGLE_PROCESS
-    progress: StageProgress | None = None
 
 
 class PlanFinder:
@@ -83,11 +72,7 @@ class PlanFinder:
             reader,
             _batches(images, transform, settings.process_group, digests),
             len(images),
-            mode=settings.mode,
-            magnitudes=settings.magnitudes,
-            store=TensorStore(settings.bound),
-            process_group=settings.process_group,
-            progress=settings.progress,
+            settings,
         )
         self.calibration = Calibration(
             data=f"{images.address} ({images.split}, {images.share})",

@@ -20,7 +20,7 @@ from slimming.distributed import ProcessGroup
 from slimming.fitting.fitted_weights import save_fitted
 from slimming.models.vit_reader import LoadedVit
 from slimming.options import ModelOptions
-from slimming.report.page import write_page
+from slimming.report.page import PlanPage, write_page
 from slimming.report.sweep import Sweep, measure_plans, plans_at
 from slimming.search.budget import LATENCY
 from slimming.session import (
@@ -127,21 +127,21 @@ def _write_page(job: PlanJob, session: SlimmingSession[LoadedVit], plan: SlimPla
     few = calibration.indices[:: max(1, len(calibration) // PAGE_IMAGES)][:PAGE_IMAGES]
     batch, _ = next(load_tensors(dataclasses.replace(calibration, indices=few), session.transform, PAGE_IMAGES))
     pixels = batch.numpy().transpose(0, 2, 3, 1) * np.array(config["std"]) + np.array(config["mean"])
-    page = job.output.with_suffix(".html")
+    path = job.output.with_suffix(".html")
     facts = {"weights": session.loaded.weights}
     if plan.weights is not None:
         facts["fitted"] = plan.weights.fit
         if plan.weights.finetune is not None:
             facts["fine-tuned"] = f"{plan.weights.finetune.get('epochs')} epochs"
-    write_page(
-        page,
-        plan=plan,
-        layout=job.layout,
-        errors=plan.origin.errors,
+    page = PlanPage(
+        plan,
+        job.layout,
+        plan.origin.errors,
         images=list((pixels.clip(0, 1) * 255).round().astype(np.uint8)),
         sweep=sweep.points if job.draws_sweep else sweep.points[:1],
         dense_top1=sweep.dense_top1,
         command=job.command,
         facts=facts,
     )
-    return page
+    write_page(path, page)
+    return path

@@ -18,8 +18,19 @@ from slimming.models.fused_attention import unfused_attention
 from slimming.models.reader import ModelReader
 from slimming.search.features import DenseFeatures
 
-#: (inputs (b, n, d), targets (b, rows, d)) of this process's share of the batches asked for, in their order.
-Batches = Callable[[list[int]], Iterator[tuple[Tensor, Tensor]]]
+
+@dataclass(frozen=True)
+class FitBatches:
+    """What a block is fitted on.
+
+    ``read`` yields (inputs (b, n, d), targets (b, rows, d)) of this process's share of the batches with the given numbers, in
+    their order; ``images`` says how many images each batch has, over all processes.
+    """
+
+    read: Callable[[list[int]], Iterator[tuple[Tensor, Tensor]]]
+    images: Sequence[int]
+    process_group: ProcessGroup = SINGLE_PROCESS
+
 
 #: Batches whose gradients make one step: that many processes can share it.
 STEP_BATCHES = 4
@@ -38,18 +49,15 @@ def relative_error(output: Tensor, target: Tensor) -> Tensor:
 def fit_block(
     block_run: Callable[[Tensor], Tensor],
     parameters: Iterable[nn.Parameter],
-    batches: Batches,
-    images: Sequence[int],
+    batches: FitBatches,
     *,
     epochs: float = 3,
     lr: float = LR,
-    process_group: ProcessGroup = SINGLE_PROCESS,
     progress: StageProgress | None = None,
 ) -> float:
     """Minimise a slimmed block's mean relative error E over ``parameters`` alone; returns the E that it ends at.
 
-    ``block_run`` maps inputs (b, n, d) to the block's output at its kept rows (b, rows, d). ``images`` says how many images
-    each batch has, over all processes, and ``batches`` reads this process's share; gradients are added in the order of
+    ``block_run`` maps inputs (b, n, d) to the block's output at its kept rows (b, rows, d). Gradients are added in the order of
     the batches, so that several processes learn what one would. ``epochs`` counts passes (3 in the paper; may be fractional).
     The paper names no optimiser for this step: AdamW without weight decay, since the block is to stay near the dense one,
     cosine to zero and gradients clipped to norm 1; ``STEP_BATCHES`` batches a step. E is measured before and after;
@@ -59,19 +67,19 @@ def fit_block(
     """
     if not (epochs > 0 and lr > 0):
         raise ValueError(f"epochs {epochs} and lr {lr} must be above 0")
-    if not images:
+    if not batches.images:
         raise ValueError("no batches to fit a block on")
     own = list(parameters)
     required = [parameter.requires_grad for parameter in own]
     before = [parameter.detach().clone() for parameter in own]
-    end = start = _measure(block_run, batches, images, process_group)
-    descent = _Descent(block_run, own, batches, images, process_group)
+    end = start = _measure(block_run, batches)
+    descent = _Descent(block_run, own, batches)
     try:
         with torch.inference_mode(False), torch.enable_grad():
             for parameter in own:
                 parameter.requires_grad_(True)
             descent.run(epochs, lr, progress or (lambda stage, done, total: None))
-        end = _measure(block_run, batches, images, process_group)
+        end = _measure(block_run, batches)
     finally:
         with torch.no_grad():
             for parameter, found, flag in zip(own, before, required, strict=True):
@@ -86,20 +94,17 @@ def fit_block(
 class _Descent:
     block_run: Callable[[Tensor], Tensor]
     own: list[nn.Parameter]
-    batches: Batches
-    images: Sequence[int]
-    process_group: ProcessGroup
+    batches: FitBatches
 
     def run(self, epochs: float, lr: float, progress: StageProgress) -> None:
-        numbers = range(len(self.images))
+        numbers = range(len(self.batches.images))
         groups = [list(numbers[start : start + STEP_BATCHES]) for start in numbers[::STEP_BATCHES]]
         steps = max(1, round(epochs * len(groups)))
         optimizer = torch.optim.AdamW(self.own, lr=lr, weight_decay=0.0)
         scheduler, _ = create_scheduler_v2(optimizer, "cosine", num_epochs=steps, step_on_epochs=False, updates_per_epoch=1)
         for step, group in enumerate(islice(cycle(groups), steps), start=1):
-            mean = self.process_group.sum_over_batches(list(self._gradients(group)), group) / sum(
-                self.images[number] for number in group
-            )
+            total = self.batches.process_group.sum_over_batches(list(self._gradients(group)), group)
+            mean = total / sum(self.batches.images[number] for number in group)
             parts = torch.split(mean, [parameter.numel() for parameter in self.own])
             for parameter, part in zip(self.own, parts, strict=True):
                 parameter.grad = part.to(parameter).view_as(parameter)
@@ -110,7 +115,7 @@ class _Descent:
 
     def _gradients(self, group: list[int]) -> Iterator[Tensor]:
         """Of each of this process's batches the gradient of its images' errors, added up: one float64 vector."""
-        for inputs, target in self.batches(group):
+        for inputs, target in self.batches.read(group):
             error = relative_error(self.block_run(_plain(inputs)), _plain(target)).sum()
             # Not backward(): parameters of others must not gather gradients.
             found = torch.autograd.grad(error, self.own, allow_unused=True, materialize_grads=True)
@@ -118,13 +123,11 @@ class _Descent:
 
 
 @torch.no_grad()
-def _measure(
-    block_run: Callable[[Tensor], Tensor], batches: Batches, images: Sequence[int], process_group: ProcessGroup
-) -> float:
+def _measure(block_run: Callable[[Tensor], Tensor], batches: FitBatches) -> float:
     """Mean E over all images."""
-    every = list(range(len(images)))
-    found = [relative_error(block_run(inputs), target).double().sum() for inputs, target in batches(every)]
-    return float(process_group.sum_over_batches(found, every)) / sum(images)
+    every = list(range(len(batches.images)))
+    found = [relative_error(block_run(inputs), target).double().sum() for inputs, target in batches.read(every)]
+    return float(batches.process_group.sum_over_batches(found, every)) / sum(batches.images)
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -179,19 +182,10 @@ class BlockFitter:
                 view = reader.view(output, kept, above, rope)
             return reader.blocks[block + 1].run(view)
 
-        def batches(numbers: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        def read(numbers: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
             for rows in features.rows(numbers):
                 yield features.output(block - 1, rows), features.output(block + 1, rows)[:, above]
 
-        images = [features.count([number]) for number in features.all_batches]
+        batches = FitBatches(read, [features.count([number]) for number in features.all_batches], features.process_group)
         with unfused_attention(self.model):
-            return fit_block(
-                run,
-                module.parameters(),
-                batches,
-                images,
-                epochs=self.epochs,
-                lr=self.lr,
-                process_group=features.process_group,
-                progress=self.progress,
-            )
+            return fit_block(run, module.parameters(), batches, epochs=self.epochs, lr=self.lr, progress=self.progress)

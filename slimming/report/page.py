@@ -11,6 +11,7 @@ import io
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,27 +39,33 @@ TOP1 = "top\N{NON-BREAKING HYPHEN}1"
 _VIRIDIS = ["440154", "482475", "414487", "355f8d", "2a788e", "21918c", "22a884", "44bf70", "7ad151", "bddf26", "fde725"]
 
 
-def write_page(
-    path: Path,
-    *,
-    plan: SlimPlan,
-    layout: Layout,
-    errors: Sequence[float],
-    images: Sequence[Picture] = (),
-    sweep: Sequence[SweepPoint] = (),
-    dense_top1: float | None = None,
-    command: str = "",
-    facts: Mapping[str, str] | None = None,
-) -> None:
-    """Write the page of ``plan`` to ``path``, whole or not at all.
+@dataclass(frozen=True)
+class PlanPage:
+    """What the page of ``plan`` shows.
 
     ``layout`` is how the cuts are laid, for the MACs. ``errors[l]`` is E of the block above cut l (0 for the last). ``images``
     are as the model sees them, PIL or uint8 (h, w, 3); the first four are shown. ``dense_top1`` is in percent. ``facts`` are
-    more rows of the table of facts, ``command`` is what made the plan. Raises ``OSError``, and ``ValueError`` for errors that
-    are not one per block or an array that is no image.
+    more rows of the table of facts, ``command`` is what made the plan.
+    """
+
+    plan: SlimPlan
+    layout: Layout
+    errors: Sequence[float]
+    images: Sequence[Picture] = ()
+    sweep: Sequence[SweepPoint] = ()
+    dense_top1: float | None = None
+    command: str = ""
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+
+def write_page(path: Path, page: PlanPage) -> None:
+    """Write ``page`` to ``path``, whole or not at all.
+
+    Raises ``OSError``, and ``ValueError`` for errors that are not one per block or an array that is no image.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+    plan, layout, errors = page.plan, page.layout, page.errors
     if len(errors) != plan.depth:
         raise ValueError(f"{len(errors)} errors for {plan.depth} blocks")
     # Autoescape is what makes names and addresses from outside harmless; nothing in the templates turns it off.
@@ -77,20 +84,22 @@ def write_page(
         share=lambda value: f"{value:.1%}".replace("%", f"{NARROW}%"),
         points=lambda value: f"{value:.2f}".replace("-", "\N{MINUS SIGN}"),
     )
-    photos = [_photo(image) for image in images[:MOST_IMAGES]]
-    points = distinct_points(sweep)
-    own = next((point for point in sweep if list(point.counts) == plan.counts and list(point.errors) == list(errors)), None)
+    photos = [_photo(image) for image in page.images[:MOST_IMAGES]]
+    points = distinct_points(page.sweep)
+    own = next(
+        (point for point in page.sweep if list(point.counts) == plan.counts and list(point.errors) == list(errors)), None
+    )
     text = templates.get_template("page.html").render(
         plan=plan,
         layout=layout,
         unit=unit,
         block_unit=block_unit,
         reduction=reduction,
-        dense_top1=dense_top1,
+        dense_top1=page.dense_top1,
         own=own,
-        headline=_headline(reduction, own, dense_top1),
-        command=command,
-        facts=dict(facts or {}),
+        headline=_headline(reduction, own, page.dense_top1),
+        command=page.command,
+        facts=dict(page.facts),
         photos=[url for url, _ in photos],
         maps=_maps(plan, photos[0][1] if photos else None),
         rows=rows,
@@ -100,7 +109,7 @@ def write_page(
         error=error_plot(errors, plan.origin.tolerance),
         sweep=points,
         curves={
-            "top1": curve(points, "top1", reduction, dense_top1),
+            "top1": curve(points, "top1", reduction, page.dense_top1),
             "agreement": curve(points, "agreement", reduction),
         },
         narrow=NARROW,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from slimming.models.attention import AttentionInput
 from slimming.models.vit_reader import VitReader
 from slimming.search.scores import input_magnitude
 from slimming.search.work import SearchWork
-from slimming.tensor_store import TensorStore
+from slimming.tensor_store import DEFAULT_BOUND, TensorStore
 
 #: Images that are looked at together: few, so that attention maps stay in a CPU's caches.
 BATCH = 8
@@ -25,11 +26,27 @@ ERROR_IMAGES = 48
 _TINY = 1e-30
 
 
+@dataclass(frozen=True)
+class FeatureSettings:
+    """How dense features are made and held.
+
+    ``mode`` is what later blocks see of a dropped token. ``magnitudes``: keep Eq. 6's second factor as well, which the scores
+    ``paper`` and ``uniform`` need. ``bound`` is how many bytes of per-image state are held in memory before it spills to disk.
+    """
+
+    mode: Mode = "compact"
+    magnitudes: bool = True
+    bound: int = DEFAULT_BOUND
+    process_group: ProcessGroup = SINGLE_PROCESS
+    progress: StageProgress | None = None
+
+
 class DenseFeatures:
     """Z_0 ... Z_L (every block's dense input, the last one's output) of this process's share of the calibration images.
 
-    ``batches`` yields this process's batches of ``BATCH`` images, in order. Past ``store``'s bound the features are spilled to
-    disk; attention maps are recomputed, never stored. Raises ``InputRejected`` where features are not finite.
+    ``batches`` yields this process's batches of ``BATCH`` images, in order; ``images`` counts those of all processes. Past the
+    bound of ``settings`` the features are spilled to disk; attention maps are recomputed, never stored. Raises
+    ``InputRejected`` where features are not finite.
     """
 
     def __init__(
@@ -37,27 +54,22 @@ class DenseFeatures:
         reader: VitReader,
         batches: Iterator[Tensor],
         images: int,
-        *,
-        mode: Mode = "compact",
-        magnitudes: bool = True,
-        store: TensorStore | None = None,
-        process_group: ProcessGroup = SINGLE_PROCESS,
-        progress: StageProgress | None = None,
+        settings: FeatureSettings = FeatureSettings(),
     ) -> None:
-        self.reader, self.mode, self.images, self.process_group = reader, mode, images, process_group
-        self.store = store or TensorStore()
+        self.reader, self.images, self.mode, self.process_group = reader, images, settings.mode, settings.process_group
+        self.store = TensorStore(settings.bound)
         self.device = reader.device
-        self.progress: StageProgress = progress or (lambda stage, done, total: None)
+        self.progress: StageProgress = settings.progress or (lambda stage, done, total: None)
         self.work = SearchWork(self.progress)
         self.places = list(batch_slices(images, BATCH))
-        self.own = process_group.own_batches(len(self.places))
+        self.own = self.process_group.own_batches(len(self.places))
         self.sample = self.spread(ERROR_IMAGES)
         self.everything = list(range(reader.tokens))
         self.features: list[Tensor] = []
         self.magnitudes: list[Tensor] = []
         with torch.inference_mode():
             self.ropes = reader.ropes()
-            self._see(batches, magnitudes)
+            self._see(batches, settings.magnitudes)
         self.tokens = reader.tokens
 
     def _see(self, batches: Iterator[Tensor], magnitudes: bool) -> None:

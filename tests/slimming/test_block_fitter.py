@@ -15,7 +15,7 @@ from slimming.data.source import calibration_set
 from slimming.fitting.block_sgd import BlockFitter
 from slimming.models.reader import ModelReader
 from slimming.search.budget import Budget
-from slimming.search.features import DenseFeatures
+from slimming.search.features import DenseFeatures, FeatureSettings
 from slimming.search.request import PlanRequest
 from slimming.search.scores import PaperScore
 from slimming.search.top_down import TopDownSearch
@@ -28,7 +28,7 @@ KINDS = ["class_token", "distilled", "eva02_rope", "siglip"]
 
 
 def features_of(model: Any, mode: Any = "compact", images: int = 16) -> DenseFeatures:
-    return DenseFeatures(ModelReader(model), iter(images_for(model, images).split(8)), images, mode=mode)
+    return DenseFeatures(ModelReader(model), iter(images_for(model, images).split(8)), images, FeatureSettings(mode))
 
 
 def found_by(model: Any, fit: Any, budget: Budget, mode: Any = "compact", **options: Any) -> FoundPlan:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from slimming.fitting.block_sgd import fit_block, relative_error
+from slimming.fitting.block_sgd import FitBatches, fit_block, relative_error
 from slimming.models.attention import AttentionInput
 from slimming.models.fused_attention import unfused_attention
 from slimming.models.reader import ModelReader
@@ -19,7 +19,6 @@ pytestmark = pytest.mark.numeric
 
 BLOCK, KEPT = 1, torch.tensor([0, 1, 2, 5, 7])
 IMAGES = [2] * 12  # of each batch: three steps make an epoch
-Batches = Callable[[list[int]], Iterator[tuple[Tensor, Tensor]]]
 
 
 def kept_rows(model: Any, given: Tensor) -> Tensor:
@@ -28,7 +27,7 @@ def kept_rows(model: Any, given: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def task(images: int = 24, batch: int = 2) -> tuple[Any, Callable[[Tensor], Tensor], Batches, Tensor, Tensor]:
+def task(images: int = 24, batch: int = 2) -> tuple[Any, Callable[[Tensor], Tensor], FitBatches, Tensor, Tensor]:
     """A block that reads half of the tokens, and the dense block's output at the rows that it keeps."""
     model = build()
     reader = ModelReader(model)
@@ -36,11 +35,11 @@ def task(images: int = 24, batch: int = 2) -> tuple[Any, Callable[[Tensor], Tens
     target = model.blocks[BLOCK](tokens)[:, KEPT]
     inputs = tokens[:, : tokens.shape[1] // 2 + 3]
 
-    def batches(numbers: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    def read(numbers: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
         pairs = list(zip(inputs.split(batch), target.split(batch), strict=True))
         yield from (pairs[number] for number in numbers)
 
-    return model, lambda given: kept_rows(model, given), batches, inputs, target
+    return model, lambda given: kept_rows(model, given), FitBatches(read, IMAGES), inputs, target
 
 
 def own(model: Any) -> list[torch.nn.Parameter]:
@@ -61,7 +60,7 @@ def test_the_error_falls_and_only_the_block_moves() -> None:
     before = state(model)
     start = float(relative_error(run(inputs), target).mean())
     calls: list[tuple[str, int, int]] = []
-    end = fit_block(run, own(model), batches, IMAGES, epochs=12.5, lr=2e-3, progress=lambda *call: calls.append(call))
+    end = fit_block(run, own(model), batches, epochs=12.5, lr=2e-3, progress=lambda *call: calls.append(call))
     assert end < 0.7 * start
     assert end == pytest.approx(float(relative_error(run(inputs), target).mean()), rel=1e-5)
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
@@ -75,7 +74,7 @@ def test_a_fit_is_the_same_again() -> None:
     states = []
     for _ in range(2):
         model, run, batches, *_ = task()
-        fit_block(run, own(model), batches, IMAGES, epochs=2, lr=1e-3)
+        fit_block(run, own(model), batches, epochs=2, lr=1e-3)
         states.append(state(model))
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
@@ -85,7 +84,7 @@ def test_a_fit_that_does_not_help_is_undone(lr: float) -> None:
     model, run, batches, inputs, target = task()
     before = state(model)
     start = float(relative_error(run(inputs), target).mean())
-    assert fit_block(run, own(model), batches, IMAGES, epochs=1, lr=lr) == pytest.approx(start, rel=1e-5)
+    assert fit_block(run, own(model), batches, epochs=1, lr=lr) == pytest.approx(start, rel=1e-5)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -98,7 +97,7 @@ def test_an_interrupted_fit_is_undone() -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fit_block(run, own(model), batches, IMAGES, epochs=3, lr=1e-3, progress=interrupt)
+        fit_block(run, own(model), batches, epochs=3, lr=1e-3, progress=interrupt)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
@@ -108,7 +107,7 @@ def test_other_trainable_parameters_gather_no_gradient() -> None:
     model.requires_grad_(True)
     only = [model.blocks[BLOCK].mlp.fc2.weight]
     before = state(model)
-    fit_block(run, only, batches, IMAGES, epochs=1, lr=1e-3)
+    fit_block(run, only, batches, epochs=1, lr=1e-3)
     moved = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
     assert moved == [f"blocks.{BLOCK}.mlp.fc2.weight"]
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
@@ -121,7 +120,7 @@ def test_features_of_inference_mode_can_be_fitted_on() -> None:
     with torch.no_grad():
         assert inputs.is_inference()
         model = build()  # parameters of its own, not of inference mode
-        assert fit_block(lambda given: kept_rows(model, given), own(model), batches, IMAGES, epochs=3, lr=1e-3) < start
+        assert fit_block(lambda given: kept_rows(model, given), own(model), batches, epochs=3, lr=1e-3) < start
 
 
 def test_unfused_attention_is_for_the_block_only() -> None:
@@ -137,10 +136,10 @@ def test_unfused_attention_is_for_the_block_only() -> None:
 def test_options_that_mean_nothing_are_refused(options: dict[str, float]) -> None:
     model, run, batches, *_ = task()
     with pytest.raises(ValueError, match="above 0"):
-        fit_block(run, own(model), batches, IMAGES, **options)
+        fit_block(run, own(model), batches, **options)
 
 
 def test_no_batches_are_refused() -> None:
     model, run, *_ = task()
     with pytest.raises(ValueError, match="no batches"):
-        fit_block(run, own(model), lambda numbers: iter(()), [])
+        fit_block(run, own(model), FitBatches(lambda numbers: iter(()), []))

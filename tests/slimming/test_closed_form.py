@@ -27,9 +27,8 @@ from slimming.models.blocks import Stage
 from slimming.models.reader import ModelReader
 from slimming.models.slim_vit import SlimViT
 from slimming.search.budget import Budget
-from slimming.search.features import DenseFeatures
+from slimming.search.features import DenseFeatures, FeatureSettings
 from slimming.search.request import PlanRequest
-from slimming.tensor_store import TensorStore
 from tests.helpers.timm_models import build, images_for
 from tests.helpers.tolerances import solve_error, sum_error
 
@@ -63,7 +62,7 @@ def plan_of(model: Any, mode: Any = "compact") -> SlimPlan:
 
 
 def features_of(model: Any, images: Tensor, mode: Any = "compact", bound: int = 1 << 30) -> DenseFeatures:
-    return DenseFeatures(ModelReader(model), iter(images.split(8)), len(images), mode=mode, store=TensorStore(bound))
+    return DenseFeatures(ModelReader(model), iter(images.split(8)), len(images), FeatureSettings(mode, bound=bound))
 
 
 def refitted(model: Any, images: Tensor, plan: SlimPlan, bound: int = 1 << 30, **options: Any) -> Any:

@@ -21,7 +21,7 @@ from PIL import Image
 from patchslim.macs import Geometry, macs_of
 from patchslim.plan import Calibration, Origin, SlimPlan
 from slimming.report import page as page_module
-from slimming.report.page import block_macs, write_page
+from slimming.report.page import PlanPage, block_macs, write_page
 from slimming.report.points import SweepPoint
 
 CSS = Path(page_module.__file__).with_name("page.css")
@@ -90,7 +90,7 @@ class Page(HTMLParser):
 
 
 def write(path: Path, plan: SlimPlan = PLAN, **more: Any) -> Page:
-    write_page(path, **({"plan": plan, "layout": "split", "errors": [0.0] * plan.depth} | more))
+    write_page(path, PlanPage(**({"plan": plan, "layout": "split", "errors": [0.0] * plan.depth} | more)))
     return Page(path.read_text(encoding="utf-8"))
 
 

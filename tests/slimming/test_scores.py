@@ -13,7 +13,7 @@ from torch import Tensor
 
 from patchslim.choices import ScoreName
 from slimming.models.reader import ModelReader
-from slimming.search.features import DenseFeatures
+from slimming.search.features import DenseFeatures, FeatureSettings
 from slimming.search.scores import PathGram, Score, State, input_magnitude, paper_score, score_named
 from slimming.search.top_down import TopDownSearch
 from tests.helpers.timm_models import build, images_for
@@ -252,7 +252,7 @@ ORACLES = {"paper": paper, "residual": residual, "attention": attention}
 
 
 def search_of(model: Any, images: Tensor, score: Score, mode: Any = "compact") -> TopDownSearch:
-    features = DenseFeatures(ModelReader(model), iter(images.split(8)), len(images), mode=mode)
+    features = DenseFeatures(ModelReader(model), iter(images.split(8)), len(images), FeatureSettings(mode))
     return TopDownSearch(features, score, step=1)
 
 

@@ -29,7 +29,7 @@ from slimming.models.token_cut import averages_of
 from slimming.options import ModelOptions
 from slimming.search.budget import Budget
 from slimming.search.costs import MacsCost
-from slimming.search.features import ERROR_IMAGES, DenseFeatures
+from slimming.search.features import ERROR_IMAGES, DenseFeatures, FeatureSettings
 from slimming.search.profile import profile_within
 from slimming.search.request import PlanRequest
 from slimming.search.similarity import MergeSearch
@@ -207,7 +207,7 @@ def test_a_plan_survives_its_file(tmp_path: Path) -> None:
 
 def features_of(model: Any, count: int = 24, seed: int = 0) -> DenseFeatures:
     images = images_for(model, count, seed=seed)
-    return DenseFeatures(ModelReader(model), iter(images.split(8)), count, magnitudes=False)
+    return DenseFeatures(ModelReader(model), iter(images.split(8)), count, FeatureSettings(magnitudes=False))
 
 
 def test_groups_are_wards_by_brute_force() -> None:
@@ -298,7 +298,7 @@ def test_the_refit_of_exact_merges_changes_nothing() -> None:
     plan = make_plan(model, "tiny", kept, merged_into=merged_into)
     torch.testing.assert_close(SlimViT(model, plan)(images), model(images), **CLOSE)
     fitted = copy.deepcopy(model)
-    compensate(fitted, DenseFeatures(ModelReader(model), iter(images.split(8)), 40, magnitudes=False), plan)
+    compensate(fitted, DenseFeatures(ModelReader(model), iter(images.split(8)), 40, FeatureSettings(magnitudes=False)), plan)
     for name, weight in fitted.state_dict().items():
         torch.testing.assert_close(weight, model.state_dict()[name], rtol=0, atol=1e-3)
 
@@ -350,7 +350,9 @@ def test_a_search_costs_less_than_three_dense_passes(images: int, depth: int) ->
         model(images_for(model, 8))
         dense = counter.get_total_flops() / 8
         before = counter.get_total_flops()
-        features = DenseFeatures(ModelReader(model), iter(images_for(model, images).split(8)), images, magnitudes=False)
+        features = DenseFeatures(
+            ModelReader(model), iter(images_for(model, images).split(8)), images, FeatureSettings(magnitudes=False)
+        )
         search = MergeSearch(features)
         cost = MacsCost(search.tokens, search.depth, search.reader.geometry(), merged=True)
         counts = profile_within(search, cost, 0.55 * cost.dense())

@@ -23,10 +23,9 @@ from slimming.models.fused_attention import unfused_attention
 from slimming.models.reader import ModelReader
 from slimming.models.slim_vit import SlimViT
 from slimming.search.costs import MacsCost
-from slimming.search.features import ERROR_IMAGES, DenseFeatures
+from slimming.search.features import ERROR_IMAGES, DenseFeatures, FeatureSettings
 from slimming.search.scores import PaperScore, score_named
 from slimming.search.top_down import Selection, TopDownSearch
-from slimming.tensor_store import TensorStore
 from tests.helpers.timm_models import build, images_for
 
 pytestmark = pytest.mark.numeric
@@ -42,7 +41,7 @@ POOLED: dict[str, dict[str, Any]] = {
 
 
 def features_of(model: Any, images: Tensor, bound: int = 1 << 30, **options: Any) -> DenseFeatures:
-    return DenseFeatures(ModelReader(model), iter(images.split(8)), len(images), store=TensorStore(bound), **options)
+    return DenseFeatures(ModelReader(model), iter(images.split(8)), len(images), FeatureSettings(bound=bound, **options))
 
 
 def search_of(kind: str = "class_token", step: int = 3, images: int = IMAGES, **options: Any) -> TopDownSearch:
