@@ -6,12 +6,11 @@ import os
 from pathlib import Path
 
 from patchslim.errors import InputRejected
+from patchslim.images import IMAGE_SUFFIXES
 
 WEIGHTS = ("bundled", "pretrained", "random")
 #: Data sets of timm's readers that are no folder of this machine.
 NAMED_READERS = ("hfds", "hfids", "tfds", "torch")
-#: Every suffix that any reader takes for an image; each reader says itself which ones it takes.
-_IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 def check_file(path: Path, what: str) -> None:
@@ -44,4 +43,4 @@ def check_data(address: str) -> None:
 
 def _holds_an_image(folder: Path) -> bool:
     found = os.walk(folder, followlinks=True)
-    return any(name.lower().endswith((*_IMAGES, ".tar")) for _, _, names in found for name in names)
+    return any(name.lower().endswith((*IMAGE_SUFFIXES, ".tar")) for _, _, names in found for name in names)

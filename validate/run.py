@@ -8,6 +8,7 @@ if __name__ == "__main__":
     end_when_interrupted()
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -28,9 +29,10 @@ EXAMPLES = (
 )
 
 
-def run(options: ValidateOptions) -> int:
+def run(options: ValidateOptions, prog: str = "validate") -> int:
     """Check the bundle, print what was found, and return the exit code: 0 right, 3 broken, 5 wrong answers.
 
+    ``prog`` is the command's name, which messages begin with.
     Raises ``Unavailable`` where models are to be run and cannot be: with ``images``, an ``engine``, a ``provider``, ``build``
     or ``require_executed``.
     """
@@ -42,14 +44,14 @@ def run(options: ValidateOptions) -> int:
     with Console(stderr=True).status("") as status:
         found = _sent(options) if options.attestation else _checked(options, lambda what: status.update(escape(what)))
     verdict = found.verdict
-    _print(found, options)
+    _print(found, options, prog)
     for fault in verdict.faults:
-        print(f"validate: {printable(fault)}", file=sys.stderr)
+        print(f"{prog}: {printable(fault)}", file=sys.stderr)
     if verdict.unchecked:
         from patchslim.packages import install_command
 
         unchecked = f"{len(verdict.unchecked)} of {len(verdict.checks)} checks need packages that are not installed"
-        print(f"validate: {unchecked}; install them: {install_command('edge')}", file=sys.stderr)
+        print(f"{prog}: {unchecked}; install them: {install_command('edge')}", file=sys.stderr)
     return verdict.exit_code
 
 
@@ -125,7 +127,7 @@ def _sent(options: ValidateOptions) -> Found:
     return Found(verdict)
 
 
-def _print(found: Found, options: ValidateOptions) -> None:
+def _print(found: Found, options: ValidateOptions, prog: str) -> None:
     verdict = found.verdict
     if options.json:
         import json
@@ -138,7 +140,7 @@ def _print(found: Found, options: ValidateOptions) -> None:
 
             record = attest(verdict, found.measured, found.images).model_dump(mode="json", exclude={"error"})
         if (error := verdict.error) is not None:
-            record["error"] = error_record(error, "validate")
+            record["error"] = error_record(error, prog)
         print(json.dumps(record, indent=1))
         return
     from patchslim.console import Console
@@ -151,7 +153,8 @@ def _print(found: Found, options: ValidateOptions) -> None:
 def main(prog: str = "validate") -> int:
     """The command line's entry point, called ``prog`` in its messages; returns the exit code."""
     description = ValidateOptions.__doc__ or ""
-    return run_command(ValidateOptions, run, prog=prog, description=description, extra="edge", examples=EXAMPLES)
+    check = functools.partial(run, prog=prog)
+    return run_command(ValidateOptions, check, prog=prog, description=description, extra="edge", examples=EXAMPLES)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def compare(options: SideBySideOptions) -> int:
     if options.json:
         print(report.model_dump_json(indent=1))
         return 0
-    from rich.console import Console
+    from patchslim.console import Console
 
     print_ = Console(highlight=False).print
     print_(f"dense {report.dense_ms:.2f} ms, slim {report.slim_ms:.2f} ms for a batch of {report.batch} (medians)")

@@ -78,6 +78,16 @@ def test_messages_begin_with_the_command(tmp_path: Path) -> None:
     assert done.stderr.splitlines()[-1] == "patchslim export: --engine trtt; did you mean trt?"
 
 
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_faults_of_a_bundle_begin_with_the_command(tmp_path: Path, more: list[str]) -> None:
+    bundle = make_bundle(tmp_path / "bundle")
+    (bundle / "model.onnx").write_bytes(b"")
+    done = patchslim("validate", str(bundle), *more)
+    assert done.returncode == 3
+    assert done.stderr
+    assert all(line.startswith("patchslim validate: ") for line in done.stderr.splitlines())
+
+
 def test_validate_checks_a_bundle(tmp_path: Path) -> None:
     make_bundle(tmp_path / "bundle")
     assert patchslim("validate", str(tmp_path / "bundle"), "--threads", "1").returncode == 0

@@ -2,43 +2,33 @@
 
 from __future__ import annotations
 
-import copy
 import functools
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import onnxruntime as ort
 import pytest
-import timm
 import torch
-from PIL import Image
 from timm.data import create_transform
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from graph_passes import run as graph_passes_run
 from patchslim.errors import BudgetUnreachable, PatchslimError
-from patchslim.plan import SlimPlan, load_plan
+from patchslim.plan import SlimPlan
 from slimming.api import FinderSettings, PlanFinder
 from slimming.data.source import calibration_set
 from slimming.models.reader import reader_of
 from slimming.models.vit_reader import VitReader
 from slimming.onnx_models.reader import GraphReader
-from slimming.run import SlimmingOptions, run
 from slimming.search.budget import Budget
 from slimming.search.costs import MacsCost
 from slimming.search.request import PlanRequest
 from slimming.search.scores import score_named
 from slimming.search.top_down import TopDownSearch
-from tests.helpers.commands import door_here
 from tests.helpers.corpus import built as built_case
-from tests.helpers.corpus import by_name, exported
+from tests.helpers.corpus import by_name
 from tests.helpers.corpus import reference as corpus_reference
-from tests.helpers.onnx_models import dense, plan_for, reference, tiny_cnn
+from tests.helpers.onnx_files import graph_file, picture_folder
+from tests.helpers.onnx_models import dense, plan_for, reference
 
 pytestmark = pytest.mark.numeric
 
@@ -47,31 +37,9 @@ POOLS = {"avg": "timm_avg_class-script17", "map": "timm_map-dynamo20-unfused"}
 COUNTS = {"plain": (15, 11, 6, 1), "distilled": (18, 12, 7, 2), "registers": (19, 13, 9, 1)}
 
 
-@pytest.fixture(scope="session")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten classes of random pictures, two of each for calibration and two for evaluation."""
-    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for split in ("train", "val"):
-        for label in range(10):
-            (folder / split / str(label)).mkdir(parents=True)
-            for number in range(2):
-                pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / split / str(label) / f"{number}.png")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The path of a model's ONNX file: a tiny timm model's, or that of a case of the corpus."""
-    folder, written = tmp_path_factory.mktemp("graphs"), dict[str, Path]()
-
-    def path_of(name: str) -> Path:
-        if name not in written:
-            written[name] = folder / f"{name.replace(':', '_')}.onnx"
-            onnx.save(exported(by_name(name)) if "-" in name else dense(name)[1], written[name])
-        return written[name]
-
-    return path_of
+@pytest.fixture(scope="module")
+def images() -> Path:
+    return picture_folder()
 
 
 def both(kind: str, path: Path, images: Path, mode: Any = "compact") -> list[PlanFinder]:
@@ -83,11 +51,6 @@ def both(kind: str, path: Path, images: Path, mode: Any = "compact") -> list[Pla
 
 def pixels(count: int = 3) -> Tensor:
     return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(5))
-
-
-def answers(path: Path, images: Any) -> Any:
-    session = ort.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
-    return session.run(None, {session.get_inputs()[0].name: np.asarray(images)})[0]
 
 
 def masked(reader: GraphReader, plan: SlimPlan, images: Tensor) -> Tensor:
@@ -108,9 +71,9 @@ def masked(reader: GraphReader, plan: SlimPlan, images: Tensor) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def finders(files: Any, images: Path) -> Any:
+def finders(images: Path) -> Any:
     """``both`` of a kind and mode, whose features are computed once for all scores."""
-    return functools.cache(lambda kind, mode: both(kind, files(kind), images, mode=mode))
+    return functools.cache(lambda kind, mode: both(kind, graph_file(kind), images, mode=mode))
 
 
 @pytest.mark.parametrize("score", ["paper", "attention", "residual", "random"])
@@ -128,8 +91,8 @@ def test_the_plan_is_the_one_found_from_the_pytorch_model(kind: str, score: Any,
 
 
 @pytest.mark.parametrize("mode", ["compact", "stale"])
-def test_errors_and_tolerance_are_those_of_the_pytorch_model(mode: Any, files: Any, images: Path) -> None:
-    graph, original = both("plain", files("plain"), images, mode=mode)
+def test_errors_and_tolerance_are_those_of_the_pytorch_model(mode: Any, images: Path) -> None:
+    graph, original = both("plain", graph_file("plain"), images, mode=mode)
     searches = (
         TopDownSearch(graph.features, score_named("paper", 0)),
         TopDownSearch(original.features, score_named("paper", 0)),
@@ -150,12 +113,12 @@ def test_errors_and_tolerance_are_those_of_the_pytorch_model(mode: Any, files: A
 
 
 @pytest.mark.parametrize("pooling", POOLS)
-def test_a_head_that_pools_is_read_as_the_pytorch_model_reads_it(pooling: str, files: Any) -> None:
+def test_a_head_that_pools_is_read_as_the_pytorch_model_reads_it(pooling: str) -> None:
     from slimming.models.reader import ModelReader
     from tests.helpers.corpus.models import torch_model
 
     case = by_name(POOLS[pooling])
-    reader, original = GraphReader(files(case.name)), ModelReader(torch_model(case.family, False))
+    reader, original = GraphReader(graph_file(case.name)), ModelReader(torch_model(case.family, False))
     tokens = torch.randn(2, 9, 48, generator=torch.Generator().manual_seed(0))
     tolerance = 5e-2 if case.half else 1e-4
     with torch.inference_mode():
@@ -171,12 +134,12 @@ def test_a_head_that_pools_is_read_as_the_pytorch_model_reads_it(pooling: str, f
 
 @pytest.mark.parametrize("mode", ["compact", "stale"])
 @pytest.mark.parametrize("kind", ["plain", "registers"])
-def test_a_masked_graph_answers_as_the_cut_one_and_as_pytorch(kind: str, mode: str, files: Any) -> None:
+def test_a_masked_graph_answers_as_the_cut_one_and_as_pytorch(kind: str, mode: str) -> None:
     model, _ = dense(kind)
     prefix = range(model.num_prefix_tokens)
     patches = torch.randperm(16, generator=torch.Generator().manual_seed(2)).add(len(prefix)).tolist()
     plan = plan_for(model, [[*prefix, *sorted(patches[:count])] for count in (14, 9, 4)] + [[0]], mode)
-    reader = GraphReader(files(kind))
+    reader = GraphReader(graph_file(kind))
     with torch.inference_mode():
         found, cut = masked(reader, plan, pixels()), reader.slimmed(plan)(pixels())
     np.testing.assert_allclose(found, reference(model, plan, pixels()), rtol=0, atol=1e-4)
@@ -203,9 +166,9 @@ def test_a_masked_graph_answers_as_the_cut_one_and_as_pytorch(kind: str, mode: s
         ),
     ],
 )
-def test_any_exporters_graph_is_searched_and_its_plan_means_what_pytorch_says(name: str, files: Any, images: Path) -> None:
+def test_any_exporters_graph_is_searched_and_its_plan_means_what_pytorch_says(name: str, images: Path) -> None:
     subject, case = built_case(by_name(name)), by_name(name)
-    reader = GraphReader(files(name))
+    reader = GraphReader(graph_file(name))
     graph = PlanFinder(reader, calibration_set(str(images), 8), name="foreign", transform=TRANSFORM)
     found = graph.find_plan(PlanRequest(Budget("macs-reduction", 0.3))).plan
     assert (found.tokens, found.grid, found.prefix_tokens) == (subject.tokens, subject.grid, subject.prefix)
@@ -222,8 +185,8 @@ def test_any_exporters_graph_is_searched_and_its_plan_means_what_pytorch_says(na
 
 @pytest.mark.parametrize("mode", ["compact", "stale"])
 @pytest.mark.parametrize("layout", ["split", "packed"])
-def test_a_macs_budget_is_met_and_used(layout: Any, mode: Any, files: Any, images: Path) -> None:
-    graph, original = both("plain", files("plain"), images, mode=mode)
+def test_a_macs_budget_is_met_and_used(layout: Any, mode: Any, images: Path) -> None:
+    graph, original = both("plain", graph_file("plain"), images, mode=mode)
     budget = Budget("macs-reduction", 0.4)
     found, expected = (
         each.find_plan(PlanRequest(budget, "paper", mode=mode, layout=layout)).plan for each in (graph, original)
@@ -235,9 +198,9 @@ def test_a_macs_budget_is_met_and_used(layout: Any, mode: Any, files: Any, image
     assert 0.6 * dense_macs - one_token < found.macs(layout) <= 0.6 * dense_macs
 
 
-def test_a_head_that_reads_and_pools_stays_within_its_budget(files: Any, images: Path) -> None:
+def test_a_head_that_reads_and_pools_stays_within_its_budget(images: Path) -> None:
     graph = PlanFinder(
-        GraphReader(files("hf_dinov2_registers-dynamo20-unfused")),
+        GraphReader(graph_file("hf_dinov2_registers-dynamo20-unfused")),
         calibration_set(str(images), 8),
         name="d",
         transform=TRANSFORM,
@@ -259,167 +222,8 @@ def test_a_head_that_reads_and_pools_stays_within_its_budget(files: Any, images:
         graph.find_plan(PlanRequest(Budget("macs-reduction", 0.99)))
 
 
-def test_counts_are_snapped_and_uniform_where_that_is_asked(files: Any, images: Path) -> None:
-    graph = PlanFinder(GraphReader(files("plain")), calibration_set(str(images), 8), name="t", transform=TRANSFORM)
+def test_counts_are_snapped_and_uniform_where_that_is_asked(images: Path) -> None:
+    graph = PlanFinder(GraphReader(graph_file("plain")), calibration_set(str(images), 8), name="t", transform=TRANSFORM)
     snapped = graph.find_plan(PlanRequest(Budget("macs-reduction", 0.3, snap=4))).plan
     assert all(count % 4 == 0 or count == 17 for count in snapped.counts[:-1])
     assert len(set(graph.find_plan(PlanRequest(Budget("macs-reduction", 0.3), "uniform")).plan.counts[:-1])) == 1
-
-
-# Through the doors
-
-
-@pytest.mark.parametrize(
-    ("name", "side"),
-    [
-        ("plain", None),
-        ("hf_vit-optimum18", 32),
-        ("hf_vit-dynamo20", None),
-        pytest.param("hf_dinov2-dynamo20", None, marks=pytest.mark.slow),
-    ],
-)
-def test_two_doors_from_a_file_to_a_slim_file_and_no_pytorch_model_in_between(
-    name: str, side: int | None, files: Any, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    path, plan_path, slim = files(name), tmp_path / "plan.json", tmp_path / "slim.onnx"
-
-    def never(*arguments: object, **options: object) -> None:
-        raise AssertionError("a PyTorch model was made")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(timm, "create_model", never)
-        patch.setattr(timm.models, "create_model", never)
-        patch.setattr(VisionTransformer, "__init__", never)
-        measured = {"eval_images": 20} if name == "plain" else {}
-        options = SlimmingOptions(
-            onnx=path, data=str(images), output=plan_path, img_size=side, json=True, macs_reduction=0.3, **measured
-        )
-        assert run(options) == 0
-    shown = capsys.readouterr()
-    assert "mean 0.485, 0.456, 0.406" in " ".join(shown.err.split())
-    summary = json.loads(shown.out)
-    assert (tmp_path / "plan.html").is_file()
-    assert summary["weights"] is None
-    plan = load_plan(plan_path)
-    assert plan.model == path.stem.replace(":", "_")
-    size: dict[str, Any] = {} if side is None else {"image_size": str(side)}
-    assert graph_passes_run.run(graph_passes_run.PassOptions(model=path, plan=plan_path, output=slim, **size)) == 0
-    given = pixels(1).numpy()
-    if name == "plain":
-        expected = reference(dense("plain")[0], plan, pixels(1))
-        (point,) = summary["sweep"]
-        assert 0 <= point["top1"] <= 100
-        assert 0 < point["agreement"] <= 100
-        assert summary["dense_top1"] == pytest.approx(_top1(path, images))
-    else:
-        expected = corpus_reference(by_name(name), plan.kept, given)
-    np.testing.assert_allclose(answers(slim, given), expected, rtol=0, atol=1e-4)
-
-
-def _top1(path: Path, images: Path) -> float:
-    """Top-1 of a graph over a folder, by hand."""
-    from timm.data import resolve_data_config
-
-    transform = create_transform(**resolve_data_config(args={"input_size": (3, 32, 32)}, pretrained_cfg={}))
-    hits = []
-    for file in sorted((images / "val").rglob("*.png")):
-        tensor = transform(Image.open(file).convert("RGB"))
-        hits.append(answers(path, tensor[None].numpy()).argmax() == int(file.parent.name))
-    return 100 * float(np.mean(hits))
-
-
-def uint8_graph() -> onnx.ModelProto:
-    """The plain model behind a Cast from bytes."""
-    model = copy.deepcopy(dense("plain")[1])
-    name = model.graph.input[0].name
-    model.graph.input[0].name = "bytes"
-    model.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.UINT8
-    model.graph.node.insert(0, onnx.helper.make_node("Cast", ["bytes"], [name], to=onnx.TensorProto.FLOAT))
-    return model
-
-
-def resizing_graph() -> onnx.ModelProto:
-    """The plain model behind a Resize of images of any size."""
-    model = copy.deepcopy(dense("plain")[1])
-    name = model.graph.input[0].name
-    del model.graph.input[:]
-    model.graph.input.append(onnx.helper.make_tensor_value_info("given", onnx.TensorProto.FLOAT, [1, 3, "rows", "columns"]))
-    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([1, 3, 32, 32]), "sizes_to"))
-    model.graph.node.insert(0, onnx.helper.make_node("Resize", ["given", "", "", "sizes_to"], [name]))
-    return model
-
-
-def cut_graph() -> onnx.ModelProto:
-    """The plain model, already cut."""
-    from graph_passes import slim
-
-    model, proto = dense("plain")
-    plan = plan_for(model, [list(range(count)) for count in (14, 9, 4, 1)])
-    return slim(proto, plan).model.to_proto()
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (tiny_cnn, "no Softmax that weighs values"),
-        (uint8_graph, "expected normalised images; it takes uint8"),
-        (resizing_graph, "make the plan from the same model without that"),
-        (cut_graph, "plans are made from the dense graph"),
-        (lambda: exported(by_name("hf_vit-optimum18")), "give the size with --img-size"),
-    ],
-)
-def test_a_graph_that_cannot_be_searched_is_refused_by_name(make: Any, message: str, images: Path, tmp_path: Path) -> None:
-    path = tmp_path / "graph.onnx"
-    onnx.save(make(), path)
-    with pytest.raises(PatchslimError, match=message) as refused:
-        run(SlimmingOptions(onnx=path, data=str(images), output=tmp_path / "plan.json"))
-    assert refused.value.exit_code == 3
-    assert str(path) in str(refused.value)
-    assert not (tmp_path / "plan.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "message", "code"),
-    [
-        ({"model": "vit_s"}, "--model contradict", 2),
-        ({"weights": "random"}, "--weights contradict", 2),
-        ({"model_arg": ("img_size=32",)}, "--model-arg contradict", 2),
-        ({"fit": "sgd"}, "--fit sgd changes weights by PyTorch", 2),
-        ({"finetune_epochs": 1.0}, "--finetune-epochs changes weights", 2),
-        ({"summary": True}, "--summary changes weights", 2),
-        ({"latency_reduction": 0.3, "latency_table": Path("table.json")}, "latency table that export.run measures", 2),
-        ({"device": "cuda"}, "on the CPU", 2),
-        ({"img_size": 64}, "cannot be 64 x 64", 2),
-        ({"tokens": "17,17,17"}, "3 token counts for 4 blocks", 2),
-        ({"tokens": "17,9,5,2"}, "what the head reads, 1", 2),
-        ({"data": "no/such/folder"}, "no such data", 3),
-        ({"data": "no/such/folder", "eval_images": 4}, "no such data", 3),
-        ({"macs_reduction": 0.99}, "nearest reachable", 6),
-    ],
-)
-def test_options_that_contradict_a_graph_are_refused(
-    options: dict[str, Any], message: str, code: int, files: Any, images: Path, tmp_path: Path
-) -> None:
-    given = {"onnx": files("plain"), "data": str(images), "output": tmp_path / "plan.json", **options}
-    with pytest.raises(PatchslimError, match=message) as refused:
-        run(SlimmingOptions(**given))
-    assert refused.value.exit_code == code
-    assert not (tmp_path / "plan.json").exists()
-
-
-def test_labels_of_other_classes_are_refused_before_the_search(files: Any, tmp_path: Path) -> None:
-    for label in ("cat", "dog"):
-        (tmp_path / "data" / label).mkdir(parents=True)
-        for number in range(5):
-            Image.new("RGB", (32, 32), (number, 0, 0)).save(tmp_path / "data" / label / f"{number}.png")
-    with pytest.raises(PatchslimError, match=r"has 2 classes, .* gives 10 answers") as refused:
-        run(SlimmingOptions(onnx=files("plain"), data=str(tmp_path / "data"), output=tmp_path / "plan.json", eval_images=4))
-    assert refused.value.exit_code == 3
-
-
-def test_the_command_line_says_what_is_no_graph(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "slimming.run", "--onnx", str(tmp_path / "none.onnx"), "-o", str(tmp_path / "plan.json")]
-    done = door_here(command)
-    assert done.returncode == 3
-    assert "none.onnx" in done.stderr
-    assert "Traceback" not in done.stderr
