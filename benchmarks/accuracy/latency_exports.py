@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.accuracy import tables
 from benchmarks.accuracy.bench import Bench, CalibrationDraw, NotMeasured
-from benchmarks.accuracy.rows import EVIT_FORMS, Case
+from benchmarks.accuracy.rows import EVIT_FORMS, Case, Row
 from patchslim.records import atomic_path
 from slimming.options import ModelOptions
 
@@ -36,7 +36,7 @@ class RowExporter:
     evaluated again.
     """
 
-    def __init__(self, bench: Bench, folder: Path, *, batch: int, known: dict[str, dict[str, Any]]) -> None:
+    def __init__(self, bench: Bench, folder: Path, *, batch: int, known: dict[str, Row]) -> None:
         self.bench, self.folder, self.batch, self.known = bench, folder, batch, known
         self.described = bench.described()
         self.draw: CalibrationDraw | None = None
@@ -98,20 +98,21 @@ class RowExporter:
         found = []
         for form in forms:
             module, row = self.bench.baseline(form)
-            measured = self.known.get(tables.key_of(form, self.described), {})
+            measured = self.known.get(tables.key_of(form, self.described), Row())
             if "top1" not in measured or measured["counts"] != row["counts"]:
                 measured = self.accuracy(module, form.title())
-            found.append((module, row | {name: measured[name] for name in ("top1", "agreement")} | {"form": form.form}))
+            answers = {"top1": measured["top1"], "agreement": measured["agreement"]}
+            found.append((module, row | answers | {"form": form.form}))
         module, row = max(found, key=lambda each: float(each[1]["top1"]))
         name = f"{key}-{row['form']}" if case.form else key
         exports = {"plain": self.export_module(module, module, f"{name}-plain")}
         exports["lean"] = self.export_module(lean(module), module, f"{name}-lean")
         return row | {"exports": exports}
 
-    def accuracy(self, module: nn.Module, title: str) -> dict[str, float]:
+    def accuracy(self, module: nn.Module, title: str) -> Row:
         """Top-1 and agreement of the PyTorch module on the held-out images."""
         measured = self.bench.accuracy_of(module, title)
-        return {name: measured[name] for name in ("top1", "agreement")}
+        return {"top1": measured["top1"], "agreement": measured["agreement"]}
 
     def export_module(self, module: nn.Module, reference: nn.Module, name: str) -> dict[str, Any]:
         """Export ``module`` as it stands; see ``export``."""

@@ -7,15 +7,16 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from benchmarks.accuracy.rows import Row
 from patchslim.records import atomic_path
 
 #: What a summary tells methods apart by; the rows that differ in the seed alone are averaged.
-LINE = ("method", "fit", "mode", "head_only", "finetune")
+LINE: tuple[Literal["method", "fit", "mode", "head_only", "finetune"], ...] = ("method", "fit", "mode", "head_only", "finetune")
 
 
-def correct_of(row: dict[str, Any], images: int) -> Any:
+def correct_of(row: Row, images: int) -> Any:
     """For each held-out image, whether the row's answer is right: bool (images,)."""
     import numpy as np
 
@@ -43,9 +44,9 @@ def spread(values: Iterable[float], digits: int = 6) -> dict[str, float]:
     return {"mean": round(sum(found) / len(found), digits), "min": round(min(found), digits), "max": round(max(found), digits)}
 
 
-def best_forms(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def best_forms(rows: Sequence[Row]) -> list[Row]:
     """Of EViT's forms the best at each budget, chosen on the held-out images: in its favour. Other rows as they are."""
-    best: dict[tuple[Any, ...], dict[str, Any]] = {}
+    best: dict[tuple[Any, ...], Row] = {}
     for row in rows:
         place = (row["method"], row["budget"], row["head_only"]) if row["method"] == "EViT" else (row["key"],)
         if place not in best or row["top1"] > best[place]["top1"]:
@@ -56,7 +57,7 @@ def best_forms(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def summarised(result: dict[str, Any]) -> list[dict[str, Any]]:
     """One entry for each method and budget: top-1 over the seeds, and its difference to dense in percentage points."""
     images, dense = result["evaluation"]["images"], result["model"]["top1"]
-    groups: dict[str, list[dict[str, Any]]] = {}
+    groups: dict[str, list[Row]] = {}
     for row in best_forms([row for row in result["rows"] if "top1" in row]):
         groups.setdefault(str([row["budget"], *(row[name] for name in LINE)]), []).append(row)
     summary = []
@@ -64,7 +65,7 @@ def summarised(result: dict[str, Any]) -> list[dict[str, Any]]:
         first = rows[0]
         errors = [difference_error(row["gained"], row["lost"], images) for row in rows]
         summary.append(
-            {name: first[name] for name in ("budget", *LINE)}
+            dict[str, Any](budget=first["budget"], **{name: first[name] for name in LINE})
             | {
                 "default": is_default(first, result["default"]),
                 "form": first["form"],
@@ -80,7 +81,7 @@ def summarised(result: dict[str, Any]) -> list[dict[str, Any]]:
     return summary
 
 
-def is_default(row: dict[str, Any], default: dict[str, Any]) -> bool:
+def is_default(row: Row, default: dict[str, Any]) -> bool:
     """Whether a row is of the score, fit and mode that are ours unless others are asked for, and not fine-tuned."""
     of_row = {"score": row["method"], "fit": row["fit"], "mode": row["mode"]}
     return of_row == default and row["finetune"] is None

@@ -7,7 +7,7 @@ import itertools
 import shlex
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypedDict, cast
 
 from patchslim.choices import Fit, Mode, ScoreName
 from patchslim.errors import InputRejected, UsageError
@@ -20,6 +20,39 @@ SCORES: tuple[ScoreName, ...] = ("similarity", "paper", "residual", "attention",
 FITS: tuple[Fit, ...] = ("none", "closed-form")
 #: EViT's ways with the tokens that it does not keep; the paper's text leaves room for all of them.
 EVIT_FORMS: dict[str, dict[str, bool]] = {"summed": {}, "averaged": {"normalised": True}, "dropped": {"fuse": False}}
+
+
+class Row(TypedDict, total=False):
+    """One row of a results file: what was measured of a case, or ``refused``, why it was not.
+
+    ``macs``, ``counts`` (tokens out of each block) and ``reduction`` are what it costs. ``top1`` and ``agreement`` (with the
+    dense model's answers) are fractions, ``kl`` is the divergence from it, ``gained`` and ``lost`` count images, ``correct`` is
+    a bit for each held-out image, in base64. ``matching_macs`` and ``keep_rate`` are of ToMe and EViT.
+    """
+
+    key: str
+    method: str
+    budget: float
+    fit: Fit | None
+    mode: Mode | None
+    seed: int | None
+    head_only: bool | None
+    form: str | None
+    finetune: dict[str, Any] | None
+    macs: int
+    counts: list[int]
+    reduction: float
+    top1: float
+    agreement: float
+    kl: float
+    gained: int
+    lost: int
+    correct: str
+    seconds: float
+    matching_macs: int
+    keep_rate: float
+    finetuned: dict[str, Any]
+    refused: str
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,10 +17,10 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from benchmarks.accuracy.bench import Bench, CalibrationDraw, NotMeasured
-from benchmarks.accuracy.rows import Case, TableOptions, cases
+from benchmarks.accuracy.rows import Case, Row, TableOptions, cases
 from patchslim.cli import run_command
 from patchslim.errors import InputRejected
 from patchslim.records import atomic_path
@@ -53,13 +53,14 @@ def measure_cases(bench: Bench, wanted: Sequence[Case], command: str, draw: Cali
                 draw = None
             draw = draw or CalibrationDraw(bench, case.mode, case.seed)
         row = row_of(bench, draw, case, title)
-        rows[key] = {"key": key, **dataclasses.asdict(case), **row, "seconds": round(time.perf_counter() - start, 1)}
+        seconds = round(time.perf_counter() - start, 1)
+        rows[key] = cast("Row", {"key": key, **dataclasses.asdict(case), **row, "seconds": seconds})
         write(options.output, result, rows)
         bench.reporter.say(f"{title}: " + (f"{row['top1']:.2%}" if "top1" in row else row["refused"]))
     return write(options.output, result, rows)
 
 
-def row_of(bench: Bench, draw: CalibrationDraw | None, case: Case, title: str) -> dict[str, Any]:
+def row_of(bench: Bench, draw: CalibrationDraw | None, case: Case, title: str) -> Row:
     """What is measured of a case, or why it is not."""
     module: Any = bench.model
     row: dict[str, Any] = {"macs": bench.dense_macs, "counts": [bench.reader.tokens] * len(bench.reader.blocks)}
@@ -70,7 +71,8 @@ def row_of(bench: Bench, draw: CalibrationDraw | None, case: Case, title: str) -
             module, row = bench.baseline(case)
     except NotMeasured as error:
         return {"refused": f"{case.method}: {error}"}
-    return row | {"reduction": round(1 - row["macs"] / bench.dense_macs, 6), **bench.accuracy_of(module, title)}
+    reduction = round(1 - row["macs"] / bench.dense_macs, 6)
+    return cast("Row", {**row, "reduction": reduction, **bench.accuracy_of(module, title)})
 
 
 def key_of(case: Case, described: dict[str, Any]) -> str:
@@ -85,7 +87,7 @@ def identity(described: dict[str, Any]) -> dict[str, Any]:
     return {"model": model, "evaluation": described["evaluation"], "calibration": described["calibration"]}
 
 
-def found_rows(path: Path, described: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def found_rows(path: Path, described: dict[str, Any]) -> dict[str, Row]:
     """The rows measured before, by key; raises ``InputRejected`` where they are of something else."""
     if not path.exists():
         return {}
@@ -108,7 +110,7 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
-def write(path: Path, result: dict[str, Any], rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def write(path: Path, result: dict[str, Any], rows: dict[str, Row]) -> dict[str, Any]:
     """Write the results whole, one row a line, with their summary."""
     from benchmarks.accuracy.plot import compared, summarised
 
