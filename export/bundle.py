@@ -50,6 +50,7 @@ class BundleContents:
     measured: Measured
     parity: schema.ParityReport
     picture: Path
+    sbom: Path
     golden_images: dict[int, Path]
     latency_table: Path | None
     latency: schema.LatencyRecord | None
@@ -72,6 +73,7 @@ def write_contents(contents: BundleContents, folder: Path) -> schema.Manifest:
         copy_verified(contents.speed, folder / contents.speed.name)
     copy_verified(contents.report, folder / contents.report.name)
     copy_verified(contents.picture, folder / "kept_patches.png")
+    copy_verified(contents.sbom, folder / contents.sbom.name)
     write_parity(folder, contents.parity)
     write_golden(folder / "golden.npz", _golden(contents.measured))
     for row, path in contents.golden_images.items():

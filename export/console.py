@@ -31,6 +31,7 @@ COMMANDS = {
     "cut": Command("graph_passes.run", "Cut the tokens that a plan drops out of an ONNX file. Needs no PyTorch."),
     "build": Command("export.build", "Build a bundle's TensorRT engine on the device that it is for. Needs no PyTorch."),
     "validate": Command("validate.run", "Check a bundle whole, and measure it on images. Needs no PyTorch."),
+    "diff": Command("validate.diff", "Say in words how two bundles differ. Needs no PyTorch."),
     "doctor": Command("export.doctor", "Say what is installed, what works here, and what to install for the rest."),
 }
 

@@ -85,6 +85,8 @@ class OutputGroup:
     """The bundle's folder. Default: bundles/MODEL-ENGINE."""
     license: str | None = None
     """The licence of the weights, as an SPDX name, for the manifest and the ONNX files. Default: what their record says."""
+    sign: Annotated[Path | None, tyro.conf.arg(metavar="KEY")] = None
+    """Sign the bundle with this private key: elliptic curve, PEM, no password (openssl genpkey -algorithm EC)."""
     work: Path | None = None
     """Where finished stages are kept, so that a second or interrupted run continues. Default: ~/.cache/patchslim."""
     dry_run: bool = False
@@ -119,6 +121,10 @@ class ExportOptions(OutputGroup, GateGroup, EngineGroup, PlanGroup, ModelOptions
     def check_inputs(self) -> None:
         """Raise ``InputRejected`` where what the options name is not there, or is no plan. Quick: nothing is loaded."""
         super().check_inputs()
+        if self.sign is not None:
+            from patchslim.signatures import check_private_key
+
+            check_private_key(self.sign)
         if self.plan is not None:
             from patchslim.plan import load_plan
 

@@ -21,6 +21,7 @@ from export.places import check_places
 from export.publication import check_place, publish, recover
 from export.report.page import ReportFacts
 from export.report.stages import provenance, report_page, worst_images
+from export.sbom import environment_sbom
 from export.source import ExportSource
 from export.speed import measured_speed
 from export.stages import (
@@ -133,6 +134,7 @@ def _export(options: ExportOptions, request: EngineRequest, source: ExportSource
         measured=measured,
         parity=parity,
         picture=picture,
+        sbom=environment_sbom(source.model, work),
         golden_images=golden_images(source, measured.inputs, work),
         latency_table=table,
         latency=latency,
@@ -143,7 +145,7 @@ def _export(options: ExportOptions, request: EngineRequest, source: ExportSource
     missed = unexecuted(options, engine)
     passed = parity.passed and not missed
     folder = options.bundle if passed else options.work_folder / f"{options.bundle.name}.failed"
-    publish(functools.partial(write_contents, contents), folder)
+    publish(functools.partial(write_contents, contents), folder, options.sign if passed else None)
     work.facts.save()
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     advice = None if parity.passed else what_would_pass(options, source, parity, work)

@@ -12,6 +12,7 @@ from pathlib import Path
 from patchslim.errors import InputRejected, UsageError
 from patchslim.files import digest
 from patchslim.folders import disk_full, exchange, leftovers, locked, temporary_folder, temporary_form
+from patchslim.signatures import SIGNATURE, sign_folder
 from validate.bundle import MANIFEST, PLAN, SUMS, list_files, load_manifest, sums_fault, write_manifest, write_sums
 from validate.manifest import Manifest
 
@@ -86,6 +87,8 @@ def _foreign(folder: Path) -> str:
             if sums_fault(folder, manifest):
                 return f"holds {name}, which was changed after the bundle was made"
             continue
+        if name == SIGNATURE:  # of the bundle as it was
+            continue
         if (record := recorded.get(name)) is None:
             return f"holds {name}, which is not of a bundle"
         path = folder / name
@@ -112,18 +115,21 @@ def recover(folder: Path) -> None:
         raise UsageError(f"--output {folder}: cannot be used: {_cause(error)}") from error
 
 
-def publish(fill: Callable[[Path], Manifest], folder: Path) -> None:
+def publish(fill: Callable[[Path], Manifest], folder: Path, key: Path | None = None) -> None:
     """Have ``fill`` make the bundle in a temporary folder beside ``folder``, its manifest and sums last, and put it in place.
 
     An earlier bundle is exchanged for it in one step where the kernel can do that, so that a reader finds one of the two at any
     moment; when anything fails it stays, and nothing else is left behind. Of several that publish to one place the last one's
-    bundle stays. Raises ``UsageError`` where the place cannot be written, or holds anything that is not a bundle of ours.
+    bundle stays. With a private ``key`` the bundle is signed. Raises ``UsageError`` where the place cannot be written, or holds
+    anything that is not a bundle of ours, and as ``sign_folder`` does.
     """
 
     def whole(new: Path) -> None:
         manifest = fill(new)
         write_manifest(new, manifest)
         write_sums(new, manifest)
+        if key is not None:
+            sign_folder(new, key)
 
     publish_folder(whole, folder, _foreign)
 

@@ -53,6 +53,10 @@ PACKAGES = (
     Package("sklearn", "scikit-learn", ("export",)),
     Package("matplotlib", "matplotlib", ("export",)),
     Package("jinja2", "jinja2", ("export",)),
+    Package("cyclonedx", "cyclonedx-python-lib", ("export",)),
+    Package("packaging", "packaging", ("export",)),
+    Package("model_signing", "model-signing", ("signing",)),
+    Package("OpenSSL", "pyopenssl", ("signing",)),
     Package("datasets", "datasets", ("readers",)),
     Package("webdataset", "webdataset", ("readers",)),
 )

@@ -9,17 +9,19 @@ from pathlib import Path
 from patchslim.errors import InputRejected
 from patchslim.files import digest, read_bounded, read_verified
 from patchslim.records import atomic_path, parse_record, save_record
+from patchslim.signatures import SIGNATURE
 from validate.manifest import FileRecord, Manifest, ParityReport, plain_path
 
 MANIFEST = "manifest.json"
 PARITY = "parity.json"
 PLAN = "plan.json"
 LATENCY = "latency.json"
+SBOM = "sbom.cdx.json"
 #: For ``sha256sum -c``: every file but itself, the manifest too.
 SUMS = "SHA256SUMS"
 GOLDEN = "golden.npz"
 #: Files that the manifest does not list: itself, and what has its digest.
-UNLISTED = frozenset({MANIFEST, SUMS})
+UNLISTED = frozenset({MANIFEST, SUMS, SIGNATURE})
 #: A manifest or parity report of more bytes is refused.
 MAX_RECORD_BYTES = 8 << 20
 _MAX_FILES = 10_000
@@ -51,7 +53,7 @@ def list_files(folder: Path) -> list[str]:
 
 
 def record_files(folder: Path) -> list[FileRecord]:
-    """Records of every file under ``folder`` but ``manifest.json`` and ``SHA256SUMS``, sorted by path.
+    """Records of every file under ``folder`` but those that the manifest does not list, sorted by path.
 
     Raises ``InputRejected``.
     """

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from patchslim.errors import InputRejected, Unavailable
 from patchslim.files import digest
 from patchslim.packages import install_command
+from patchslim.signatures import SIGNATURE, verify_folder
 from validate import bundle as files
 from validate.bundle import list_files, read_manifest
 from validate.engine_checks import Running
@@ -34,6 +36,7 @@ def check_bundle(
     expect_manifest_sha256: str | None = None,
     require_executed: bool = False,
     engines: EngineChoice | None = None,
+    public_key: Path | None = None,
 ) -> BundleVerdict:
     """Check the bundle in ``folder``: records, files, digests, figures, graphs, and the golden logits in ONNX Runtime.
 
@@ -43,7 +46,8 @@ def check_bundle(
     The digests prove that the files are those of the manifest, and nothing against one who can write the folder: with
     ``expect_manifest_sha256``, which came another way, they do. ``require_executed`` fails a bundle whose engine never ran
     where it was built. Where another bundle takes the folder's place meanwhile, that one is checked. ``engines`` are others
-    than ONNX Runtime to run the models in as well, or in its place.
+    than ONNX Runtime to run the models in as well, or in its place. With a ``public_key`` the bundle must carry its owner's
+    signature.
 
     What a package that is not installed would be needed for is ``unchecked``. Raises ``Unavailable`` where a ``provider`` is
     asked for (None: the CPU's, if there is any) and is not here, and with ``require_executed`` where anything is unchecked.
@@ -52,7 +56,7 @@ def check_bundle(
     how = Running(engines or EngineChoice(), limits or Limits(), provider, threads)
     before = _identity(folder)
     for _ in range(_ATTEMPTS):
-        verdict = _check_bundle(folder, say, how, expect_manifest_sha256, require_executed)
+        verdict = _check_bundle(folder, say, how, Trust(expect_manifest_sha256, public_key, require_executed))
         if verdict.passed or (after := _identity(folder)) == before:
             break
         before = after
@@ -69,9 +73,35 @@ def _identity(folder: Path) -> tuple[int, int] | None:
     return None
 
 
-def _check_bundle(
-    folder: Path, say: Progress, how: Running, expect_manifest_sha256: str | None, require_executed: bool
-) -> BundleVerdict:
+@dataclasses.dataclass(frozen=True)
+class Trust:
+    """What came another way than the bundle, and what is asked of it."""
+
+    manifest_sha256: str | None
+    public_key: Path | None
+    require_executed: bool
+
+    def check_signature(self, folder: Path, manifest: Manifest, say: Progress) -> Iterator[Check]:
+        """The whole folder is signed by the owner of the public key; without one only that a signature is there is said."""
+        signed = (folder / SIGNATURE).is_file()
+        if self.public_key is None:
+            if signed:
+                detail = "not checked: needs the signer's public key"
+                yield Check(name="signature", subject=SIGNATURE, status="not executed", detail=detail)
+            return
+        say(SIGNATURE)
+        try:
+            if not signed:
+                raise InputRejected(f"{folder}: is not signed, and a public key was given")
+            verify_folder(folder, self.public_key)
+        except InputRejected as error:
+            yield failed("signature", SIGNATURE, error)
+            return
+        detail = f"every file, by the owner of {self.public_key.name}"
+        yield Check(name="signature", subject=SIGNATURE, status="passed", detail=detail)
+
+
+def _check_bundle(folder: Path, say: Progress, how: Running, trust: Trust) -> BundleVerdict:
     checks: list[Check] = []
     runs: list[EngineRun] = []
     manifest: Manifest | None = None
@@ -82,17 +112,17 @@ def _check_bundle(
         if not folder.is_dir():
             raise InputRejected(f"{folder}: is not a folder")
         manifest, sha256 = read_manifest(folder)
-        if expect_manifest_sha256 is not None and sha256 != expect_manifest_sha256.lower():
-            raise InputRejected(f"{folder / files.MANIFEST}: its SHA-256 is {sha256}, not {expect_manifest_sha256.lower()}")
-        known = "of the digest expected" if expect_manifest_sha256 else f"SHA-256 {sha256}"
+        if trust.manifest_sha256 is not None and sha256 != trust.manifest_sha256.lower():
+            raise InputRejected(f"{folder / files.MANIFEST}: its SHA-256 is {sha256}, not {trust.manifest_sha256.lower()}")
+        known = "of the digest expected" if trust.manifest_sha256 else f"SHA-256 {sha256}"
         checks.append(Check(name="manifest", subject=files.MANIFEST, status="passed", detail=f"valid, version 1, {known}"))
-        for stage in (_check_files, check_records):
+        for stage in (_check_files, trust.check_signature, check_records):
             found = list(stage(folder, manifest, say))
             checks += found
             if any(check.exit_code for check in found):
                 break
         else:
-            checks += check_engine_ran(manifest, require_executed)
+            checks += check_engine_ran(manifest, trust.require_executed)
             checks += check_graphs(folder, manifest, say, how, runs)
     except (InputRejected, OSError) as error:  # OSError: a file went away after it was listed
         checks.append(failed("manifest" if manifest is None else "bundle", str(folder), str(error)))

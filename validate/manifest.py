@@ -29,6 +29,7 @@ _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Stage = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,63}$")]
 _Text = Annotated[str, Field(max_length=4096)]
 _Name = Annotated[str, Field(min_length=1, max_length=1024)]
+_MADE_LAST = {"manifest.json", "SHA256SUMS", "model.sig"}  # files that have, each, the digests of those before
 _ROUNDING = 1e-6  # points and percentages are written as floats; the integer counts beside them are the truth
 
 
@@ -342,8 +343,8 @@ class Manifest(_Results):
     @model_validator(mode="after")
     def _check(self) -> Manifest:
         names = [file.path for file in self.files]
-        if len({name.casefold() for name in names}) != len(names) or {"manifest.json", "SHA256SUMS"} & {*names}:
-            raise ValueError("files: a path is listed twice, or manifest.json lists itself or SHA256SUMS")
+        if len({name.casefold() for name in names}) != len(names) or _MADE_LAST & {*names}:
+            raise ValueError("files: a path is listed twice, or manifest.json lists itself, SHA256SUMS or model.sig")
         graphs = [record.path for record in self.onnx]
         if len(set(graphs)) != len(graphs):
             raise ValueError("onnx: a path is listed twice")

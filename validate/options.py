@@ -72,6 +72,8 @@ class TrustGroup:
 
     expect_manifest_sha256: Annotated[str | None, tyro.conf.arg(metavar="HEX")] = None
     """SHA-256 that manifest.json must have, from whoever made the bundle; any other is refused with exit code 3."""
+    public_key: Annotated[Path | None, tyro.conf.arg(metavar="KEY")] = None
+    """The public key (PEM) of whoever made the bundle, which came another way: the bundle must carry their signature."""
     require_executed: bool = False
     """Fail with exit code 5 where the engine never ran on the machine that built it, and with 4 where anything of the bundle
     cannot be checked here."""

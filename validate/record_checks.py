@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import ConfigDict
 
 from patchslim.errors import EXIT_PARITY, InputRejected
 from patchslim.packages import missing
 from patchslim.plan import SlimPlan
-from patchslim.records import MAX_JSON_BYTES, parse_record
+from patchslim.records import MAX_JSON_BYTES, StrictRecord, parse_record
 from validate import bundle as files
 from validate.build_recipe import MAX_RECIPE_BYTES, RECIPE, parse_recipe
 from validate.bundle import parse_parity, read_file
@@ -41,6 +44,7 @@ def check_records(folder: Path, manifest: Manifest, say: Callable[[str], None]) 
         except InputRejected as error:
             yield failed("engine", name, error)
     yield from _check_recipe(folder, manifest)
+    yield from _check_sbom(folder, manifest)
     path = folder / files.PARITY
     try:
         report = read_parity(folder, manifest)
@@ -83,6 +87,47 @@ def _check_latency(folder: Path, manifest: Manifest) -> Check:
     except InputRejected as error:
         return failed("latency", files.LATENCY, error)
     return Check(name="latency", subject=files.LATENCY, status="passed", detail=f"{len(sheet.comparisons)} comparisons")
+
+
+class _Component(StrictRecord):
+    """A component of a bill of materials, as far as it is looked at."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    name: str
+    version: str = ""
+
+
+class _Sbom(StrictRecord):
+    """A CycloneDX document, as far as it is looked at."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    bomFormat: Literal["CycloneDX"]  # noqa: N815 - CycloneDX's name
+    components: list[_Component]
+
+
+def _check_sbom(folder: Path, manifest: Manifest) -> Iterator[Check]:
+    """``sbom.cdx.json`` names every tool of the manifest in its version."""
+    if files.SBOM not in [file.path for file in manifest.files]:
+        return
+    path = folder / files.SBOM
+    try:
+        sbom = parse_record(read_file(folder, manifest, files.SBOM, files.MAX_RECORD_BYTES), _Sbom, "bill of materials", path)
+        found = {(_normal(one.name), one.version) for one in sbom.components}
+        for name, version in manifest.tools.items():
+            if (_normal(name), version) not in found:
+                raise InputRejected(f"{path}: lacks {name} {version}, a tool of manifest.json")
+    except InputRejected as error:
+        yield failed("bill of materials", files.SBOM, error)
+        return
+    detail = f"{len(sbom.components)} components, the manifest's tools among them"
+    yield Check(name="bill of materials", subject=files.SBOM, status="passed", detail=detail)
+
+
+def _normal(name: str) -> str:
+    """A distribution's name as indexes have it (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).casefold()
 
 
 def _check_recipe(folder: Path, manifest: Manifest) -> Iterator[Check]:

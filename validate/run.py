@@ -86,6 +86,7 @@ def _checked(options: ValidateOptions, say: Callable[[str], None]) -> Found:
             expect_manifest_sha256=options.expect_manifest_sha256,
             require_executed=options.require_executed and bool(engines.keys is None or engines.keys),
             engines=engines,
+            public_key=options.public_key,
         )
 
     if options.build:
@@ -119,8 +120,12 @@ def _sent(options: ValidateOptions) -> Found:
     from validate.check import check_bundle
 
     assert options.attestation is not None
-    expected = options.expect_manifest_sha256
-    verdict = check_bundle(options.bundle, expect_manifest_sha256=expected, engines=EngineChoice(()))
+    verdict = check_bundle(
+        options.bundle,
+        expect_manifest_sha256=options.expect_manifest_sha256,
+        engines=EngineChoice(()),
+        public_key=options.public_key,
+    )
     if verdict.passed:
         checks = check_attestation(options.attestation, options.bundle, verdict)
         verdict = verdict.model_copy(update={"checks": [*verdict.checks, *checks]})

@@ -61,7 +61,7 @@ def test_an_empty_work_folder_gives_the_same_bytes(ort_export: Outcome, tmp_path
     outcome = export_bundle(tiny(tmp_path / "work", ort_export.bundle.name))
     assert digests(outcome.bundle) == digests(ort_export.bundle)
     kinds = {name.partition("-")[0] for name in stages_in(tmp_path / "work")}
-    assert kinds == {"plan", "dense", "slim", "engine", "logits", "picture", "golden", "report"}
+    assert kinds == {"plan", "dense", "slim", "engine", "logits", "picture", "golden", "report", "sbom"}
 
 
 def test_only_what_a_choice_changes_is_made_again(ort_export: Outcome, export_work: Path) -> None:
@@ -84,7 +84,7 @@ def test_only_what_a_choice_changes_is_made_again(ort_export: Outcome, export_wo
     before = set(stages_in(export_work))
     export_bundle(tiny(export_work, "budget", macs_reduction=0.2, fit="none", seed=77))  # a model that no other test uses
     made = {name.partition("-")[0] for name in set(stages_in(export_work)) - before}
-    assert made == {"plan", "dense", "slim", "engine", "logits", "picture", "report"}
+    assert made == {"plan", "dense", "slim", "engine", "logits", "picture", "report", "sbom"}
     before = set(stages_in(export_work))
     export_bundle(tiny(export_work, "budget", macs_reduction=0.3, fit="none", seed=77))
     made = {name.partition("-")[0] for name in set(stages_in(export_work)) - before}
@@ -123,7 +123,7 @@ def test_changed_weights_are_noticed_whatever_their_file_looks_like(tmp_path: Pa
     rewrite(path, weights_file(2))
     second = export_bundle(options)
     made = [name.partition("-")[0] for name in set(stages_in(work)) - stages]
-    assert sorted(made) == ["dense", "engine", "logits", "logits", "logits", "report", "slim"]
+    assert sorted(made) == ["dense", "engine", "logits", "logits", "logits", "report", "sbom", "slim"]
     assert first.parity.rungs[0].top1 != second.parity.rungs[0].top1
 
 

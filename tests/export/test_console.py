@@ -48,7 +48,7 @@ def test_version() -> None:
     [
         ([], "Commands:"),
         (["exprot"], "patchslim: no command exprot; did you mean export?"),
-        (["xyzzy"], "patchslim: no command xyzzy; there are export, slim, cut, build, validate, doctor"),
+        (["xyzzy"], "patchslim: no command xyzzy; there are export, slim, cut, build, validate, diff, doctor"),
         (["--modle"], "patchslim: no command --modle"),
     ],
 )

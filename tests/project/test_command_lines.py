@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-DOORS = ("export.run", "export.build", "slimming.run", "graph_passes.run", "validate.run", "export.console")
+DOORS = ("export.run", "export.build", "slimming.run", "graph_passes.run", "validate.run", "validate.diff", "export.console")
 #: Packages that take long to import. Help that loads none of them answers in well under a second.
 HEAVY = (
     "torch",
@@ -54,7 +54,9 @@ def test_help_loads_nothing_heavy(door: str) -> None:
 
 @pytest.mark.parametrize("door", DOORS)
 def test_an_unknown_option_is_exit_code_2(door: str) -> None:
-    needed = {"validate.run": ["bundle"], "export.build": ["recipe.json", "-o", "engine"]}.get(door, [])
+    needed = {"validate.run": ["bundle"], "validate.diff": ["a", "b"], "export.build": ["recipe.json", "-o", "engine"]}.get(
+        door, []
+    )
     done = run("-m", door, *needed, "--no-such-option")
     assert done.returncode == 2, done.stderr
     assert "--no-such-option" in done.stderr + done.stdout
@@ -71,6 +73,7 @@ def test_an_unknown_option_is_exit_code_2(door: str) -> None:
         ("graph_passes.run", []),
         ("validate.run", []),
         ("export.build", ["recipe.json"]),
+        ("validate.diff", ["a"]),
         ("export.build", ["recipe.json", "-o", "engine", "--engine", "abacus"]),
         ("validate.run", ["bundle", "--threads", "two"]),
     ],

@@ -25,7 +25,7 @@ FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in FILES}
 README = PAGES["README.md"]
 EVERYTHING = "\n".join(PAGES.values())
-DOORS = ("export.run", "export.build", "slimming.run", "graph_passes.run", "validate.run")
+DOORS = ("export.run", "export.build", "slimming.run", "graph_passes.run", "validate.run", "validate.diff")
 COMMAND = re.compile(r"-m ((?:benchmarks|export|graph_passes|slimming|validate)\b[a-z0-9_.]*)([^\n`]*)")
 COMMANDS = sorted(set(COMMAND.findall(EVERYTHING)))
 MODULES = sorted({module for module, _ in COMMANDS})

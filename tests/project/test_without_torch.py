@@ -76,7 +76,9 @@ def test_the_packages_import_from_the_wheel(edge: Path, tmp_path: Path) -> None:
     assert str(ROOT) not in done.stdout
 
 
-@pytest.mark.parametrize("door", ["export.run", "export.build", "slimming.run", "graph_passes.run", "validate.run"])
+@pytest.mark.parametrize(
+    "door", ["export.run", "export.build", "slimming.run", "graph_passes.run", "validate.run", "validate.diff"]
+)
 def test_every_door_answers_help(edge: Path, door: str, tmp_path: Path) -> None:
     done = run(edge, "-m", door, "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
