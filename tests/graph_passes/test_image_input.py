@@ -22,7 +22,18 @@ from graph_passes.pass_registry import CutForm, ImageForm
 from patchslim.choices import Layout, Mode
 from patchslim.errors import InputRejected, UsageError
 from patchslim.plan import SlimPlan
-from tests.helpers.onnx_models import SIZES, as_proto, dense, ort_logits, plan_for, reference, tiny_vit, trace, traced
+from tests.helpers.onnx_models import (
+    SIZES,
+    as_proto,
+    dense,
+    edited_model,
+    ort_logits,
+    plan_for,
+    reference,
+    tiny_vit,
+    trace,
+    traced,
+)
 
 pytestmark = pytest.mark.numeric
 
@@ -163,10 +174,7 @@ def stem(change: str) -> onnx.ModelProto:
         one = gs.Constant("one", np.ones((1, 48, 1, 1), np.float32))
         graph.nodes.append(gs.Node("Add", "bias", {}, [conv.outputs[0], one], [out]))
         reader.inputs[0] = out
-    graph.cleanup().toposort()
-    model = gs.export_onnx(graph)
-    del model.graph.value_info[:]
-    return model
+    return edited_model(graph)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from graph_passes.pass_registry import GraphPass, graph_pass
 from patchslim.choices import Layout, Mode
 from patchslim.errors import InputRejected
 from patchslim.plan import SlimPlan
-from tests.helpers.onnx_models import FORMS, dense, ort_logits, plan_for, random_plan, reference, tiny_cnn, traced
+from tests.helpers.onnx_models import FORMS, dense, edited_model, ort_logits, plan_for, random_plan, reference, tiny_cnn, traced
 
 pytestmark = pytest.mark.numeric
 
@@ -169,10 +169,7 @@ def edited(change: str) -> onnx.ModelProto:
         graph.nodes.append(gs.Node("CumSum", "mix", {}, [gelu_out, gs.Constant("one", np.array(1))], [out]))
         for reader in readers:
             reader.inputs[0] = out
-    graph.cleanup().toposort()
-    model = gs.export_onnx(graph)
-    del model.graph.value_info[:]
-    return model
+    return edited_model(graph)
 
 
 @pytest.mark.parametrize(
@@ -251,9 +248,7 @@ def test_other_ways_to_unpack_qkv(form: str, layout: Layout) -> None:
             else:
                 squeeze.inputs[0] = parts[i]
             node.inputs.clear()
-    graph.cleanup().toposort()
-    model = gs.export_onnx(graph)
-    del model.graph.value_info[:]
+    model = edited_model(graph)
     result = slim(model, plan_of(), layout=layout)
     np.testing.assert_allclose(ort_logits(result.model, IMAGES), reference(dense("plain")[0], plan_of(), IMAGES), atol=1e-4)
     assert not slim(result.model, plan_of(), layout=layout).modified

@@ -18,7 +18,7 @@ from slimming.api import make_plan
 from tests.helpers.corpus import built, by_name
 from tests.helpers.corpus.models import torch_model
 from tests.helpers.merging import KEPT, merges_of, plan_of
-from tests.helpers.onnx_models import dense, tiny_vit, trace
+from tests.helpers.onnx_models import dense, edited_model, tiny_vit, trace
 
 
 class Together(nn.Module):
@@ -105,9 +105,7 @@ def test_a_graph_whose_own_tokens_are_mixed_is_refused_by_node() -> None:
     graph.nodes.append(gs.Node("Add", "own_add", {}, [stream, product], [total]))
     for reader in readers:
         reader.inputs = [total if tensor is stream else tensor for tensor in reader.inputs]
-    graph.cleanup().toposort()
-    model = gs.export_onnx(graph)
-    del model.graph.value_info[:]
+    model = edited_model(graph)
     for name in ("order_tokens", "cut_tokens"):
         for plan in (plan_of(), plan_of(merged_into=None)):
             (refusal,) = run_passes(model, [name], Settings(plan)).results[0].refused

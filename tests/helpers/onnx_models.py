@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import onnxruntime as ort
 import timm.layers
 import torch
@@ -197,6 +198,14 @@ def traced(kind: str) -> tuple[VisionTransformer, onnx.ModelProto]:
 def trace(model: torch.nn.Module, size: int = 32, outputs: Sequence[str] = ("logits",)) -> onnx.ModelProto:
     """The export of a dense model by TorchScript, opset 17, dynamic batch."""
     return exporters.torchscript(model, torch.randn(2, 3, size, size), 17, dynamic=True, outputs=outputs)
+
+
+def edited_model(graph: gs.Graph) -> onnx.ModelProto:
+    """The model of a graph after changes by hand: in order, and without the shapes of before."""
+    graph.cleanup().toposort()
+    model: onnx.ModelProto = gs.export_onnx(graph)
+    del model.graph.value_info[:]
+    return model
 
 
 def tiny_cnn() -> onnx.ModelProto:
