@@ -22,7 +22,7 @@ pytestmark = pytest.mark.numeric
 ALL = list(range(17))
 # Block 1 keeps what block 0 left, so in compact mode it needs no cut; the last block keeps the class token only.
 KEPT = [[0, 2, 5, 6, 9, 11, 14, 16], [0, 2, 5, 6, 9, 11, 14, 16], [0, 5, 11, 16], [0]]
-OF_ANY_GRAPH = ["fold_constants", "expand_attention", "elide_identities"]
+OF_ANY_GRAPH = ["fold_constants", "expand_attention", "elide_identities", "softmax_output"]
 ORDER = [
     "fold_constants", "expand_attention", "find_blocks", "repair_reshapes", "fold_scale", "order_tokens", "split_qkv",
     "cut_tokens", "elide_identities", "to_fp16",
