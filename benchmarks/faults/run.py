@@ -8,7 +8,7 @@ three runs find their stages in the work folder, so that many moments fall near 
 process that has loaded PyTorch, so that few moments fall into its loading; "fresh process" rows are for those. A full disk is a
 tmpfs on which only a share of what a run writes is left, or, where this user may mount none, a limit on the size of a file
 (RLIMIT_FSIZE): the row is named after it. The rows are written as they are found: a run that was stopped goes on with the next
-one, if its options and the code are the same.
+one, if the code is the same, and so do runs of some doors each (``--only``) into one file.
 
 ``--short`` is the same with a few of each: ``pytest -m slow tests/benchmarks/test_faults.py`` runs it.
 """
@@ -22,6 +22,7 @@ import platform
 import random
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,16 +61,16 @@ def run(options: FaultOptions) -> int:
     table = FaultTable(options)
     with tempfile.TemporaryDirectory(prefix="patchslim-faults-") as folder:
         mounts = SmallDisk.may_mount(Path(folder) / "trial")
-        waiting = list(scenes(short=options.short, doors=doors, mounts=mounts))
+        every = [scene.what for scene in scenes(short=options.short, doors=DOORS, mounts=mounts)]
         shop: Workshop | None = None
-        for number, scene in enumerate(waiting, start=1):
+        for scene in scenes(short=options.short, doors=doors, mounts=mounts):
             if not table.has(scene.what):
                 # Moments of their own for each scene: they are the same whether the ones before were run now or earlier.
                 draws = random.Random(f"{options.seed} {scene.what}")
                 shop = shop or Workshop(Path(folder), draws)
                 shop.draws = draws
                 row = scene.row(shop)
-                table.add(row, complete=number == len(waiting))
+                table.add(row, every)
                 print(f"{row.what}: {row.bad} bad, {row.seconds:.0f} s", file=sys.stderr)
     if options.json:
         print(table.text())
@@ -83,8 +84,7 @@ class FaultTable:
 
     def __init__(self, options: FaultOptions) -> None:
         self.output = options.output
-        words = ["--short"] * options.short + [f"--only {' '.join(options.only)}"] * bool(options.only)
-        words += [f"--seed {options.seed}"] * (options.seed != 0)
+        words = ["--short"] * options.short + [f"--seed {options.seed}"] * (options.seed != 0)
         self.head: dict[str, Any] = {
             "command": " ".join(["python -m benchmarks.faults", *words]),
             "short": options.short,
@@ -107,10 +107,11 @@ class FaultTable:
         """Whether the row of that name is there."""
         return any(row.what == what for row in self.rows)
 
-    def add(self, row: Row, *, complete: bool) -> None:
-        """One more row; ``complete``: the last one."""
+    def add(self, row: Row, every: Sequence[str]) -> None:
+        """One more row; ``every`` are the names of all that make the table complete, in order."""
         self.rows.append(row)
-        self.complete = complete
+        self.complete = set(every) <= {row.what for row in self.rows}
+        self.rows.sort(key=lambda row: every.index(row.what))
         if self.output is not None:
             with atomic_path(self.output) as part:
                 part.write_text(self.text() + "\n", encoding="utf-8")

@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.faults.processes import Door, Ended, Running
 from benchmarks.faults.run import FaultOptions, FaultTable
-from benchmarks.faults.scenes import BAD, DOORS, Row, Scene, UnhurtError, Workshop
+from benchmarks.faults.scenes import BAD, DOORS, Row, Scene, UnhurtError, Workshop, scenes
 from benchmarks.faults.things import SmallDisk, Thing, bundle_state, largest_file, size_of
 from tests.helpers.bundles import make_bundle
 
@@ -52,15 +52,28 @@ def test_a_process_that_is_hurt(tmp_path: Path, fresh: bool) -> None:
 def test_a_stopped_run_goes_on_with_the_next_row(tmp_path: Path) -> None:
     options = FaultOptions(short=True, only=("cut",), output=tmp_path / "rows.json")
     table = FaultTable(options)
-    table.add(Row("cut: SIGKILL", runs=3, finished=1), complete=False)
-    again = FaultTable(options)
+    every = ["export: SIGKILL", "cut: SIGKILL"]
+    table.add(Row("cut: SIGKILL", runs=3, finished=1), every)
+    again = FaultTable(replace(options, only=("export",)))
     assert again.has("cut: SIGKILL")
     assert again.rows == table.rows
     assert not FaultTable(replace(options, seed=1)).rows  # other moments
-    again.add(Row("cut: SIGINT", runs=2, hung=1), complete=True)
+    again.add(Row("export: SIGKILL", runs=2, hung=1), every)
     found = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["what"] for row in found["rows"]] == every
     assert (found["total"]["runs"], found["total"]["hung"], found["complete"]) == (5, 1, True)
     assert not FaultTable(options).rows  # a whole table is made anew
+
+
+def test_the_committed_table_has_nothing_bad() -> None:
+    table = json.loads((ROOT / "benchmarks/faults/results.json").read_text())
+    rows = [Row(**row) for row in table["rows"]]
+    known = {scene.what for scene in scenes(short=False, doors=DOORS, mounts=True)}
+    assert {row.what for row in rows} <= known
+    assert table["complete"] is ({row.what for row in rows} == known)
+    assert [(row.what, row.bad) for row in rows if row.bad] == []
+    assert sum(row.runs for row in rows) == table["total"]["runs"] > 0
+    assert not any(row.examples for row in rows)
 
 
 def test_a_command_that_fails_unhurt_is_counted() -> None:
