@@ -8,6 +8,7 @@ if __name__ == "__main__":
     end_when_interrupted()
 
 import json
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,16 +73,17 @@ def run(options: BuildDoorOptions) -> int:
     if options.json:
         print(json.dumps(built.record.model_dump(mode="json"), indent=1))
     else:
-        print_built(built)
+        print_built(built, options.recipe.parent)
     return EXIT_DONE
 
 
-def print_built(built: BuiltEngine) -> None:
-    """What was built, where it lies, and the next step."""
+def print_built(built: BuiltEngine, bundle: Path) -> None:
+    """What was built, where it lies, and the next step: real images through it."""
     print(built.result.summary())
     for file in built.record.files:
         print(f"{file.sha256}  {printable(str(built.folder / file.path))}")
-    print(f"{printable(str(built.folder))}: run real images through it before you serve it: python -m validate.run --help")
+    next_step = shlex.join(["python", "-m", "validate.run", str(bundle), "--build", "--built", str(built.folder), "--data"])
+    print(f"before you serve it, run it on images of your own, one folder per class: {printable(next_step)} IMAGES")
 
 
 def main(prog: str = "python -m export.build") -> int:

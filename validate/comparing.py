@@ -114,13 +114,17 @@ def _plans(before: SlimPlan, after: SlimPlan) -> Iterator[str]:
     elif before.kept != after.kept:
         blocks = [number for number, (a, b) in enumerate(zip(before.kept, after.kept, strict=False)) if a != b]
         yield f"as many tokens, but others, in blocks {_shown(blocks)}"
-    if (before.merged_into is None) != (after.merged_into is None):
-        how = ["merged" if plan.merged_into is not None else "dropped" for plan in (before, after)]
-        yield f"patches that a block does without are {how[0]} -> {how[1]}"
+    yield from _values({"patches that a block does without": (_gone(before), _gone(after))})
     fitted = [plan.weights and plan.weights.sha256 for plan in (before, after)]
     if fitted[0] != fitted[1]:
         fits = [plan.weights.fit if plan.weights else "none" for plan in (before, after)]
         yield f"other fitted weights: {fits[0]} -> {fits[1]}"
+
+
+def _gone(plan: SlimPlan) -> str:
+    if plan.merged_into is not None:
+        return "merged"
+    return "dropped" if min(plan.counts) < plan.tokens else "there are none"
 
 
 def _asked(plan: SlimPlan) -> str:

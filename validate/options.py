@@ -68,7 +68,8 @@ class OutputGroup:
 @dataclasses.dataclass(frozen=True)
 class TrustGroup:
     """What is not believed. The digests in manifest.json prove that the files are whole and belong together, and nothing
-    against one who can write the folder and so the manifest too: only a manifest's digest that came another way does."""
+    against one who can write the folder and so the manifest too: only a manifest's digest or a public key that came another
+    way does."""
 
     expect_manifest_sha256: Annotated[str | None, tyro.conf.arg(metavar="HEX")] = None
     """SHA-256 that manifest.json must have, from whoever made the bundle; any other is refused with exit code 3."""

@@ -88,6 +88,7 @@ def test_a_build_takes_the_place_of_an_earlier_one(recipe: Path, tmp_path: Path,
     told = capsys.readouterr().out
     assert f"{DEPTH} of {DEPTH} attentions fused" in told
     assert f"{again.files[0].sha256}  {out / again.files[0].path}" in told
+    assert f"python -m validate.run {recipe.parent} --build --built {out} --data IMAGES" in told
     assert sorted(path.name for path in tmp_path.iterdir()) == ["built", "bundle"]
 
 
