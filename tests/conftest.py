@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -34,12 +34,20 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in a hook of the same name, and would come before
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One process takes all of a file, for its fixtures, and all tests of the export, for their work folder."""
-    for item in items:
-        file = item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group("export" if file.startswith("tests/export/") else file))
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One process takes all of a file, for its fixtures, and all tests of the export, for their work folder.
+
+    pytest-xdist's own ``--dist loadgroup`` renames tests, which pytest 9.2 does not take notice of.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "export" if file.startswith("tests/export/") else file
+
+    return ByFile(config, log)
 
 
 def pytest_collection_finish() -> None:
