@@ -104,7 +104,7 @@ def test_the_console_command_runs(edge: Path, tmp_path: Path) -> None:
     assert (told.returncode, told.stdout) == (0, "patchslim 0.1.0\n"), told.stderr
     assert run(command, "--help", cwd=tmp_path).stdout.startswith("usage: patchslim")
     make_bundle(tmp_path / "bundle")
-    assert run(command, "validate", "bundle", "--threads", 1, cwd=tmp_path).returncode == 0
+    assert run(command, "validate", "bundle", "--threads", 1, "--latency-seconds", 0, cwd=tmp_path).returncode == 0
     done = run(command, "export", cwd=tmp_path)
     assert (done.returncode, WHEEL in done.stderr) == (4, True), done.stderr
 
@@ -152,7 +152,7 @@ def test_graph_passes_cut_a_real_export(edge: Path, tmp_path: Path) -> None:
 
 def test_validate_checks_a_bundle(edge: Path, tmp_path: Path) -> None:
     make_bundle(tmp_path / "bundle")
-    done = run(edge, "-m", "validate.run", "bundle", "--threads", 1, cwd=tmp_path)
+    done = run(edge, "-m", "validate.run", "bundle", "--threads", 1, "--latency-seconds", 0, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (tmp_path / "bundle" / "model.onnx").write_bytes(b"not what was promised")
     assert run(edge, "-m", "validate.run", "bundle", cwd=tmp_path).returncode == 3
