@@ -5,12 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from export.logits import PYTORCH_SLIM
 from export.options import ExportOptions
 from export.source import ExportSource
 from export.stages import Workspace
-from patchslim.errors import PatchslimError
+from patchslim.errors import BudgetUnreachable, UsageError
+from patchslim.records import StrictRecord, load_record, save_record
 from slimming.search.budget import Budget
 from slimming.session import open_finder
 from validate.manifest import ParityReport
@@ -19,6 +24,7 @@ from validate.manifest import ParityReport
 _STEPS = 6
 #: The last one's step: reductions are named in whole percent.
 _UNIT = 0.01
+_TINY = 1e-12  # nats
 
 
 @dataclass(frozen=True)
@@ -53,24 +59,53 @@ def what_would_pass(options: ExportOptions, source: ExportSource, parity: Parity
     limit = parity.gate.max_top1_drop / (1 if parity.gate.rule == "point" else 2)
     if drop <= 0 or failed <= _UNIT:
         return None
-    work.reporter.say("estimating what would have passed")
+    folder = work.cache.path(
+        "advice",
+        model=source.model.key,
+        calibration=source.calibration_fingerprint,
+        request=dataclasses.asdict(options.request(options.layout)),
+        failed=(failed, drop, limit),
+    )
+
+    def build(part: Path) -> None:
+        work.reporter.say("estimating what would have passed")
+        found = _largest_within(options, source, failed, limit / drop, work)
+        save_record(part / "advice.json", Estimate(reduction=found[0], share=found[1]))
+
     try:
-        with work.reporter.stages() as progress, open_finder(options, source.session, progress) as finder:
-            request = options.request(options.layout)
-
-            def expected(reduction: float) -> float:
-                budget = Budget("macs-reduction", reduction, snap=options.snap)
-                return finder.divergence(dataclasses.replace(request, budget=budget))
-
-            unit = drop / max(expected(failed), 1e-12)
-            low, high, found = 0.0, failed, 0.0
-            for _ in range(_STEPS):
-                middle = (low + high) / 2
-                if (points := unit * expected(middle)) <= limit:
-                    low, found = middle, points
-                else:
-                    high = middle
-    except PatchslimError:
+        work.cache.make(folder, build)
+    except (BudgetUnreachable, UsageError):
         return None
-    reduction = math.floor(low / _UNIT + 1e-9) * _UNIT
-    return Advice(round(reduction, 2), max(0.0, found), len(source.session.calibration)) if reduction > 0 else None
+    found = load_record(folder / "advice.json", Estimate, "advice")
+    if found.reduction == 0:
+        return None
+    return Advice(found.reduction, drop * found.share, source.calibration.images)
+
+
+class Estimate(StrictRecord):
+    """A reduction in whole percent, as a fraction, and its divergence as a share of that of the plan that failed; 0: none."""
+
+    reduction: Annotated[float, Field(ge=0, le=1)]
+    share: Annotated[float, Field(ge=0)]
+
+
+def _largest_within(
+    options: ExportOptions, source: ExportSource, failed: float, share: float, work: Workspace
+) -> tuple[float, float]:
+    """The largest reduction whose divergence is within ``share`` of that at ``failed``, and its own share of it."""
+    request = options.request(options.layout)
+    with work.reporter.stages() as progress, open_finder(options, source.session, progress) as finder:
+
+        def divergence(reduction: float) -> float:
+            budget = Budget("macs-reduction", reduction, snap=options.snap)
+            return max(0.0, finder.divergence(dataclasses.replace(request, budget=budget)))
+
+        whole = max(divergence(failed), _TINY)
+        low, high, found = 0.0, failed, 0.0
+        for _ in range(_STEPS):
+            middle = (low + high) / 2
+            if (part := divergence(middle) / whole) <= share:
+                low, found = middle, part
+            else:
+                high = middle
+    return round(math.floor(low / _UNIT + 1e-9) * _UNIT, 2), found

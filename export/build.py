@@ -21,8 +21,8 @@ from patchslim.errors import EXIT_DONE
 from patchslim.text import printable
 
 if TYPE_CHECKING:
+    from export.engine_from_recipe import BuiltEngine
     from export.engines.base import BackendName, BuildProgress
-    from export.recipe_build import BuiltEngine
 
 EXAMPLES = ("bundles/vit_ti-trt/recipe.json -o engine/", "bundles/vit_ti-trt/recipe.json -o engine/ --engine rtx --target sm89")
 _BACKENDS: dict[str, BackendName] = {"trt": "tensorrt", "rtx": "tensorrt_rtx"}
@@ -55,7 +55,7 @@ class BuildDoorOptions:
 
 def run(options: BuildDoorOptions) -> int:
     """Build the engine and say what it came to; returns the exit code. Raises ``PatchslimError``."""
-    from export.recipe_build import RecipeBuild, build_recipe
+    from export.engine_from_recipe import RecipeBuild, build_recipe
     from patchslim.progress import Reporter
 
     backend = None if options.engine is None else _BACKENDS[options.engine]

@@ -30,16 +30,7 @@ def parity_report(
         comparison=comparison(measured),
         macs=schema.Macs(dense=dense, slim=slim, reduction=1 - slim / dense, layout=layout),
         rungs=judged,
-        engine=schema.EngineRecord(
-            backend=engine.backend,
-            version=engine.version,
-            targets=list(engine.targets),
-            precision=engine.precision,
-            fused_attentions=engine.fused_attentions,
-            attentions=engine.attentions,
-            files=[f"engine/{file.name}" for file in engine.files],
-            status=judged[-1].status,
-        ),
+        engine=engine.record([f"engine/{file.name}" for file in engine.files], judged[-1].status),
         evaluation=evaluation,
         passed=passed,
     )

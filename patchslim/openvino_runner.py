@@ -12,7 +12,7 @@ from patchslim.arrays import Array
 from patchslim.errors import InputRejected, Unavailable
 from patchslim.ort_runner import TensorInfo
 from patchslim.packages import install_command
-from patchslim.runner import BatchLimits
+from patchslim.runner import BatchLimits, ensure_logits
 
 #: Left to itself OpenVINO computes in bfloat16 where the CPU has it, and 2026.4 then answers wrongly: it mishandles a constant
 #: of one row that is added to attention logits, as merged tokens have it.
@@ -65,10 +65,7 @@ class OpenVinoRunner:
             logits = np.asarray(self._request.infer({0: feed}, share_inputs=True)[0])
         except Exception as error:
             raise InputRejected(f"{self.name}: OpenVINO cannot run it on {feed.shape}: {_last_line(error)}") from error
-        if logits.ndim != 2 or len(logits) != len(images):
-            raise InputRejected(
-                f"{self.name}: answers with shape {logits.shape} for {len(images)} images, not (images, classes)"
-            )
+        ensure_logits(logits, images, self.name)
         return logits.astype(np.float32)  # a copy: OpenVINO's own memory holds the next answer
 
     def close(self) -> None:

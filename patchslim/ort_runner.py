@@ -12,7 +12,7 @@ import numpy as np
 from patchslim.arrays import Array
 from patchslim.errors import InputRejected, Unavailable, did_you_mean
 from patchslim.packages import install_command
-from patchslim.runner import BatchLimits
+from patchslim.runner import BatchLimits, ensure_logits
 
 CPU: Final = "CPUExecutionProvider"
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
@@ -115,10 +115,7 @@ class OrtRunner(OrtModel):
         """
         feed = np.ascontiguousarray(images, dtype=self.dtype)
         logits = self.run({self.inputs[0].name: feed}, [self.outputs[0].name])[0]
-        if logits.ndim != 2 or len(logits) != len(images):
-            raise InputRejected(
-                f"{self.name}: answers with shape {logits.shape} for {len(images)} images, not (images, classes)"
-            )
+        ensure_logits(logits, images, self.name)
         return np.asarray(logits, dtype=np.float32)
 
 

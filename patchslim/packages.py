@@ -89,10 +89,17 @@ def install_command(extra: str) -> str:
 
     No package index has these distributions.
     """
-    if (Path(__file__).parents[1] / "pyproject.toml").is_file():
-        ours, digits = ".", "./weights"
-    else:
-        ours, digits = f"./patchslim-{installed_version(DISTRIBUTION)}-py3-none-any.whl", "./patchslim_digits-*.whl"
+    if not (Path(__file__).parents[1] / "pyproject.toml").is_file():
+        return wheel_command(extra, str(installed_version(DISTRIBUTION)))
+    return _command(extra, ".", "./weights")
+
+
+def wheel_command(extra: str, version: str) -> str:
+    """The pip command that installs an extra from our wheel's file, for a machine that has no checkout."""
+    return _command(extra, f"./patchslim-{version}-py3-none-any.whl", "./patchslim_digits-*.whl")
+
+
+def _command(extra: str, ours: str, digits: str) -> str:
     both = any(package.module == "patchslim_digits" and extra in package.extras for package in PACKAGES)
     return " ".join(["pip install", *([digits] if both else []), f'"{ours}[{extra}]"'])
 

@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from patchslim.arrays import Array
+from patchslim.errors import InputRejected
 
 #: Fewest and most images that one call takes; None: as many as memory holds.
 BatchLimits = tuple[int, int | None]
@@ -45,3 +46,9 @@ def infer_in_batches(runner: Runner, images: Array, batch: int = 8) -> Array:
         filled = np.concatenate([chunk, np.repeat(chunk[-1:], missing, axis=0)]) if missing > 0 else chunk
         parts.append(runner.infer(filled)[: len(chunk)])
     return np.concatenate(parts)
+
+
+def ensure_logits(logits: Array, images: Array, name: str) -> None:
+    """Raise ``InputRejected``, naming the runner, unless ``logits`` are (b, classes) for ``images`` (b, ...)."""
+    if logits.ndim != 2 or len(logits) != len(images):
+        raise InputRejected(f"{name}: answers with shape {logits.shape} for {len(images)} images, not (images, classes)")

@@ -40,7 +40,7 @@ def run(options: DiffOptions) -> int:
 
     Raises ``InputRejected`` where one of them is broken: as ``validate.run`` finds, but that no model is run.
     """
-    from validate.comparing import compare_bundles
+    from validate.bundle_differences import compare_bundles
 
     found = compare_bundles(options.first, options.second)
     code = EXIT_PARITY if found.differences else EXIT_DONE

@@ -18,6 +18,7 @@ from validate.isolated import IsolatedRunner, Limits
 
 #: The speed-up must be at least this fraction of the MAC ratio.
 CRITERION = 0.95
+_FEWEST_ROUNDS = 5
 
 
 class LatencyReport(StrictRecord):
@@ -53,13 +54,15 @@ def compare_latency(
     warmup: int = 3,
     provider: str = CPU,
     limits: Limits | None = None,
+    seconds: float | None = None,
 ) -> LatencyReport:
     """Time both ONNX files on the same random batch, a pair of runs per round, the order swapped every other round.
 
     The ratio is taken within each round, so a slow moment hits both sides, and the median over rounds drops the outliers;
     neither model's threads spin while the other runs. ``threads`` 0 leaves their number to ONNX Runtime. Each model has a
-    process of its own, which counts its own time, within ``limits``. Raises ``InputRejected`` for files that do not run, take
-    different images or more than the limits, ``Unavailable`` where ONNX Runtime or ``provider`` is not here.
+    process of its own, which counts its own time, within ``limits``. With ``seconds`` as many rounds are timed as about fit
+    into that, by a first one that is not counted: at least 5, at most ``rounds``. Raises ``InputRejected`` for files that do
+    not run, take different images or more than the limits, ``Unavailable`` where ONNX Runtime or ``provider`` is not here.
     """
     with contextlib.ExitStack() as stack:
         runners = [
@@ -72,6 +75,9 @@ def compare_latency(
         if shapes[0] != shapes[1]:
             raise InputRejected(f"{slim}: takes images {shapes[1]}, and {dense} takes {shapes[0]}")
         runs = [runner.timed(batch) for runner in runners]
+        if seconds is not None:
+            (once,) = interleaved(runs, 1, warmup=warmup)
+            rounds, warmup = max(_FEWEST_ROUNDS, min(rounds, round(seconds / sum(once)))), 0
         times: NDArray[np.float64] = np.array(interleaved(runs, rounds, warmup=warmup))
     ratios = times[:, 0] / times[:, 1]
     low, speedup, high = (float(value) for value in np.percentile(ratios, [10, 50, 90]))

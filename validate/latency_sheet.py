@@ -13,8 +13,7 @@ from patchslim.timing import processor_name
 from validate.latency import LatencyReport, compare_latency
 
 BATCHES = (1, 8)
-#: Seconds of timing at each batch size, and the fewest and most rounds that are made of them.
-_SECONDS, _ROUNDS = 2.0, (5, 30)
+_SECONDS = 2.0  # of timing at each batch size
 _TOO_LONG_S = 4.0  # for a round of the next batch size
 
 
@@ -40,10 +39,7 @@ def latency_sheet(dense: Path, slim: Path, macs_ratio: float) -> LatencySheet:
             before = comparisons[-1]
             if (before.dense_ms + before.slim_ms) / 1e3 * batch / before.batch > _TOO_LONG_S:
                 break
-        first = compare_latency(dense, slim, macs_ratio, batch=batch, threads=1, rounds=1, warmup=1)
-        seconds = (first.dense_ms + first.slim_ms) / 1e3
-        rounds = max(_ROUNDS[0], min(_ROUNDS[1], round(_SECONDS / seconds)))
-        comparisons.append(compare_latency(dense, slim, macs_ratio, batch=batch, threads=1, rounds=rounds, warmup=1))
+        comparisons.append(compare_latency(dense, slim, macs_ratio, batch=batch, threads=1, warmup=1, seconds=_SECONDS))
     runtime = f"ONNX Runtime {onnxruntime.__version__}, {CPU}"
     return LatencySheet(processor=processor_name(), runtime=runtime, comparisons=comparisons)
 

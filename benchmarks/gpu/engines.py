@@ -15,16 +15,13 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from benchmarks.accuracy.rows import DEFAULT
 from benchmarks.gpu.subject import GpuSubject
 from patchslim.cli import run_command
 from patchslim.errors import InputRejected, UsageError
 from patchslim.records import atomic_path
-
-#: A model and data for ``--tiny``.
-_TINY_MODEL = ("img_size=48", "patch_size=16", "embed_dim=48", "depth=3", "num_heads=3", "num_classes=10")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,24 +45,9 @@ class EnginesOptions(GpuSubject):
             raise UsageError("--rounds and --batches: at least 1")
         self.of_tables().check()
 
-    def smallest(self) -> EnginesOptions:
+    def smallest(self) -> Self:
         """What ``--tiny`` stands for."""
-        return dataclasses.replace(
-            self,
-            name="tiny",
-            model="vit_tiny_patch16_224",
-            model_arg=_TINY_MODEL,
-            weights="random",
-            data=DEFAULT.data,
-            train_data=DEFAULT.data,
-            eval_images=16,
-            calibration_images=8,
-            budgets=(0.4,),
-            threads=1,
-            batches=(1, 2),
-            rounds=2,
-            device="cpu",
-        )
+        return dataclasses.replace(super().smallest(), data=DEFAULT.data, train_data=DEFAULT.data, batches=(1, 2), rounds=2)
 
     def command(self) -> str:
         """The command line that these options come from."""

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from benchmarks.accuracy.rows import SubjectOptions, TableOptions
+
+#: A model for ``--tiny``, as arguments of ``timm.create_model``.
+TINY_MODEL = ("img_size=48", "patch_size=16", "embed_dim=48", "depth=6", "num_heads=3", "num_classes=10")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,3 +53,18 @@ class GpuSubject(SubjectOptions):
     def beside(self, name: str) -> Path:
         """A path beside the results, called after them."""
         return self.output.with_name(f"{self.output.stem}-{name}")
+
+    def smallest(self) -> Self:
+        """What ``--tiny`` stands for."""
+        return dataclasses.replace(
+            self,
+            name="tiny",
+            model="vit_tiny_patch16_224",
+            model_arg=TINY_MODEL,
+            weights="random",
+            eval_images=16,
+            calibration_images=8,
+            budgets=(0.4,),
+            threads=1,
+            device="cpu",
+        )

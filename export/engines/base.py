@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from patchslim.choices import EngineName, Layout, Precision
+from validate.manifest import EngineRecord, Status
 
 RTX_PRECISIONS: dict[str, tuple[Precision, ...]] = {
     "sm75": ("fp16",),  # Turing has no fp32 and no bfloat16 matrix product in TensorRT-RTX
@@ -142,6 +143,19 @@ class EngineResult:
             parts.append("fused attentions not known")
         parts.append(self.status + (f" ({self.reason})" if self.reason else ""))
         return ", ".join(parts)
+
+    def record(self, files: list[str], status: Status) -> EngineRecord:
+        """What a manifest or a build says of it; ``files`` are its files' places there."""
+        return EngineRecord(
+            backend=self.backend,
+            version=self.version,
+            targets=list(self.targets),
+            precision=self.precision,
+            fused_attentions=self.fused_attentions,
+            attentions=self.attentions,
+            files=files,
+            status=status,
+        )
 
     def save(self, folder: Path) -> None:
         """Write the record to ``result.json`` in ``folder``, beside the files that lie there; raises ``OSError``."""

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from export.cache import tool_versions
 from export.engines.base import EngineResult
 from export.report.charts import accuracy_chart, class_chart, ladder_chart, latency_chart, name_of
+from patchslim.packages import wheel_command
 from patchslim.plan import SlimPlan
 from validate.explain import verdict_of, what_it_proves
 from validate.latency_sheet import LatencySheet
@@ -80,7 +82,13 @@ def report_html(facts: ReportFacts, read: Callable[[Path], bytes] = Path.read_by
         if engine.kernels or engine.fused
         else [],
         provenance=facts.provenance,
-        check_command="sha256sum -c SHA256SUMS\npython -m validate.run .",
+        check_command="\n".join(
+            [
+                "sha256sum -c SHA256SUMS",
+                wheel_command("edge", tool_versions().get("patchslim", "VERSION")),
+                "python -m validate.run .",
+            ]
+        ),
         next_step=_next_step(parity, engine),
         **helpers,
     )

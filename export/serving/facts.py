@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from patchslim.packages import wheel_command
 from validate.manifest import Manifest
 from validate.preprocessing import Preprocessing
 
@@ -34,7 +35,7 @@ class ServingFacts:
 
     ``name`` is fit for a folder, a URL and a configuration, ``dns_name`` for Kubernetes. ``onnx`` is the file that engines are
     built from, ``runnable`` the one that ONNX Runtime and OpenVINO run, mostly the same, and ``max_error`` and
-    ``min_agreement`` what it must keep on the golden images.
+    ``min_agreement`` what it must keep on the golden images. ``install`` is how a device gets what checks and builds.
     """
 
     name: str
@@ -56,6 +57,7 @@ class ServingFacts:
     engines: list[EngineFile]
     rtx: bool
     preprocessing: Preprocessing
+    install: str
 
 
 def serving_facts(manifest: Manifest) -> ServingFacts:
@@ -86,6 +88,7 @@ def serving_facts(manifest: Manifest) -> ServingFacts:
         engines=_engines(manifest),
         rtx=manifest.engine.backend == "tensorrt_rtx",
         preprocessing=manifest.preprocessing,
+        install=wheel_command("edge", _one_line(manifest.tools.get("patchslim", "VERSION"))),
     )
 
 

@@ -12,7 +12,7 @@ from export import export_bundle
 from export.pipeline import GateFailed
 from patchslim.errors import ParityFailed
 from tests.helpers.commands import door_here
-from tests.helpers.exports import change_plan, command, tiny
+from tests.helpers.exports import change_plan, command, stages_in, tiny
 
 if TYPE_CHECKING:
     from export.pipeline import Outcome
@@ -28,8 +28,18 @@ def test_the_reduction_that_is_named_does_pass(export_work: Path) -> None:
     assert caught.value.next_step.startswith(
         f"pass --macs-reduction {advice.macs_reduction:g}, which would probably have passed"
     )
+    stages = _kept(export_work)
+    with pytest.raises(GateFailed) as again:  # and is not estimated twice
+        export_bundle(tiny(export_work, "advised", macs_reduction=0.5, max_top1_drop=0.0, eval_images=400, fit="none"))
+    assert again.value.outcome.advice == advice
+    assert _kept(export_work) == stages
     changes = {"macs_reduction": advice.macs_reduction, "max_top1_drop": 0.0, "eval_images": 400, "fit": "none"}
     assert export_bundle(tiny(export_work, "advised", **changes)).parity.passed
+
+
+def _kept(work: Path) -> dict[str, int]:
+    """The stages in the cache; the failed bundle beside them is written by every run."""
+    return {name: at for name, at in stages_in(work).items() if not name.endswith(".failed")}
 
 
 def test_json_has_verdict_blame_and_advice(export_work: Path) -> None:

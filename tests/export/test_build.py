@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from export.build import BuildDoorOptions, run
-from export.recipe_build import RecipeBuild, build_recipe
+from export.engine_from_recipe import RecipeBuild, build_recipe
 from patchslim import cuda
 from patchslim.errors import InputRejected, Unavailable, UsageError
 from patchslim.files import digest

@@ -80,6 +80,27 @@ def test_the_page_asks_for_nothing_and_runs_nothing(page: str) -> None:
     assert page.count("data:image/png") == 1 + min(8, page.count("KL ") - page.count("KL divergence"))
 
 
+def test_nothing_is_said_to_come_from_an_index(ort_export: Outcome) -> None:
+    """Whoever has the bundle alone is told where patchslim is to be had: no package index has it."""
+    texts = {
+        path.relative_to(ort_export.bundle).as_posix(): path.read_text(encoding="utf-8")
+        for path in sorted(ort_export.bundle.rglob("*"))
+        if path.suffix in (".html", ".md", ".json", ".py", ".txt", ".yaml", ".pbtxt")
+    }
+    assert not [name for name, text in texts.items() if re.search(r"install [^\n]*['\"]patchslim\b", text)]
+    wheel = re.compile(r"pip install (?:\"|&#34;)\./patchslim-\S+-py3-none-any\.whl\[edge\](?:\"|&#34;)")
+    assert all(wheel.search(texts[name]) for name in ("report.html", "serving/README.md"))
+
+
+def test_every_class_of_the_page_is_styled(page: str) -> None:
+    """The style sheet of a plan's page is the ground of this one's: what that loses is missed here."""
+    style, _, body = page.partition("</style>")
+    used = {name for names in re.findall(r'class="([^"]+)"', body) for name in names.split()}
+    styled = set(re.findall(r"\.([a-z][a-z0-9-]*)", style))
+    assert used - styled <= {"passed"}
+    assert {"tiles", "card", "scroll", "facts", "wide", "charts", "plot"} <= used & styled
+
+
 def test_plots_have_a_name_and_the_pages_colours(page: str) -> None:
     plots = re.findall(r'<svg class="plot"[^>]*>', page)
     assert plots

@@ -44,7 +44,7 @@ TORCH_FREE_MODULES = (
     "export.engines.support",
     "export.engines.tensorrt_worker",
     "export.publication",
-    "export.recipe_build",
+    "export.engine_from_recipe",
 )
 NEEDS_TORCH = ("torch", "torchvision", "timm")
 

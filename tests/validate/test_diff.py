@@ -12,7 +12,7 @@ import pytest
 from patchslim.errors import InputRejected
 from tests.helpers.bundles import make_bundle, plan, reseal
 from validate.bundle import load_manifest
-from validate.comparing import compare_bundles
+from validate.bundle_differences import compare_bundles
 from validate.diff import DiffOptions, run
 from validate.manifest import Manifest, Weights
 

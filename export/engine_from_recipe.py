@@ -18,7 +18,6 @@ from patchslim.records import save_record
 from validate.build_recipe import BuildRecipe, onnx_of, read_recipe
 from validate.built_engine import BUILD, BuildRecord, read_build
 from validate.bundle import list_files, record_files
-from validate.manifest import EngineRecord
 
 _MIB = 1 << 20
 
@@ -145,16 +144,7 @@ def _record(recipe: BuildRecipe, digest: str, result: EngineResult, folder: Path
     return BuildRecord(
         recipe_sha256=digest,
         onnx_sha256=recipe.onnx.sha256,
-        engine=EngineRecord(
-            backend=result.backend,
-            version=result.version,
-            targets=list(result.targets),
-            precision=result.precision,
-            fused_attentions=result.fused_attentions,
-            attentions=result.attentions,
-            files=[file.name for file in result.files],
-            status="not executed",
-        ),
+        engine=result.record([file.name for file in result.files], "not executed"),
         tools=device_versions(),
         device=this_device(),
         executed=result.executed,

@@ -1,0 +1,106 @@
+"""The headline's rows without training, and the models that the trained rows start from."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from benchmarks.accuracy.rows import Case
+from benchmarks.gpu.few_blocks import few_block_counts
+from benchmarks.gpu.headline_run import Headline
+from patchslim.macs import macs_of
+from slimming.models.reader import reader_of
+from slimming.models.slim_vit import SlimViT
+
+if TYPE_CHECKING:
+    from benchmarks.accuracy.bench import Bench
+    from slimming.api import FoundPlan
+
+#: What makes a model to train: a fresh copy with the weights it starts from, and how many of the MACs it saves.
+Student = tuple[Callable[[], nn.Module], float]
+
+
+def training_free(run: Headline) -> dict[str, Student]:
+    """Measure the rows without training; what the trained rows start from, by name."""
+    bench, dense = run.bench, run.bench.dense_macs
+    students: dict[str, Student] = {"dense": (lambda: copy.deepcopy(bench.model), 0.0)}
+    if "dense" not in run.rows:
+        run.add("dense", bench.model, reduction=0.0, kind="original")
+    for name, (found, seconds) in plans(run).items():
+        reduction = round(1 - found.plan.macs() / dense, 5)
+
+        def made(found: FoundPlan = found) -> nn.Module:
+            module = copy.deepcopy(found.model).to(run.device)
+            return SlimViT(module, found.plan).to(run.device)
+
+        students[name] = (made, reduction)
+        if name not in run.rows:
+            facts: dict[str, Any] = {"counts": found.plan.counts, "search_s": round(seconds, 1)}
+            run.add(name, made(), reduction=reduction, kind="training-free", **facts)
+    for budget in run.options.budgets:
+        for cut in (False, True):
+            name = f"ToMe-{budget:.1%}" + ("-last-block-cut" if cut else "")
+            if name not in run.rows:
+                module, facts = bench.baseline(Case("ToMe", budget, head_only=cut))
+                run.add(name, module, reduction=round(1 - facts.pop("macs") / dense, 5), kind="training-free", **facts)
+    for side in lower_sides(run.size, run.options.tiny):
+        name = f"at-{side}px"
+        reduction = round(1 - macs_at(bench, side) / dense, 5)
+        students[name] = (lambda side=side: at_resolution(bench.model, side), reduction)  # type: ignore[misc]
+        if name not in run.rows:
+            run.add(name, students[name][0](), reduction=reduction, kind="training-free")
+    return students
+
+
+def plans(run: Headline) -> dict[str, tuple[FoundPlan, float]]:
+    """The default plan and the one of few merging blocks at every budget, with the seconds that each took."""
+    wanted: dict[str, tuple[float, Sequence[int] | None]] = {}
+    for budget in run.options.budgets:
+        few = few_block_counts(run.bench.model, run.options.model, budget)
+        wanted |= {f"slim-{budget:.1%}": (budget, None), f"few-block-{budget:.1%}": (budget, few)}
+    found: dict[str, tuple[FoundPlan, float]] = {}
+    for name, (budget, counts) in wanted.items():
+        start = time.monotonic()
+        found[name] = (run.found(budget, counts), time.monotonic() - start)
+        run.say(f"{name}: found in {found[name][1]:.1f} s, {run.elapsed():.0f} s gone")
+    run.bench.model.to(run.device)
+    return found
+
+
+def lower_sides(size: int, tiny: bool) -> list[int]:
+    """Sides of images that save about 41, 52 and 61 % of ViT-Ti's MACs at 224 px."""
+    return [32] if tiny else [side for side in (176, 160, 144) if side < size]
+
+
+class AtResolution(nn.Module):
+    """A model at another resolution, for the same images."""
+
+    def __init__(self, inner: Any, side: int) -> None:
+        super().__init__()
+        self.model, self.side = inner, side
+        self.num_classes = inner.num_classes
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (b, 3, h, w) -> logits (b, classes)."""
+        result: Tensor = self.model(functional.interpolate(images, (self.side, self.side), mode="bicubic", antialias=True))
+        return result
+
+
+def at_resolution(model: Any, side: int) -> nn.Module:
+    """The model behind a resize of its images to ``side`` pixels, its position embedding resampled as timm does it."""
+    inner = copy.deepcopy(model)
+    inner.set_input_size(img_size=(side, side))
+    return AtResolution(inner, side).to(next(model.parameters()).device)
+
+
+def macs_at(bench: Bench, side: int) -> int:
+    """Multiply-accumulates of the dense model on images of ``side`` pixels."""
+    inner = copy.deepcopy(bench.model)
+    inner.set_input_size(img_size=(side, side))  # type: ignore[operator]
+    reader = reader_of(inner, bench.options.model)
+    return macs_of([reader.tokens] * len(reader.blocks), reader.tokens, reader.geometry())
