@@ -12,6 +12,7 @@ import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
+from patchslim.environment import let_idle_threads_sleep
 from patchslim.errors import EXIT_INTERRUPTED, EXIT_USAGE, Interrupted, PatchslimError, Unavailable, UsageError, did_you_mean
 from patchslim.interrupts import ignore_interrupts, raise_when_interrupted, was_interrupted
 from patchslim.packages import extra_for, install_command
@@ -42,6 +43,7 @@ def run_command(
     on, and its exit code stays.
     """
     frame = _Frame(prog, extra, as_json="--json" in sys.argv[1:])
+    let_idle_threads_sleep()
     with lenient_streams() as (stdout, _):
         try:
             try:
