@@ -26,7 +26,7 @@ def processes() -> int:
 
 
 def let_idle_threads_sleep() -> None:
-    """Have OpenMP's threads sleep where they wait for each other, unless the user said otherwise; call it before torch is imported.
+    """Have OpenMP's waiting threads sleep, unless the user said otherwise; call it before torch is imported.
 
     They spin by default, on cores that others then lack: beside other work PyTorch on two threads ran three to four times
     slower for it, and on an idle machine no faster.

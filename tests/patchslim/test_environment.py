@@ -29,7 +29,8 @@ def told_by(door: str, **environment: str) -> str:
     """What ``OMP_WAIT_POLICY`` is when ``door`` reads its options, and whether torch is imported by then."""
     inherited = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     command = [sys.executable, "-c", _CODE, door]
-    return subprocess.run(command, env=inherited | environment, capture_output=True, text=True, check=False).stdout.split("\n")[0]
+    done = subprocess.run(command, env=inherited | environment, capture_output=True, text=True, check=False)
+    return done.stdout.split("\n")[0]
 
 
 @pytest.mark.parametrize("door", _DOORS)
