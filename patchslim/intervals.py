@@ -1,10 +1,10 @@
-"""95 % confidence intervals of what is counted on images. Standard library alone."""
+"""95 % confidence intervals of what is counted on images."""
 
 from __future__ import annotations
 
 import math
 
-_Z95 = 1.959963984540054  # the standard normal's 97.5 % point
+_Z95 = 1.959963984540054  # the standard normal's 97.5 % point, scipy.special.ndtri(0.975)
 _FEWEST_POINTS = 1e-6  # of a gate that images can resolve at all
 
 
@@ -14,6 +14,7 @@ def drop_interval(lost: int, gained: int, images: int) -> tuple[float, float]:
     The adjusted Wald interval for matched pairs (Agresti and Min, Statistics in Medicine 24, 2005, pp. 729-740): half an
     observation is added to each of the four cells of the paired table, so with b = lost + 1/2, c = gained + 1/2 and
     N = images + 2 it is ``(b - c) / N +- z sqrt(b + c - (b - c)^2 / N) / N``. It keeps a width when no image changed sides.
+    Neither scipy nor statsmodels has an interval of two paired proportions.
     """
     b, c, n = lost + 0.5, gained + 0.5, images + 2
     centre = (b - c) / n
@@ -22,11 +23,14 @@ def drop_interval(lost: int, gained: int, images: int) -> tuple[float, float]:
 
 
 def proportion_interval(count: int, images: int) -> tuple[float, float]:
-    """95 % confidence interval in percent of ``count`` of ``images``: Wilson's score interval (JASA 22, 1927, pp. 209-212)."""
-    share, square = count / images, _Z95**2
-    centre = (share + square / (2 * images)) / (1 + square / images)
-    half = _Z95 * math.sqrt(share * (1 - share) / images + square / (4 * images**2)) / (1 + square / images)
-    return max(0.0, 100 * (centre - half)), min(100.0, 100 * (centre + half))
+    """95 % confidence interval in percent of ``count`` of ``images``: Wilson's score interval (JASA 22, 1927, pp. 209-212).
+
+    Needs scipy.
+    """
+    from scipy.stats import binomtest
+
+    low, high = binomtest(count, images).proportion_ci(method="wilson")
+    return 100 * float(low), 100 * float(high)
 
 
 def images_needed(lost: int, gained: int, images: int, points: float) -> int | None:

@@ -50,6 +50,7 @@ PACKAGES = (
     Package("openvino", "openvino", ("openvino",)),
     Package("ml_dtypes", "ml-dtypes", ("export",)),
     Package("PIL", "pillow", ("edge", "export")),
+    Package("scipy", "scipy", ("edge", "export")),
     Package("sklearn", "scikit-learn", ("export",)),
     Package("matplotlib", "matplotlib", ("export",)),
     Package("jinja2", "jinja2", ("export",)),

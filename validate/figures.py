@@ -53,11 +53,10 @@ def contradictions(report: ParityReport) -> Iterator[str]:
         if index and one.tolerance is None and one.compared_to != original.stage:
             yield f"{where}lacks a tolerance; only the loss of slimming, against {original.stage}, has none"
         yield from (where + fault for fault in _impossible_counts(one, original))
-    yield from _comparison_contradictions(report)
 
 
-def _comparison_contradictions(report: ParityReport) -> Iterator[str]:
-    """What the comparison says against the rungs of the two models that it compares."""
+def comparison_contradictions(report: ParityReport) -> Iterator[str]:
+    """What the comparison says against the rungs of the two models that it compares. A message each. Needs scipy."""
     compared = report.comparison
     if compared is None:
         return

@@ -18,6 +18,8 @@ Status = Literal["passed", "failed", "undecided", "not executed"]
 STAGES = ("pytorch", "pytorch-slim", "onnx-slim", "onnx-slim-fp16", "engine")
 
 _Count = Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
+#: No set of images is larger, and the binomial distribution is known so far (validate.comparison.mcnemar).
+_Images = Annotated[int, Field(ge=0, le=(1 << 31) - 1)]
 _Size = Annotated[int, Field(ge=1, le=1 << 24)]
 _Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 _Points = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
@@ -76,15 +78,15 @@ class Rung(StrictRecord):
     """
 
     stage: _Stage
-    images: _Count
+    images: _Images
     top1: _Percent | None = Field(default=None, description="percent; null where the images have no labels")
     top5: _Percent | None = None
     top1_drop: _Points | None = Field(default=None, description="points lost against the original; negative is a gain")
-    lost: _Count | None = Field(default=None, description="images that the original answers rightly and this stage wrongly")
-    gained: _Count | None = Field(default=None, description="images that the original answers wrongly and this stage rightly")
+    lost: _Images | None = Field(default=None, description="images that the original answers rightly and this stage wrongly")
+    gained: _Images | None = Field(default=None, description="images that the original answers wrongly and this stage rightly")
     drop_interval: tuple[_Points, _Points] | None = Field(default=None, description="95 % confidence interval of top1_drop")
     agreement: _Percent | None = Field(default=None, description="percent of images whose top-1 equals the original's")
-    agreeing: _Count | None = Field(default=None, description="number of those images")
+    agreeing: _Images | None = Field(default=None, description="number of those images")
     compared_to: _Stage | None = Field(default=None, description="the stage that the logit errors are against")
     max_error: _Error | None = Field(default=None, description="largest absolute difference of a logit")
     mean_error: _Error | None = Field(default=None, description="mean absolute difference of the logits")
@@ -150,9 +152,9 @@ class ClassChange(StrictRecord):
     """A class of which the two models answer different numbers of images rightly."""
 
     label: _Count = Field(description="its place among the classes")
-    images: _Count
-    original: _Count = Field(description="of these, answered rightly by the original")
-    candidate: _Count
+    images: _Images
+    original: _Images = Field(description="of these, answered rightly by the original")
+    candidate: _Images
 
 
 class Disagreement(StrictRecord):
@@ -168,7 +170,7 @@ class Disagreement(StrictRecord):
 class Comparison(StrictRecord):
     """Original and candidate, the last stage that ran, on the same images."""
 
-    images: _Count
+    images: _Images
     original: Answers
     candidate: Answers
     mcnemar: Annotated[float, Field(ge=0, le=1)] | None = Field(
@@ -197,7 +199,7 @@ class Evaluation(StrictRecord):
 
     data: _Name
     split: _Text
-    images: _Count
+    images: _Images
     fingerprint: _Text = Field(description="SHA-256 over the images and their classes, in order")
 
 
@@ -273,7 +275,7 @@ class CalibrationRecord(StrictRecord):
     """What the plan was found on."""
 
     data: _Name
-    images: _Count
+    images: _Images
     share: Annotated[float, Field(ge=0, le=1)] | None = Field(default=None, description="fraction of the data set's split")
     fingerprint: _Text
 

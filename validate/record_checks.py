@@ -64,12 +64,26 @@ def check_records(folder: Path, manifest: Manifest, say: Callable[[str], None]) 
         return
     detail = f"{len(report.rungs)} stages, {gate}, recomputed"
     yield Check(name="parity report", subject=files.PARITY, status="passed", detail=detail)
+    if report.comparison is not None:
+        yield _check_comparison(path, report)
     if any(record.path == files.LATENCY for record in manifest.files):
         yield _check_latency(folder, manifest)
     found = _check_golden(folder, manifest, report, say)
     yield found
     if not found.exit_code:
         yield _check_preprocessing(folder, manifest, say)
+
+
+def _check_comparison(path: Path, report: ParityReport) -> Check:
+    """What ``path``, the parity report, says of original and candidate follows from their rungs."""
+    from validate.figures import comparison_contradictions
+
+    if absent := missing(["scipy"]):
+        return not_checked("comparison", files.PARITY, absent)
+    if faults := list(comparison_contradictions(report)):
+        return failed("comparison", files.PARITY, f"{path}: {faults[0]}")
+    detail = f"on {report.comparison.images} images, McNemar's test recomputed" if report.comparison else ""
+    return Check(name="comparison", subject=files.PARITY, status="passed", detail=detail)
 
 
 def _check_latency(folder: Path, manifest: Manifest) -> Check:

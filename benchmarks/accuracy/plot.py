@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from benchmarks.accuracy.rows import Row
 from patchslim.records import atomic_path
+from validate.comparison import mcnemar
 
 #: What a summary tells methods apart by; the rows that differ in the seed alone are averaged.
 LINE: tuple[Literal["method", "fit", "mode", "head_only", "finetune"], ...] = ("method", "fit", "mode", "head_only", "finetune")
@@ -29,13 +30,6 @@ def difference_error(gained: int, lost: int, images: int) -> float:
     Each image adds 1, -1 or 0 to it: the variance of the mean of those.
     """
     return 100 * math.sqrt(max(0.0, gained + lost - (gained - lost) ** 2 / images)) / images
-
-
-def mcnemar(gained: int, lost: int) -> float:
-    """McNemar's exact two-sided p: how often a fair coin, over the discordant images, is at least as one-sided."""
-    total = gained + lost
-    tail = sum(math.comb(total, count) for count in range(min(gained, lost) + 1))
-    return float(min(1.0, 2 * tail / 2**total))
 
 
 def spread(values: Iterable[float], digits: int = 6) -> dict[str, float]:
@@ -101,7 +95,7 @@ def compared(result: dict[str, Any]) -> list[dict[str, Any]]:
         gained, lost = int((mine & ~theirs).sum()), int((theirs & ~mine).sum())
         entries.append(
             {name: baseline[name] for name in ("budget", "method", "head_only", "form")}
-            | {"seed": own["seed"], "only_ours": gained, "only_theirs": lost, "p": round(mcnemar(gained, lost), 6)}
+            | {"seed": own["seed"], "only_ours": gained, "only_theirs": lost, "p": round(mcnemar(lost, gained), 6)}
             | {"difference": round(100 * (gained - lost) / images, 4)}
             | {"difference_error": round(difference_error(gained, lost, images), 4)}
         )

@@ -11,6 +11,11 @@ from scipy import special, stats
 from validate.comparison import WORST, calibration_error, compare, mcnemar
 
 
+def test_mcnemar_by_hand() -> None:
+    assert mcnemar(1, 5) == mcnemar(5, 1) == pytest.approx(2 * (1 + 6) / 64)
+    assert (mcnemar(0, 0), mcnemar(7, 7)) == (1, 1)
+
+
 @pytest.mark.parametrize(("lost", "gained"), [(0, 0), (1, 0), (5, 1), (12, 12), (40, 17), (300, 350), (0, 30)])
 def test_mcnemar_is_the_binomial_test_of_the_images_on_which_one_is_right(lost: int, gained: int) -> None:
     wanted = stats.binomtest(lost, lost + gained).pvalue if lost + gained else 1.0
@@ -19,6 +24,8 @@ def test_mcnemar_is_the_binomial_test_of_the_images_on_which_one_is_right(lost: 
 
 def test_mcnemar_of_a_large_set_neither_overflows_nor_takes_long() -> None:
     assert mcnemar(10_000, 10_400) == pytest.approx(stats.binomtest(10_000, 20_400).pvalue, rel=1e-9)
+    many = 1 << 30  # as many as a stranger's report may claim
+    assert mcnemar(many - (1 << 15), many - 1) == pytest.approx(2 * stats.norm.cdf(-(2**15) / 2**15.5), rel=1e-4)
 
 
 def logits(seed: int, images: int = 200, classes: int = 7) -> np.ndarray:

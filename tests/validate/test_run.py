@@ -97,7 +97,7 @@ def test_exit_codes(good: Path, tmp_path: Path) -> None:
 
 def without_edge(*arguments: object) -> Answer:
     """The base install: NumPy, pydantic, rich and tyro."""
-    return run(*arguments, blocked=(*BLOCKED, "onnx", "onnxruntime", "onnx_graphsurgeon", "google", "PIL"))
+    return run(*arguments, blocked=(*BLOCKED, "onnx", "onnxruntime", "onnx_graphsurgeon", "google", "PIL", "scipy"))
 
 
 def test_the_base_install_checks_what_it_can(good: Path, tmp_path: Path) -> None:
@@ -110,17 +110,19 @@ def test_the_base_install_checks_what_it_can(good: Path, tmp_path: Path) -> None
         "plan": "passed",
         "recipe": "passed",
         "parity report": "passed",
+        "comparison": "not executed",
         "golden": "passed",
         "preprocessing": "not executed",
         "engine ran": "not executed",
         "golden parity": "not executed",
     }
     assert record["unchecked"] == [
+        "comparison of parity.json: not checked: scipy is not installed",
         "preprocessing of golden.npz: not checked: PIL is not installed",
         "golden parity of model.onnx: not checked: onnx and onnxruntime are not installed",
         "golden parity of model-fp16.onnx: not checked: onnx and onnxruntime are not installed",
     ]
-    assert "validate: 3 of 10 checks need packages that are not installed; install them: pip install" in answer.err
+    assert "validate: 4 of 11 checks need packages that are not installed; install them: pip install" in answer.err
     assert "[edge]" in answer.err
     broken = Path(shutil.copytree(good, tmp_path / "broken"))
     data = bytearray((broken / "model.onnx").read_bytes())

@@ -178,6 +178,7 @@ FIGURES: tuple[tuple[str, Change, str], ...] = (
         "tolerance: 1e+30 is more than an export allows",
     ),
     ("another number of images", lambda r: r["evaluation"].update(images=2000), "10 images, and evaluation names 2000"),
+    ("images without number", lambda r: r["evaluation"].update(images=1 << 31), "evaluation.images"),
     ("a smaller error", slim(max_error=1e-9), "max_error: 1e-09, and golden.npz alone shows 1e-05"),
     ("less agreement", slim(agreeing=9, agreement=90.0), "agreeing: 9 of 10 images, and golden.npz alone"),
 )
