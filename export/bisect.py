@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from export.logits import PYTORCH_SLIM
-from export.stages import ONNX_FP16
 from patchslim.arrays import Array
+from patchslim.choices import Precision
 from patchslim.errors import InputRejected
 from patchslim.ort_runner import OrtModel
-from validate.parity import fp16_tolerance, fp32_tolerance, logit_errors
+from validate.parity import logit_errors, logit_tolerance, stage_precision
 
 if TYPE_CHECKING:
     from slimming.models.slim_vit import SlimViT
@@ -76,20 +76,19 @@ def bisect(dense: Path, graphs: Mapping[str, Path], slimmed: Callable[[], SlimVi
     found = []
     for stage, path in graphs.items():
         streams = in_plan_order(onnx_streams(path, names, inputs), reference)
-        found.append(Bisection(stage, before, differences(reference, streams, fp16=stage == ONNX_FP16)))
+        found.append(Bisection(stage, before, differences(reference, streams, stage_precision(stage))))
         before, reference = stage, streams
     return found
 
 
-def differences(reference: Streams, streams: Streams, *, fp16: bool) -> list[BlockDifference]:
+def differences(reference: Streams, streams: Streams, precision: Precision) -> list[BlockDifference]:
     """How far ``streams`` are from ``reference`` behind each block, and how far they may be: as logits, by their size."""
-    tolerance = fp16_tolerance if fp16 else fp32_tolerance
     found = []
     for block, (wanted, there) in enumerate(zip(reference, streams, strict=True)):
         error = None
         if np.isfinite(there).all() and np.isfinite(wanted).all():
             error, _ = logit_errors(there.reshape(len(there), -1), wanted.reshape(len(wanted), -1))
-        found.append(BlockDifference(block, error, tolerance(wanted.reshape(len(wanted), -1))))
+        found.append(BlockDifference(block, error, logit_tolerance(precision, wanted.reshape(len(wanted), -1))))
     return found
 
 

@@ -13,7 +13,7 @@ from export.logits import PYTORCH, PYTORCH_SLIM, Measured
 from export.onnx_export import INPUT, OUTPUT
 from export.serving.render import write_serving
 from export.source import ModelFacts
-from export.stages import ONNX_FP16, ONNX_SLIM, EngineRequest
+from export.stages import ONNX_SLIM, ONNX_STAGES, EngineRequest
 from graph_passes.onnx_io.metadata import NORMALIZATION, add_metadata
 from patchslim.files import digest
 from patchslim.plan import SlimPlan
@@ -23,10 +23,10 @@ from validate.build_recipe import RECIPE, ExpectedEngine, make_recipe
 from validate.build_recipe import BuildSettings as RecipeSettings
 from validate.bundle import record_files, write_parity
 from validate.golden import Golden, write_golden
-from validate.parity import FP16_MIN_AGREEMENT, fp16_tolerance, fp32_tolerance
+from validate.parity import MIN_AGREEMENT, logit_tolerance
 
 #: The files of the ONNX stages.
-ONNX_FILES = {ONNX_SLIM: "model.onnx", ONNX_FP16: "model.fp16.onnx"}
+ONNX_FILES = {ONNX_SLIM: "model.onnx", ONNX_STAGES["fp16"]: "model.fp16.onnx"}
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ def _metadata(contents: BundleContents, plan_sha256: str) -> dict[str, str]:
 
 def _write_recipe(contents: BundleContents, folder: Path) -> None:
     """How a device builds an engine of the served ONNX file by itself, and what it should come to."""
-    engine, precision = contents.engine, contents.request.precision
-    name = ONNX_FILES[ONNX_FP16 if ONNX_FP16 in contents.graphs else ONNX_SLIM]
+    engine, precision = contents.engine, contents.request.graph
+    name = ONNX_FILES[ONNX_STAGES[precision]]
     served = folder / name
     defaults, ahead_of_time = BuildSettings.default(precision), contents.request.backend.ahead_of_time
     recipe = make_recipe(
@@ -188,8 +188,13 @@ def _manifest(contents: BundleContents, folder: Path) -> schema.Manifest:
 
 def _onnx_records(contents: BundleContents) -> list[schema.OnnxRecord]:
     logits = contents.measured.logits[PYTORCH_SLIM]
-    records = [schema.OnnxRecord(path=ONNX_FILES[ONNX_SLIM], stage=ONNX_SLIM, max_error=fp32_tolerance(logits))]
-    if ONNX_FP16 in contents.graphs:
-        path, tolerance = ONNX_FILES[ONNX_FP16], fp16_tolerance(logits)
-        records.append(schema.OnnxRecord(path=path, stage=ONNX_FP16, max_error=tolerance, min_agreement=FP16_MIN_AGREEMENT))
-    return records
+    return [
+        schema.OnnxRecord(
+            path=ONNX_FILES[stage],
+            stage=stage,
+            max_error=logit_tolerance(precision, logits),
+            min_agreement=MIN_AGREEMENT[precision],
+        )
+        for precision, stage in ONNX_STAGES.items()
+        if stage in contents.graphs
+    ]

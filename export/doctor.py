@@ -91,11 +91,9 @@ def examine() -> dict[str, Any]:
 
 def instruction_sets(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
     """The processor's instruction sets that matter for inference; empty where the system does not tell."""
-    try:
-        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    flags = next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), [])
+    from patchslim.device import cpu_flags
+
+    flags = cpu_flags(cpuinfo)
     return [name for flag, name in INSTRUCTION_SETS.items() if flag in flags]
 
 

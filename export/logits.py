@@ -31,6 +31,8 @@ PYTORCH, PYTORCH_SLIM, ENGINE = "pytorch", "pytorch-slim", "engine"
 GOLDEN_IMAGES = 8
 #: Batches in which they are run again; the last does not divide them.
 BATCH_SIZES = (1, 2, 3)
+#: What OpenVINO compiled, in the work folder; it compiles anew what it finds damaged there.
+OPENVINO_CACHE = "openvino"
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,8 @@ def answering_stages(
     for stage, path in graphs.items():
         stages[stage] = AnsweringStage(work.facts.digest(path), functools.partial(_open_graph, path, work))
     if engine.executed and engine.files:
-
-        def built() -> Runner:
-            from patchslim.tensorrt_runner import TrtRunner
-
-            return TrtRunner(work.cache.verified(engine.files[0]), engine.backend)
-
-        stages[ENGINE] = AnsweringStage(work.facts.digest(engine.files[0]), built)
+        key = [*(work.facts.digest(file) for file in engine.files), engine.settings]
+        stages[ENGINE] = AnsweringStage(key, functools.partial(_open_engine, engine, work))
     return stages
 
 
@@ -82,6 +79,18 @@ def slimmed_module(source: ExportSource, plan: SlimPlan, fitted: LazyModule) -> 
 
 def _open_graph(path: Path, work: Workspace) -> Runner:
     return open_runner(work.cache.verified(path))
+
+
+def _open_engine(engine: EngineResult, work: Workspace) -> Runner:
+    first, *_ = [work.cache.verified(file) for file in engine.files]
+    if engine.backend == "openvino":
+        from patchslim.openvino_runner import OpenVinoRunner
+
+        precision = engine.settings["INFERENCE_PRECISION_HINT"]
+        return OpenVinoRunner(first, precision=precision, cache=work.cache.root / OPENVINO_CACHE)
+    from patchslim.tensorrt_runner import TrtRunner
+
+    return TrtRunner(first, engine.backend)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from export.engines.base import ENGINES
+from export.engines.base import ENGINES, check_precision
 from patchslim.choices import EngineName, Layout, Precision
 from patchslim.environment import processes
 from patchslim.errors import UsageError
@@ -44,14 +44,15 @@ class EngineGroup:
     """What the bundle is built for."""
 
     engine: EngineName = "ort"
-    """ort: ONNX Runtime. trt: TensorRT for this machine's GPU, or TensorRT-RTX ahead of time where there is none."""
+    """ort: ONNX Runtime. openvino: OpenVINO on a CPU. trt: TensorRT for this machine's GPU, or TensorRT-RTX ahead of time where
+    there is none."""
     target: Annotated[
         tyro.conf.UseAppendAction[tuple[tuple[str, ...] | str, ...]],
         tyro.conf.arg(metavar="sm75|sm80|sm86|sm89|sm120|sm121"),
     ] = ()
     """GPU generations to build TensorRT-RTX engines for: several with spaces, commas or again. Default: all from sm80."""
     precision: Precision | None = None
-    """Type of the engine's weights and activations. Default: fp16 for trt, fp32 for ort."""
+    """Type of the engine's weights and activations. Default: fp16 for trt, fp32 for ort and openvino."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,9 @@ class ExportOptions(OutputGroup, GateGroup, EngineGroup, PlanGroup, ModelOptions
             raise UsageError(f"--batch-size {self.batch_size}: must be at least 1")
         if processes() > 1:
             raise UsageError("export.run is one process: run slimming.run under torchrun, then export.run with its --plan")
-        if self.target and not ENGINES[self.engine].has_targets:
+        if self.target and self.engine != "trt":
             raise UsageError("--target needs --engine trt")
+        check_precision(self.engine, self.engine_precision)
 
     def check_inputs(self) -> None:
         """Raise ``InputRejected`` where what the options name is not there, or is no plan. Quick: nothing is loaded."""
@@ -144,7 +146,7 @@ class ExportOptions(OutputGroup, GateGroup, EngineGroup, PlanGroup, ModelOptions
     @property
     def engine_precision(self) -> Precision:
         """``--precision``, or the engine's default."""
-        return self.precision or ENGINES[self.engine].precisions[0]
+        return self.precision or ENGINES[self.engine].default
 
     @property
     def bundle(self) -> Path:

@@ -25,8 +25,8 @@ from export.sbom import environment_sbom
 from export.source import ExportSource
 from export.speed import measured_speed
 from export.stages import (
-    ONNX_FP16,
     ONNX_SLIM,
+    ONNX_STAGES,
     EngineRequest,
     Workspace,
     built_engine,
@@ -101,8 +101,8 @@ def _export(options: ExportOptions, request: EngineRequest, source: ExportSource
     planned = find_plan(options, source, table, work)
     plan, fitted = planned.plan, fitted_model(planned, source, work)
     dense = dense_onnx(fitted, source.model, work)
-    graphs = slim_onnx(dense, plan, options.layout, request.precision, work)
-    served = graphs.get(ONNX_FP16, graphs[ONNX_SLIM])
+    graphs = slim_onnx(dense, plan, options.layout, request.graph, work)
+    served = graphs[ONNX_STAGES[request.graph]]
     engine = built_engine(served, request, work)
     latency = latency_record(options, source, table, plan, dense, served, work)
     stages = answering_stages(source, plan, fitted, graphs, engine, work)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from export.cache import FactStore, StageCache
-from export.engines.base import Backend, BuildProgress, EngineResult
+from export.engines.base import ENGINES, Backend, BuildProgress, EngineResult
 from export.latency.conditions import TimingConditions
 from export.source import ExportSource, LazyModule, ModelFacts
 from patchslim import cuda
@@ -39,7 +39,9 @@ from validate.manifest import LatencyRecord
 if TYPE_CHECKING:
     from export.options import ExportOptions
 
-ONNX_SLIM, ONNX_FP16 = "onnx-slim", "onnx-slim-fp16"
+ONNX_SLIM = "onnx-slim"
+#: The stages that are ONNX files, by precision.
+ONNX_STAGES: dict[Precision, str] = {"fp32": ONNX_SLIM, "fp16": "onnx-slim-fp16"}
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,11 @@ class EngineRequest:
     engine: EngineName
     backend: Backend
     precision: Precision
+
+    @property
+    def graph(self) -> Precision:
+        """The precision of the ONNX file that it is built from."""
+        return ENGINES[self.engine].graph(self.precision)
 
 
 def latency_table(options: ExportOptions, source: ExportSource, work: Workspace) -> Path | None:
@@ -287,7 +294,7 @@ def dense_folder(module: LazyModule, model: ModelFacts, cache: StageCache) -> Pa
 
 
 def slim_onnx(dense: Path, plan: SlimPlan, layout: Layout, precision: Precision, work: Workspace) -> dict[str, Path]:
-    """The slim model by stage name: in float32, and typed FP16 where the engine takes that."""
+    """The slim model by stage name: in float32, and typed where ``precision`` is another."""
     folder = work.cache.path(
         "slim", dense=work.facts.digest(dense), plan=plan.model_dump(mode="json"), layout=layout, precision=precision
     )
@@ -304,7 +311,7 @@ def slim_onnx(dense: Path, plan: SlimPlan, layout: Layout, precision: Precision,
     work.cache.make(folder, build)
     files = {ONNX_SLIM: folder / "model.onnx"}
     if precision == "fp16":
-        files[ONNX_FP16] = folder / "model.fp16.onnx"
+        files[ONNX_STAGES[precision]] = folder / "model.fp16.onnx"
     return files
 
 

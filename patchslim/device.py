@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
@@ -26,6 +27,15 @@ class Device(StrictRecord):
     gpu: _Text | None = Field(description="null without a driver or a visible GPU")
     compute_capability: Annotated[str, Field(pattern=r"^sm[0-9]{2,3}$")] | None = None
     cuda_driver: _Text | None = Field(default=None, description="the newest CUDA that the driver supports")
+
+
+def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
+    """The instruction sets of this processor, in Linux's words; empty where the system does not tell."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    return next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), [])
 
 
 def this_device() -> Device:

@@ -1,4 +1,4 @@
-"""ONNX models in OpenVINO, on the CPU and in float32: the one place that compiles them."""
+"""Models in OpenVINO, on the CPU: the one place that compiles them."""
 
 from __future__ import annotations
 
@@ -9,64 +9,69 @@ from typing import Any, Self
 import numpy as np
 
 from patchslim.arrays import Array
+from patchslim.choices import InferencePrecision
 from patchslim.errors import InputRejected, Unavailable
 from patchslim.ort_runner import TensorInfo
 from patchslim.packages import install_command
 from patchslim.runner import BatchLimits, ensure_logits
 
-#: Left to itself OpenVINO computes in bfloat16 where the CPU has it, and 2026.4 then answers wrongly: it mishandles a constant
-#: of one row that is added to attention logits, as merged tokens have it.
-PRECISION = "f32"
 _TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "float64": "tensor(double)"}
 
 
-class OpenVinoRunner:
-    """An image classifier in OpenVINO, a ``Runner``. Use it in a ``with`` block to give its memory back at the end.
+class OpenVinoModel:
+    """A model of one input in OpenVINO. Use it in a ``with`` block to give its memory back at the end.
 
-    ``model`` is an ONNX file or the bytes of one, ``name`` what messages call it (default: the file). ``threads`` 0 leaves
-    their number to OpenVINO. Raises ``Unavailable`` without OpenVINO; ``InputRejected`` where it cannot load the model, and
-    unless that has one floating-point input (batch, channels, height, width) of which only the batch may be free.
+    ``model`` is an ONNX file, the XML file of an OpenVINO IR with its BIN file beside it, or the bytes of either; then
+    ``weights`` are the bytes of the BIN file. ``name`` is what messages call it (default: the file). ``threads`` 0 leaves
+    their number to OpenVINO. A CPU without bfloat16 computes in f32 whatever ``precision`` asks for. ``cache`` is a folder in
+    which OpenVINO keeps what it compiled. Raises ``Unavailable`` without OpenVINO, ``InputRejected`` where it cannot load the
+    model.
     """
 
-    def __init__(self, model: Path | bytes, *, name: str = "", threads: int = 0) -> None:
-        self.name = name or (str(model) if isinstance(model, Path) else "the ONNX model")
+    def __init__(
+        self,
+        model: Path | bytes,
+        *,
+        weights: bytes | None = None,
+        name: str = "",
+        threads: int = 0,
+        precision: InferencePrecision = "f32",
+        cache: Path | None = None,
+    ) -> None:
+        self.name = name or (str(model) if isinstance(model, Path) else "the model")
         ov = _openvino()
         if isinstance(model, Path) and not model.is_file():
             raise InputRejected(f"{self.name}: is not a file")
         core = ov.Core()
-        settings: dict[str, object] = {"INFERENCE_PRECISION_HINT": PRECISION, "PERFORMANCE_HINT": "LATENCY"}
+        settings: dict[str, object] = dict(settings_of(precision))
         if threads:
             settings["INFERENCE_NUM_THREADS"] = threads
+        if cache is not None:
+            settings["CACHE_DIR"] = str(cache)
+        beside = {} if weights is None else {"weights": weights}
         try:
-            graph = core.read_model(model=str(model) if isinstance(model, Path) else model)
+            graph = core.read_model(model=str(model) if isinstance(model, Path) else model, **beside)
             self.inputs = [_described(tensor) for tensor in graph.inputs]
             self.outputs = [_described(tensor) for tensor in graph.outputs]
-            self._request = core.compile_model(graph, "CPU", settings).create_infer_request()
+            compiled = core.compile_model(graph, "CPU", settings)
+            self.precision = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+            self._request = compiled.create_infer_request()
         except Exception as error:  # OpenVINO raises RuntimeError and kin of every kind
             raise InputRejected(f"{self.name}: OpenVINO cannot load it: {_last_line(error)}") from error
-        first = self.inputs[0] if len(self.inputs) == 1 else None
-        sizes = [] if first is None else [axis for axis in first.shape[1:] if isinstance(axis, int)]
-        if first is None or first.type not in _TYPES.values() or len(first.shape) != 4 or len(sizes) != 3:
-            found = "; ".join(map(str, self.inputs)) or "none"
-            wanted = "one floating-point input (batch, channels, height, width), only batch free"
-            raise InputRejected(f"{self.name}: expected {wanted}; found {found}")
-        batch = first.shape[0]
-        self.batch_limits: BatchLimits = (batch, batch) if isinstance(batch, int) else (1, None)
-        self.image_shape: tuple[int, int, int] = (sizes[0], sizes[1], sizes[2])
-        self.dtype: np.dtype[Any] = np.dtype(next(kind for kind, named in _TYPES.items() if named == first.type))
 
-    def infer(self, images: Array) -> Array:
-        """Return the first output, logits (b, classes) float32, for ``images`` (b, channels, height, width) of any float type.
+    def run(self, values: Array) -> Array:
+        """The first output for ``values``, an array of the input's type, in OpenVINO's own memory: the next run overwrites it.
 
-        Raises ``InputRejected`` for images that do not fit, or answers that are not logits.
+        Raises ``InputRejected`` where OpenVINO cannot run the model on them.
         """
-        feed = np.ascontiguousarray(images, dtype=self.dtype)
         try:
-            logits = np.asarray(self._request.infer({0: feed}, share_inputs=True)[0])
+            return np.asarray(self._request.infer({0: values}, share_inputs=True)[0])
         except Exception as error:
-            raise InputRejected(f"{self.name}: OpenVINO cannot run it on {feed.shape}: {_last_line(error)}") from error
-        ensure_logits(logits, images, self.name)
-        return logits.astype(np.float32)  # a copy: OpenVINO's own memory holds the next answer
+            raise InputRejected(f"{self.name}: OpenVINO cannot run it on {values.shape}: {_last_line(error)}") from error
+
+    def dtype_of(self, tensor: TensorInfo) -> np.dtype[Any]:
+        """The NumPy type of an input; float32 for types that are not floating-point."""
+        return np.dtype(next((kind for kind, named in _TYPES.items() if named == tensor.type), "float32"))
 
     def close(self) -> None:
         """Give the model's memory back; it cannot be run afterwards."""
@@ -79,9 +84,75 @@ class OpenVinoRunner:
         self.close()
 
 
+class OpenVinoRunner(OpenVinoModel):
+    """An image classifier in OpenVINO: a ``Runner``, opened as ``OpenVinoModel`` is.
+
+    Raises ``InputRejected``, beside ``OpenVinoModel``'s, unless the model has one floating-point input (batch, channels,
+    height, width) of which only the batch may be free.
+    """
+
+    def __init__(
+        self,
+        model: Path | bytes,
+        *,
+        weights: bytes | None = None,
+        name: str = "",
+        threads: int = 0,
+        precision: InferencePrecision = "f32",
+        cache: Path | None = None,
+    ) -> None:
+        super().__init__(model, weights=weights, name=name, threads=threads, precision=precision, cache=cache)
+        first = self.inputs[0] if len(self.inputs) == 1 else None
+        sizes = [] if first is None else [axis for axis in first.shape[1:] if isinstance(axis, int)]
+        if first is None or first.type not in _TYPES.values() or len(first.shape) != 4 or len(sizes) != 3:
+            found = "; ".join(map(str, self.inputs)) or "none"
+            wanted = "one floating-point input (batch, channels, height, width), only batch free"
+            raise InputRejected(f"{self.name}: expected {wanted}; found {found}")
+        batch = first.shape[0]
+        self.batch_limits: BatchLimits = (batch, batch) if isinstance(batch, int) else (1, None)
+        self.image_shape: tuple[int, int, int] = (sizes[0], sizes[1], sizes[2])
+        self.dtype = self.dtype_of(first)
+
+    def infer(self, images: Array) -> Array:
+        """Return the first output, logits (b, classes) float32, for ``images`` (b, channels, height, width) of any float type.
+
+        Raises ``InputRejected`` for images that do not fit, or answers that are not logits.
+        """
+        logits = self.run(np.ascontiguousarray(images, dtype=self.dtype))
+        ensure_logits(logits, images, self.name)
+        return logits.astype(np.float32)  # a copy: OpenVINO's own memory holds the next answer
+
+
+def settings_of(precision: InferencePrecision) -> dict[str, str]:
+    """What OpenVINO is told to run a model in ``precision``, by the names of its properties."""
+    return {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+
+
+def computes_bfloat16() -> bool:
+    """Whether this CPU multiplies in bfloat16, as OpenVINO sees it; raises ``Unavailable`` without OpenVINO."""
+    return "BF16" in _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def save_ir(onnx: Path, xml: Path) -> None:
+    """Write the ONNX file ``onnx`` as an OpenVINO IR: ``xml``, and its weights, as they are, in a BIN file beside it.
+
+    Raises ``Unavailable`` without OpenVINO, ``InputRejected`` where it cannot read the model.
+    """
+    ov = _openvino()
+    try:
+        graph = ov.Core().read_model(model=str(onnx))
+    except Exception as error:
+        raise InputRejected(f"{onnx}: OpenVINO cannot load it: {_last_line(error)}") from error
+    for number, op in enumerate(graph.get_ordered_ops()):
+        kind, _, counted = op.get_friendly_name().rpartition("_")
+        if kind == op.get_type_name() and counted.isdecimal():  # OpenVINO counts what it names through the whole process
+            op.set_friendly_name(f"{kind}_{number}")
+    ov.save_model(graph, str(xml), compress_to_fp16=False)
+
+
 def openvino_version() -> str:
     """The installed OpenVINO's version; raises ``Unavailable`` without one."""
-    return str(_openvino().__version__)
+    return str(_openvino().__version__).partition("-")[0]
 
 
 def _openvino() -> Any:

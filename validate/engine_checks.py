@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from patchslim import cuda
+from patchslim.choices import Precision
 from patchslim.errors import EXIT_PARITY, InputRejected, Unavailable
-from patchslim.openvino_runner import PRECISION
 from patchslim.ort_runner import CPU
 from patchslim.runner import infer_in_batches
 from validate.built_engine import BuildRecord, read_build
@@ -22,6 +22,7 @@ from validate.engine_runs import (
     EngineRun,
     GoldenParity,
     Subject,
+    openvino_precision,
     version_of,
     why_not,
 )
@@ -29,7 +30,7 @@ from validate.golden import Golden
 from validate.isolated import IsolatedRunner, Limits
 from validate.latency_sweep import sweep
 from validate.manifest import Manifest, OnnxRecord
-from validate.parity import FP16_MIN_AGREEMENT, fp16_tolerance, fp32_tolerance, rung
+from validate.parity import MIN_AGREEMENT, TOLERANCES, logit_tolerance, rung
 from validate.verdict import Check, failed
 
 _CHUNK = 8  # images per run of a model with a free batch axis
@@ -54,13 +55,14 @@ class Running:
             provider=self.provider or CPU if subject.engine == "ort" else CPU,
             threads=self.threads,
             backend=BACKENDS[subject.engine],
+            precision=subject.precision,
         )
 
-    def place(self, engine: EngineKey) -> str:
-        """What an engine runs on: an execution provider, a processor with its precision, a GPU generation."""
-        if engine == "ort":
+    def place(self, subject: Subject) -> str:
+        """What ``subject`` runs on: an execution provider, a processor with its precision, a GPU generation."""
+        if subject.engine == "ort":
             return self.provider or CPU
-        return f"CPU, {PRECISION}" if engine == "openvino" else cuda.local_target() or "no GPU"
+        return f"CPU, {subject.precision}" if subject.engine == "openvino" else cuda.local_target() or "no GPU"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,10 +80,9 @@ class Expected:
 
     @classmethod
     def of_engine(cls, precision: str, golden: Golden) -> Expected:
-        """What an engine of this precision must answer, as an export would ask for."""
-        if precision == "fp32":
-            return cls(fp32_tolerance(golden.slim_logits), 100.0)
-        return cls(fp16_tolerance(golden.slim_logits), FP16_MIN_AGREEMENT)
+        """What an engine of this precision must answer, as an export would ask for; FP16's for one that is not known."""
+        known: Precision = next((one for one in TOLERANCES if one == precision), "fp16")
+        return cls(logit_tolerance(known, golden.slim_logits), MIN_AGREEMENT[known])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Trial:
         found = EngineRun(
             engine=subject.engine,
             version=version_of(subject.engine),
-            on=self.how.place(subject.engine),
+            on=self.how.place(subject),
             threads=self.how.threads,
             file=subject.path,
             sha256=subject.sha256,
@@ -139,8 +140,8 @@ class Trial:
         )
 
     def _is_timed(self, subject: Subject) -> bool:
-        """Of ONNX files the one that is served: FP16 where that is what ONNX Runtime serves, else FP32."""
-        if subject.engine not in ON_ONNX:
+        """Of ONNX files the one that is served: FP16 where that is what ONNX Runtime serves, else FP32; of IRs all."""
+        if subject.engine not in ON_ONNX or subject.path.endswith(".xml"):
             return True
         records = [record for record in self.manifest.onnx if record.max_error is not None]
         half = self.manifest.engine.backend == BACKENDS["ort"] and self.manifest.precision == "fp16"
@@ -175,6 +176,9 @@ def _subjects(trial: Trial, key: EngineKey, built: BuildRecord | None) -> Iterat
         for record in manifest.onnx:
             if record.max_error is not None:
                 yield Subject(key, trial.folder, record.path, manifest.files), Expected.of_record(record)
+        if key == "openvino" and engine.backend == BACKENDS[key] and engine.files:
+            subject = Subject(key, trial.folder, engine.files[0], manifest.files, precision=openvino_precision(engine))
+            yield subject, Expected.of_engine(engine.precision, trial.golden)
     elif built is not None and trial.how.choice.built is not None:
         file = None if local is None else built.engine_for(local)
         if file is not None and built.engine.backend == BACKENDS[key]:
@@ -206,10 +210,10 @@ def judged(name: str, subject: Subject, found: EngineRun) -> Check:
 def _idle(trial: Trial, built: BuildRecord | None) -> Iterator[Check]:
     """A line for engine files that nothing here can run."""
     engine = trial.manifest.engine if built is None else built.engine
-    key = next((key for key, backend in BACKENDS.items() if backend == engine.backend and key not in ON_ONNX), None)
+    key = next((key for key, backend in BACKENDS.items() if backend == engine.backend and key != "ort"), None)
     if key is None:
         return
-    local = cuda.local_target()
+    local = "cpu" if key in ON_ONNX else cuda.local_target()
     reason = why_not(key) or ("" if local in engine.targets else f"this machine's GPU is {local}")
     if reason:
         detail = f"the engine for {', '.join(engine.targets)} did not run here: {reason}"

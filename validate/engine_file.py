@@ -29,6 +29,8 @@ def check_engine(path: Path, backend: str) -> None:
     if not size:
         raise InputRejected(f"{path}: is empty, and the manifest names it as an engine for {backend}")
     known = backend.replace("-", "_")
+    if known == "openvino" and path.suffix == ".xml" and not head.startswith((b"<?xml", b"<net")):
+        raise InputRejected(f"{path}: is no IR of OpenVINO: it begins with {head[:4]!r}, not an XML declaration")
     magic = _MAGIC.get(known)
     if magic is None:
         return

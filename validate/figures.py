@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from patchslim.choices import Precision
 from patchslim.intervals import drop_interval
 from validate.comparison import mcnemar
 from validate.manifest import Manifest, ParityReport, Rung
-from validate.parity import FP16_MIN_AGREEMENT, fp16_tolerance, fp32_tolerance, gate, rung
+from validate.parity import MIN_AGREEMENT, gate, logit_tolerance, rung, stage_precision
 
 if TYPE_CHECKING:
     from validate.golden import Golden
@@ -19,7 +20,6 @@ _ROUNDING = 1e-6  # of percentages and of relative errors that were written as f
 _SAMPLE = 4.0
 #: FP16's tolerance until version 0.2, whatever the logits: such bundles stay readable.
 _OLD_FP16_TOLERANCE = 0.1
-_FP32_STAGES = ("pytorch-slim", "onnx-slim")
 
 
 def failed_stages(report: ParityReport) -> list[str]:
@@ -139,14 +139,15 @@ def golden_contradictions(report: ParityReport, golden: Golden) -> Iterator[str]
 def overgenerous(manifest: Manifest, golden: Golden) -> Iterator[str]:
     """What a manifest allows its own files beyond what an export could have allowed for these logits. A message each."""
     for record in manifest.onnx:
-        most = _most_allowed(record.stage, golden)
+        precision = stage_precision(record.stage)
+        most = _most_allowed(precision, golden)
         if record.max_error is not None and record.max_error > most:
             yield f"onnx: {record.path}: max_error: {record.max_error:.3g} is more than an export allows here, {most:.3g}"
-        least = 100.0 if record.stage in _FP32_STAGES else FP16_MIN_AGREEMENT
+        least = MIN_AGREEMENT[precision]
         if record.max_error is not None and record.min_agreement < least:
             yield f"onnx: {record.path}: min_agreement: {record.min_agreement:g} is less than an export asks for, {least:g}"
     for one in manifest.rungs:
-        most = _most_allowed(one.stage, golden)
+        most = _most_allowed(stage_precision(one.stage, manifest.engine.precision), golden)
         if one.tolerance is not None and one.tolerance > most:
             yield f"rungs: {one.stage}: tolerance: {one.tolerance:.3g} is more than an export allows here, {most:.3g}"
         if one.batches is not None and one.batches.tolerance > most:
@@ -154,10 +155,9 @@ def overgenerous(manifest: Manifest, golden: Golden) -> Iterator[str]:
             yield f"rungs: {one.stage}: batches: tolerance: {allowed}"
 
 
-def _most_allowed(stage: str, golden: Golden) -> float:
-    if stage in _FP32_STAGES:
-        return _SAMPLE * fp32_tolerance(golden.slim_logits)
-    return max(_OLD_FP16_TOLERANCE, _SAMPLE * fp16_tolerance(golden.slim_logits))
+def _most_allowed(precision: Precision, golden: Golden) -> float:
+    most = _SAMPLE * logit_tolerance(precision, golden.slim_logits)
+    return max(_OLD_FP16_TOLERANCE, most) if precision == "fp16" else most
 
 
 def _count(percent: float, images: int) -> int:

@@ -18,6 +18,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from patchslim.arrays import Array
+from patchslim.choices import InferencePrecision
 from patchslim.errors import EXIT_UNAVAILABLE, InputRejected, Unavailable
 from patchslim.ort_runner import CPU, TensorInfo
 from patchslim.runner import BatchLimits
@@ -55,9 +56,9 @@ class IsolatedRunner:
     """An ONNX file in ONNX Runtime, as ``OrtRunner`` is, but in another process, which reads and checks it.
 
     Of a bundle it loads exactly the bytes that the ``manifest`` has the digests of; None: ``path`` is a file of no bundle, or
-    is taken as it is. ``backend`` is the module that runs it: ``onnxruntime``, ``openvino``, and for an engine ``tensorrt`` or
-    ``tensorrt_rtx``. Use it in a ``with`` block. Raises ``InputRejected`` where the file is not those, does not run, or takes
-    more than ``limits``; ``Unavailable`` as ``OrtRunner`` does.
+    is taken as it is. ``backend`` is the module that runs it: ``onnxruntime``, ``openvino`` (in ``precision``, an ONNX file or
+    an IR), and for an engine ``tensorrt`` or ``tensorrt_rtx``. Use it in a ``with`` block. Raises ``InputRejected`` where the
+    file is not those, does not run, or takes more than ``limits``; ``Unavailable`` as ``OrtRunner`` does.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class IsolatedRunner:
         provider: str = CPU,
         threads: int = 0,
         backend: str = "onnxruntime",
+        precision: InferencePrecision = "f32",
     ):
         self.name = str(folder / path)
         self._limits = limits
@@ -94,6 +96,7 @@ class IsolatedRunner:
             "threads": threads,
             "memory": self._memory,
             "backend": backend,
+            "precision": precision,
         }
         self.renew()
         try:

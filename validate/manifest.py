@@ -191,6 +191,7 @@ class EngineRecord(StrictRecord):
     fused_attentions: _Count | None = Field(default=None, description="null where the backend does not say")
     attentions: _Count | None = Field(default=None, description="attentions in the graph")
     files: list[PlainPath] = Field(default_factory=list, description="the engine's files in the bundle")
+    settings: dict[str, JsonValue] = Field(default_factory=dict, description="what the engine was told, in its own words")
     status: Status = Field(description="whether it ran the evaluation images here, and how that ended")
 
 

@@ -17,7 +17,7 @@ from patchslim.runner import infer_in_batches
 from validate.attestation import DeviceImages
 from validate.built_engine import read_build
 from validate.engine_checks import Running
-from validate.engine_runs import BACKENDS, EngineRun, Subject
+from validate.engine_runs import BACKENDS, EngineRun, Subject, openvino_precision
 from validate.images import batches, list_images
 from validate.manifest import Manifest, Rung
 from validate.parity import rung
@@ -78,7 +78,8 @@ def measure(
 def _subject(run: EngineRun, folder: Path, manifest: Manifest, how: Running) -> Subject:
     built = how.choice.built
     if run.recipe_sha256 is None or built is None:
-        return Subject(run.engine, folder, run.file, manifest.files)
+        precision = openvino_precision(manifest.engine) if run.file in manifest.engine.files else "f32"
+        return Subject(run.engine, folder, run.file, manifest.files, precision=precision)
     return Subject(run.engine, built, run.file, read_build(built).files, run.recipe_sha256)
 
 

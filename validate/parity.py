@@ -8,23 +8,33 @@ from fractions import Fraction
 import numpy as np
 
 from patchslim.arrays import Array
+from patchslim.choices import Precision
 from patchslim.intervals import drop_interval, images_needed
 from validate.manifest import GateRule, Rung, ladder_passed
 
-#: Largest difference of a logit that a stage may show, as a fraction of the largest logit (of 1 where that is smaller).
-FP32_TOLERANCE, FP16_TOLERANCE = 1e-4, 1e-2
-#: Percent of images on which an FP16 graph must have float32's top-1: FP16 may turn near ties.
-FP16_MIN_AGREEMENT = 90.0
+#: Largest difference of a logit that a stage may show, by its precision, as a fraction of the largest logit (of 1 where that
+#: is smaller). FP16 keeps 11 bits of each value, bfloat16 8: its rounding errors, and so its bound, are 2^3 times FP16's. INT8
+#: rounds to a 255th of a tensor's whole range, from which no bound on a logit follows: a quantisation is judged by its top-1,
+#: as slimming is, and this bound is for an engine that answers nonsense.
+TOLERANCES: dict[Precision, float] = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 8e-2, "int8": 1.0}
+#: Percent of images on which a graph must have float32's top-1, by its precision: fewer bits may turn near ties.
+MIN_AGREEMENT: dict[Precision, float] = {"fp32": 100.0, "fp16": 90.0, "bf16": 90.0, "int8": 90.0}
 
 
-def fp32_tolerance(logits: Array) -> float:
-    """Largest difference of a logit that float32 in another program may show, against ``logits``."""
-    return FP32_TOLERANCE * _scale(logits)
+def logit_tolerance(precision: Precision, logits: Array) -> float:
+    """Largest difference of a logit that ``precision`` may show, for a model that answers ``logits`` in float32.
+
+    For fp32 that is the difference of one program from another.
+    """
+    return TOLERANCES[precision] * _scale(logits)
 
 
-def fp16_tolerance(logits: Array) -> float:
-    """Largest difference of a logit that FP16 may show against float32, for a model that answers ``logits`` in that."""
-    return FP16_TOLERANCE * _scale(logits)
+def stage_precision(stage: str, engine: str = "") -> Precision:
+    """The precision by which a stage is judged: that of its name, or of the ``engine`` where it is one; else FP16."""
+    if stage in ("pytorch", "pytorch-slim", "onnx-slim"):
+        return "fp32"
+    named = engine if stage.startswith("engine") else stage.rpartition("-")[2]
+    return next((one for one in TOLERANCES if one == named and one != "fp32"), "fp16")
 
 
 def _scale(logits: Array) -> float:

@@ -40,7 +40,8 @@ def check_records(folder: Path, manifest: Manifest, say: Callable[[str], None]) 
         try:
             if name not in [record.path for record in manifest.onnx]:
                 check_engine(folder / name, manifest.engine.backend)
-                yield Check(name="engine", subject=name, status="passed", detail=f"the header is {manifest.engine.backend}'s")
+                detail = "not empty" if name.endswith(".bin") else f"the header is {manifest.engine.backend}'s"
+                yield Check(name="engine", subject=name, status="passed", detail=detail)
         except InputRejected as error:
             yield failed("engine", name, error)
     yield from _check_recipe(folder, manifest)
@@ -148,14 +149,18 @@ def _check_recipe(folder: Path, manifest: Manifest) -> Iterator[Check]:
     """``recipe.json`` is for an ONNX file of this bundle, and says of it and its engine what the manifest says."""
     if RECIPE not in [file.path for file in manifest.files]:  # a bundle made before there were any
         return
+    from validate.parity import stage_precision
+
     path = folder / RECIPE
     try:
         recipe = parse_recipe(read_file(folder, manifest, RECIPE, MAX_RECIPE_BYTES), path)
         engine, expected = manifest.engine, recipe.expected
         stated: dict[str, tuple[object, object]] = {
             "input": (recipe.input, manifest.inputs[0]),
-            "precision": (expected.precision, manifest.precision),
         }
+        stages = [record.stage for record in manifest.onnx if record.path == recipe.onnx.path]
+        if stages:
+            stated["precision"] = expected.precision, stage_precision(stages[0])
         if engine.fused_attentions is not None:
             stated["expected.fused_attentions"] = (expected.fused_attentions, engine.fused_attentions)
         if engine.attentions is not None:

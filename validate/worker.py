@@ -116,8 +116,9 @@ def _open(task: dict[str, Any]) -> Model:
         from patchslim.tensorrt_runner import TrtRunner
 
         path = Path(task["folder"]) / task["path"]
-        size, sha256 = next((size, sha256) for name, size, sha256 in task["files"] if name == task["path"])
-        return TrtRunner(read_verified(path, size, sha256), task["backend"], name=str(path))
+        return TrtRunner(read_verified(path, *_listed(task, task["path"])), task["backend"], name=str(path))
+    if task["path"].endswith(".xml"):
+        return _opened_ir(task)
     from validate.onnx_file import beside, check_onnx, check_onnx_bytes
 
     folder, name = Path(task["folder"]), task["path"]
@@ -141,12 +142,32 @@ def _open(task: dict[str, Any]) -> Model:
     return _loaded(model, str(path), task)
 
 
+def _listed(task: dict[str, Any], path: str) -> tuple[int, str]:
+    """Size and digest that a file must have; raises ``InputRejected`` where the record of the folder lacks it."""
+    for name, size, sha256 in task["files"]:
+        if name == path:
+            return size, sha256
+    raise InputRejected(f"{Path(task['folder']) / path}: is not listed, and the model needs it")
+
+
+def _opened_ir(task: dict[str, Any]) -> Model:
+    """An OpenVINO IR from the bytes of its two files that were checked."""
+    from patchslim.files import read_verified
+    from patchslim.openvino_runner import OpenVinoRunner
+
+    folder = Path(task["folder"])
+    names = task["path"], task["path"].removesuffix(".xml") + ".bin"
+    xml, weights = (read_verified(folder / name, *_listed(task, name)) for name in names)
+    path = str(folder / task["path"])
+    return OpenVinoRunner(xml, weights=weights, name=path, threads=task["threads"], precision=task["precision"])
+
+
 def _loaded(model: Path | bytes, name: str, task: dict[str, Any]) -> Model:
     """An ONNX model in the engine that is asked for."""
     if task["backend"] == "openvino":
         from patchslim.openvino_runner import OpenVinoRunner
 
-        return OpenVinoRunner(model, name=name, threads=task["threads"])
+        return OpenVinoRunner(model, name=name, threads=task["threads"], precision=task["precision"])
     from patchslim.ort_runner import OrtRunner
 
     return OrtRunner(model, name=name, provider=task["provider"], threads=task["threads"])

@@ -3,44 +3,82 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from patchslim.choices import EngineName, Layout, Precision
+from patchslim.errors import UsageError
 from validate.manifest import EngineRecord, Status
-
-RTX_PRECISIONS: dict[str, tuple[Precision, ...]] = {
-    "sm75": ("fp16",),  # Turing has no fp32 and no bfloat16 matrix product in TensorRT-RTX
-    "sm80": ("fp16", "fp32"),
-    "sm86": ("fp16", "fp32"),
-    "sm89": ("fp16", "fp32"),
-    "sm120": ("fp16", "fp32"),
-    "sm121": ("fp16", "fp32"),
-}
-"""The GPU architectures that TensorRT-RTX builds for on any machine, and in which precisions."""
-
-TARGETS = tuple(RTX_PRECISIONS)
-
-DEFAULT_TARGETS = tuple(target for target, precisions in RTX_PRECISIONS.items() if len(precisions) > 1)
-"""What is built for unless targets are given: all that take every precision."""
 
 
 @dataclass(frozen=True)
 class EngineTraits:
-    """An engine's precisions, the default one first, how a plan's cuts are laid for it, and whether targets can be chosen."""
+    """What is known of an engine before anything is built.
 
-    precisions: tuple[Precision, ...]
+    ``targets`` are what it can be built for, each with the precisions that it takes there, the default one first. ``layout`` is
+    how a plan's cuts are laid for it. ``graphs`` names, for precisions that the engine makes by itself, that of the ONNX file
+    that it is built from; for others the ONNX file is typed.
+    """
+
+    targets: Mapping[str, tuple[Precision, ...]]
     layout: Layout
-    has_targets: bool
+    graphs: Mapping[Precision, Precision] = field(default_factory=dict)
+    default: Precision = "fp32"
+
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        """Every precision that it takes for some target."""
+        return tuple(dict.fromkeys(one for precisions in self.targets.values() for one in precisions))
+
+    def graph(self, precision: Precision) -> Precision:
+        """The precision of the ONNX file that an engine of this ``precision`` is built from."""
+        return self.graphs.get(precision, precision)
 
 
 ENGINES: dict[EngineName, EngineTraits] = {
-    "ort": EngineTraits(("fp32", "fp16"), "split", has_targets=False),  # on a CPU fewer MACs are faster
-    "trt": EngineTraits(("fp16", "fp32"), "packed", has_targets=True),  # a packed qkv keeps TensorRT's kernels few
+    # On a CPU fewer MACs are faster.
+    "ort": EngineTraits({"cpu": ("fp32", "fp16"), "cuda": ("fp32", "fp16")}, "split"),
+    "openvino": EngineTraits({"cpu": ("fp32", "bf16")}, "split", {"bf16": "fp32"}),
+    # A packed qkv keeps TensorRT's kernels few.
+    "trt": EngineTraits(
+        {
+            "sm75": ("fp16",),  # Turing has no fp32 and no bfloat16 matrix product in TensorRT-RTX
+            "sm80": ("fp16", "fp32"),
+            "sm86": ("fp16", "fp32"),
+            "sm89": ("fp16", "fp32"),
+            "sm120": ("fp16", "fp32"),
+            "sm121": ("fp16", "fp32"),
+        },
+        "packed",
+        default="fp16",
+    ),
 }
-"""The engines that can be asked for."""
+"""The engines that can be asked for: which takes which precision on which target. TensorRT's targets are TensorRT-RTX's; full
+TensorRT takes the GPU of its machine, in every precision that some target has."""
+
+TARGETS = tuple(ENGINES["trt"].targets)
+
+DEFAULT_TARGETS = tuple(target for target, precisions in ENGINES["trt"].targets.items() if len(precisions) > 1)
+"""What is built for unless targets are given: all that take every precision."""
+
+
+def check_precision(engine: EngineName, precision: Precision, targets: Iterable[str] = ()) -> None:
+    """Raise ``UsageError`` where ``engine`` does not take ``precision`` for one of ``targets``; without any, for no target."""
+    traits = ENGINES[engine]
+    if precision not in traits.precisions:
+        able = ", ".join(traits.precisions)
+        others = [name for name, one in ENGINES.items() if precision in one.precisions]
+        with_it = f", or --engine {' or '.join(others)} for {precision}" if others else ""
+        raise UsageError(f"--precision {precision}: {engine} takes {able}", next_step=f"choose one of these{with_it}")
+    unable = [target for target in targets if precision not in traits.targets.get(target, traits.precisions)]
+    if unable:
+        named, able = ", ".join(unable), traits.targets[unable[0]][0]
+        raise UsageError(
+            f"{engine} has no {precision} matrix product for {named}: use --precision {able}, or leave {named} out of --target"
+        )
+
 
 Batch = tuple[int, int, int]
 """Smallest, most usual and largest batch of the optimisation profile."""
@@ -61,7 +99,7 @@ BuildProgressCallback = Callable[[BuildProgress], bool | None]
 """Called for each report; returning False cancels the build, which then raises KeyboardInterrupt."""
 
 
-BackendName = Literal["onnxruntime", "tensorrt", "tensorrt_rtx"]
+BackendName = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"]
 
 
 @dataclass(frozen=True)
@@ -109,7 +147,8 @@ class EngineResult:
     """What was built, by what and for what, and whether it ran here.
 
     ``fused_attentions`` is the smallest count over the targets, of ``attentions`` in the ONNX graph; None where the backend
-    does not tell (ONNX Runtime). ``kernels``, ``fused`` and ``seconds`` map each target to its own numbers.
+    does not tell (ONNX Runtime, OpenVINO). ``kernels``, ``fused`` and ``seconds`` map each target to its own numbers.
+    ``settings`` are what the engine is told, in its own words.
     """
 
     backend: BackendName
@@ -125,6 +164,7 @@ class EngineResult:
     kernels: dict[str, int] = field(default_factory=dict)
     fused: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def fused_attentions(self) -> int | None:
@@ -139,7 +179,7 @@ class EngineResult:
         parts = [f"{self.backend} {self.version}", self.precision, " ".join(self.targets)]
         if self.fused_attentions is not None:
             parts.append(f"{self.fused_attentions} of {self.attentions} attentions fused")
-        elif self.backend != "onnxruntime":
+        elif self.backend not in ("onnxruntime", "openvino"):
             parts.append("fused attentions not known")
         parts.append(self.status + (f" ({self.reason})" if self.reason else ""))
         return ", ".join(parts)
@@ -154,6 +194,7 @@ class EngineResult:
             fused_attentions=self.fused_attentions,
             attentions=self.attentions,
             files=files,
+            settings=self.settings,
             status=status,
         )
 

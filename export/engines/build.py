@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from export.engines import onnx_runtime, tensorrt_build
-from export.engines.base import Backend, Batch, BuildOptions, BuildProgressCallback, EngineResult
+from export.engines import onnx_runtime, openvino_build, tensorrt_build
+from export.engines.base import ENGINES, Backend, Batch, BuildOptions, BuildProgressCallback, EngineResult
 from export.engines.onnx_info import OnnxFacts, read_onnx
 from patchslim.choices import EngineName, Precision
 from patchslim.errors import InputRejected, UsageError
@@ -23,6 +23,7 @@ class Builder:
 
 BUILDERS: dict[EngineName, Builder] = {
     "ort": Builder(onnx_runtime.choose_backend, onnx_runtime.build),
+    "openvino": Builder(openvino_build.choose_backend, openvino_build.build),
     "trt": Builder(tensorrt_build.choose_backend, tensorrt_build.build),
 }
 
@@ -48,10 +49,11 @@ def build_engine(
 ) -> EngineResult:
     """Make ``onnx_path`` ready to run and say what was made.
 
-    ``ort`` opens the file in ONNX Runtime and runs it once. ``trt`` writes ``STEM.TARGET.engine`` per target and one
-    ``engine_layers.json`` into ``output_dir``: all of them, or none. ``precision`` must be what the ONNX file says, since
-    engines are strongly typed. ``targets`` None means this machine's GPU with full TensorRT, ``DEFAULT_TARGETS`` with
-    TensorRT-RTX. An ONNX file with a fixed batch overrides ``batch``.
+    ``ort`` opens the file in ONNX Runtime and runs it once. ``openvino`` writes it as an IR into ``output_dir`` and runs that
+    once. ``trt`` writes ``STEM.TARGET.engine`` per target and one ``engine_layers.json`` into ``output_dir``: all of them, or
+    none. ``precision`` must be what the ONNX file says, since engines are strongly typed, but for bf16 in OpenVINO, which makes
+    that of float32. ``targets`` None means this machine's GPU with full TensorRT, ``DEFAULT_TARGETS`` with TensorRT-RTX. An
+    ONNX file with a fixed batch overrides ``batch``.
 
     Raises ``UsageError`` for an unknown target, an impossible batch, or fp32 for sm75; ``InputRejected`` where the ONNX file
     cannot be used, or is of another precision; ``Unavailable`` where there is no backend here, or it cannot build this graph
@@ -60,9 +62,10 @@ def build_engine(
     if not 1 <= batch[0] <= batch[1] <= batch[2]:
         raise UsageError(f"batch {batch}: needs 1 <= smallest <= usual <= largest")
     facts = read_onnx(onnx_path)
-    if facts.precision not in (None, precision):
+    graph = ENGINES[kind].graph(precision)
+    if facts.precision not in (None, graph):
         raise InputRejected(
-            f"{onnx_path}: {precision} was asked for, but most of its weights are {facts.precision}; engines keep the types "
+            f"{onnx_path}: {graph} was asked for, but most of its weights are {facts.precision}; engines keep the types "
             f"of the ONNX file, so convert it first or ask for {facts.precision}"
         )
     if facts.fixed_batch:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from export.engines import onnx_runtime, tensorrt_build
-from export.engines.base import ENGINES, TARGETS
+from export.engines import onnx_runtime, openvino_build, tensorrt_build
+from export.engines.base import ENGINES
 from patchslim import cuda
 from patchslim.choices import EngineName, Precision
+from patchslim.device import cpu_flags
 from patchslim.errors import PatchslimError
 from patchslim.packages import extra_for, install_command
 
 Status = Literal["runs", "builds", "refused", "missing"]
 """runs: built and executed here. builds: built here, for a GPU that is not here. refused: not in this precision or on this
 machine. missing: a package is not installed."""
+
+
+#: Flags of a processor that multiplies in bfloat16, in Linux's words.
+_BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}
 
 
 @dataclass(frozen=True)
@@ -34,15 +39,17 @@ class EngineSupport:
 def engine_support() -> list[EngineSupport]:
     """Every engine, target and precision, in the order in which they are listed to users. Builds and runs nothing."""
     return [
-        row
+        _PROBES[engine](target, precision)
         for engine, traits in ENGINES.items()
-        for target in _TARGETS[engine]()
-        for row in (_PROBES[engine](target, precision) for precision in traits.precisions)
+        for target in _targets(engine)
+        for precision in traits.precisions
     ]
 
 
-def _ort_targets() -> Iterator[str]:
-    yield from ("cpu", "cuda")
+def _targets(engine: EngineName) -> list[str]:
+    """What can be asked for: the table's targets, and for TensorRT the GPU of this machine."""
+    here = [local] if engine == "trt" and (local := cuda.local_target()) else []
+    return list(dict.fromkeys([*ENGINES[engine].targets, *here]))
 
 
 def _ort(target: str, precision: Precision) -> EngineSupport:
@@ -57,8 +64,15 @@ def _ort(target: str, precision: Precision) -> EngineSupport:
     return EngineSupport("ort", target, precision, "refused", "onnxruntime", reason)
 
 
-def _trt_targets() -> Iterator[str]:
-    yield from dict.fromkeys([*TARGETS, *filter(None, [cuda.local_target()])])
+def _openvino(target: str, precision: Precision) -> EngineSupport:
+    try:
+        openvino_build.choose_backend((target,))  # whether the CPU has bfloat16 is seen without importing OpenVINO
+    except PatchslimError as error:
+        return EngineSupport("openvino", target, precision, "missing", reason=str(error))
+    flags = cpu_flags()
+    if precision == "bf16" and flags and not _BFLOAT16 & set(flags):
+        return EngineSupport("openvino", target, precision, "refused", reason="this CPU has no bfloat16")
+    return EngineSupport("openvino", target, precision, "runs", "openvino")
 
 
 def _trt(target: str, precision: Precision) -> EngineSupport:
@@ -70,5 +84,4 @@ def _trt(target: str, precision: Precision) -> EngineSupport:
     return EngineSupport("trt", target, precision, "runs" if target == cuda.local_target() else "builds", backend)
 
 
-_TARGETS: dict[EngineName, Callable[[], Iterator[str]]] = {"ort": _ort_targets, "trt": _trt_targets}
-_PROBES: dict[EngineName, Callable[[str, Precision], EngineSupport]] = {"ort": _ort, "trt": _trt}
+_PROBES: dict[EngineName, Callable[[str, Precision], EngineSupport]] = {"ort": _ort, "openvino": _openvino, "trt": _trt}

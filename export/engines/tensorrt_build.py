@@ -16,7 +16,6 @@ from typing import Any
 
 from export.engines.base import (
     DEFAULT_TARGETS,
-    RTX_PRECISIONS,
     TARGETS,
     Backend,
     BackendName,
@@ -25,6 +24,7 @@ from export.engines.base import (
     BuildProgress,
     BuildProgressCallback,
     EngineResult,
+    check_precision,
 )
 from export.engines.onnx_info import OnnxFacts
 from export.engines.tensorrt_worker import BuildRequest
@@ -65,13 +65,8 @@ def choose_backend(
         foreign = [target for target in wanted if target not in TARGETS]
         if foreign:
             raise Unavailable(f"TensorRT-RTX does not build for {', '.join(foreign)}; {_INSTALL}")
-        unable = [target for target in wanted if precision is not None and precision not in RTX_PRECISIONS[target]]
-        if unable:
-            able, named = RTX_PRECISIONS[unable[0]][0], ", ".join(unable)
-            raise UsageError(
-                f"TensorRT-RTX has no {precision} matrix product for {named}: "
-                f"use --precision {able}, or leave {named} out of --target"
-            )
+        if precision is not None:
+            check_precision("trt", precision, wanted)
         return Backend("tensorrt_rtx", wanted or DEFAULT_TARGETS, ahead_of_time=True)
     if not full and backend is not None:
         extra = "trt" if backend == "tensorrt" else "rtx"

@@ -59,7 +59,7 @@ class ModelParts:
         fields = self.plan.model_dump() | {"kept": kept, "mode": self.conditions.mode, "origin": origin.model_dump()}
         fields["merged_into"] = self._merged_into(counts) if self.conditions.merged else None
         laid = self.conditions
-        return slim(model, SlimPlan.model_validate(fields), layout=laid.layout, precision=laid.precision).model
+        return slim(model, SlimPlan.model_validate(fields), layout=laid.layout, precision=laid.graph).model
 
     def _merged_into(self, counts: list[int]) -> list[int]:
         """Every dropped token into the first patch, as long as a block keeps one: which it is does not change the time."""

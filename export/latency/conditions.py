@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from export.engines.base import ENGINES
 from patchslim.choices import EngineName, Layout, Mode, Precision
 from patchslim.errors import UsageError
 
@@ -22,6 +23,11 @@ class TimingConditions:
     precision: Precision = "fp32"
     batch: int = 8
     threads: int | None = None
+
+    @property
+    def graph(self) -> Precision:
+        """The precision of the ONNX file that the engine is built from."""
+        return ENGINES[self.engine].graph(self.precision)
 
     def check(self) -> None:
         """Raise ``UsageError`` for an impossible batch or number of threads."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from export.engines.base import BuildOptions
 from export.engines.onnx_info import OnnxFacts
+from export.engines.openvino_build import inference_precision
 from export.engines.tensorrt_build import build_files, choose_backend
 from patchslim import cuda
 from patchslim.errors import Unavailable
@@ -90,6 +91,29 @@ class OrtTimer:
         """Nothing to give back: sessions end with their runs."""
 
 
+class OpenVinoTimer:
+    """Times parts in OpenVINO on the CPU, in the precision that the engine would have."""
+
+    def __init__(self, dense: Path, conditions: TimingConditions) -> None:
+        from patchslim.openvino_runner import openvino_version
+
+        self.threads, self.batch = conditions.threads, conditions.batch
+        self.precision = inference_precision(conditions.precision)
+        self.version = openvino_version()
+        self.device = f"{_processor('CPUExecutionProvider')}, {self.precision}"
+
+    def open(self, path: Path) -> Run:
+        """Compile an ONNX file; it is not needed afterwards."""
+        from patchslim.openvino_runner import OpenVinoModel
+
+        model = OpenVinoModel(path, precision=self.precision, threads=self.threads or 0)
+        values = random_values(self.batch, model.inputs[0].shape).astype(model.dtype_of(model.inputs[0]))
+        return timed(lambda: model.run(values), fair_clock(self.threads, on_cpu=True))
+
+    def close(self) -> None:
+        """Nothing to give back: models end with their runs."""
+
+
 class TensorRtTimer:
     """Times parts in TensorRT on this machine's GPU, each built into an engine of its own.
 
@@ -147,4 +171,8 @@ def _tensorrt(dense: Path, conditions: TimingConditions) -> TensorRtTimer:
     return TensorRtTimer(target, conditions.precision, conditions.batch)
 
 
-_TIMERS: dict[EngineName, Callable[[Path, TimingConditions], PartTimer]] = {"ort": OrtTimer, "trt": _tensorrt}
+_TIMERS: dict[EngineName, Callable[[Path, TimingConditions], PartTimer]] = {
+    "ort": OrtTimer,
+    "openvino": OpenVinoTimer,
+    "trt": _tensorrt,
+}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from patchslim.packages import wheel_command
 from validate.manifest import Manifest
+from validate.parity import MIN_AGREEMENT, stage_precision
 from validate.preprocessing import Preprocessing
 
 #: The largest batch that a server makes, where the engine's own is not known.
@@ -34,8 +35,9 @@ class ServingFacts:
     """Facts of one bundle; ``labels`` are one for each class, on one line each; ``engines`` those that Triton can load.
 
     ``name`` is fit for a folder, a URL and a configuration, ``dns_name`` for Kubernetes. ``onnx`` is the file that engines are
-    built from, ``runnable`` the one that ONNX Runtime and OpenVINO run, mostly the same, and ``max_error`` and
-    ``min_agreement`` what it must keep on the golden images. ``install`` is how a device gets what checks and builds.
+    built from, ``runnable`` the one that ONNX Runtime and OpenVINO run, mostly the same; ``ir`` is what OpenVINO runs in its
+    place, "" where the bundle has none. ``max_error`` and ``min_agreement`` are what the one that serves must keep on the
+    golden images. ``install`` is how a device gets what checks and builds.
     """
 
     name: str
@@ -56,6 +58,7 @@ class ServingFacts:
     precision: str
     engines: list[EngineFile]
     rtx: bool
+    ir: str
     preprocessing: Preprocessing
     install: str
 
@@ -67,6 +70,12 @@ def serving_facts(manifest: Manifest) -> ServingFacts:
     largest = batch[-1] if isinstance(batch, list) and batch and isinstance(batch[-1], int) else _LARGEST_BATCH
     files = [record for record in manifest.onnx if record.dtype == "float32"]
     runnable = [record for record in files if record.max_error is not None][-1]
+    max_error, min_agreement = runnable.max_error or 0.0, runnable.min_agreement
+    ir = next(iter(manifest.engine.files), "") if manifest.engine.backend == "openvino" else ""
+    if ir:
+        allowed = next((one.tolerance for one in manifest.rungs if one.stage == "engine"), None)
+        precision = stage_precision("engine", manifest.engine.precision)
+        max_error, min_agreement = max(max_error, allowed or 0.0), min(min_agreement, MIN_AGREEMENT[precision])
     channels, height, width = manifest.preprocessing.input_size
     return ServingFacts(
         name=name,
@@ -82,10 +91,11 @@ def serving_facts(manifest: Manifest) -> ServingFacts:
         max_batch=largest,
         onnx=files[-1].path,
         runnable=runnable.path,
-        max_error=runnable.max_error or 0.0,
-        min_agreement=runnable.min_agreement,
+        max_error=max_error,
+        min_agreement=min_agreement,
         precision=manifest.precision,
         engines=_engines(manifest),
+        ir=ir,
         rtx=manifest.engine.backend == "tensorrt_rtx",
         preprocessing=manifest.preprocessing,
         install=wheel_command("edge", _one_line(manifest.tools.get("patchslim", "VERSION"))),

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from export.doctor import examine, instruction_sets, onnxruntime_providers, print_report
-from export.engines.base import TARGETS
+from export.engines.base import ENGINES, TARGETS
 from export.engines.support import Status, engine_support
 from patchslim import cuda
 from patchslim.choices import EngineName, Precision
@@ -29,9 +29,12 @@ def test_every_engine_target_and_precision_has_one_row() -> None:
     rows = [(row.engine, row.target, row.precision) for row in engine_support()]
     assert len(rows) == len(set(rows))
     assert {engine for engine, _, _ in rows} == set(get_args(EngineName))
-    targets = {*TARGETS, *filter(None, [cuda.local_target()])}
-    assert {row[1:] for row in rows if row[0] == "trt"} == set(itertools.product(targets, get_args(Precision)))
-    assert {row[1:] for row in rows if row[0] == "ort"} == set(itertools.product(["cpu", "cuda"], get_args(Precision)))
+    for engine, traits in ENGINES.items():
+        here = [cuda.local_target()] if engine == "trt" else []
+        targets = {*traits.targets, *filter(None, here)}
+        assert {row[1:] for row in rows if row[0] == engine} == set(itertools.product(targets, traits.precisions))
+        assert {*traits.precisions} <= {*get_args(Precision)}
+        assert traits.default in traits.precisions
 
 
 def test_a_row_that_does_not_work_says_why() -> None:

@@ -76,6 +76,21 @@ def test_a_repository_holds_what_its_configuration_names(backend: str, bundle: P
     assert "is there already" in again.stderr
 
 
+def test_an_ir_is_what_openvino_serves(bundle: Path, tmp_path: Path) -> None:
+    mine = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    (mine / "engine").mkdir()
+    for suffix in (".xml", ".bin"):
+        (mine / "engine" / f"model{suffix}").write_bytes(suffix.encode())
+    record = engines("model.xml", "model.bin", backend="openvino").model_copy(update={"precision": "bf16"})
+    for name, text in rendered(mine, engine=record).items():
+        (mine / "serving" / name).write_text(text)
+    done = script(mine / "serving/triton/make_repository.py", tmp_path / "repository", "--backend", "openvino")
+    assert done.returncode == 0, done.stderr
+    model = tmp_path / "repository" / "tiny"
+    assert parsed((model / "config.pbtxt").read_text()).default_model_filename == "model.xml"
+    assert {path.name: path.read_bytes() for path in (model / "1").iterdir()} == {"model.xml": b".xml", "model.bin": b".bin"}
+
+
 def test_engines_built_elsewhere_are_added(bundle: Path, tmp_path: Path) -> None:
     maker, built = bundle / "serving/triton/make_repository.py", []
     for target in ("sm87", "sm103"):
