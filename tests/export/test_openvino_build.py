@@ -16,7 +16,7 @@ from export.engines import openvino_build
 from export.engines.build import build_engine
 from export.logits import OPENVINO_CACHE
 from patchslim.errors import InputRejected, Unavailable, UsageError
-from tests.helpers.bundles import reseal
+from tests.helpers.bundles import only_for_onnxruntime, reseal, weight, write_onnx
 from tests.helpers.exports import EVALUATION, read, stages_in, tiny
 from validate import check_bundle
 from validate.engine_runs import EngineChoice
@@ -154,9 +154,6 @@ def test_what_cannot_be_is_refused_before_anything_slow(tmp_path: Path, monkeypa
 
 
 def test_a_graph_that_openvino_cannot_read(tmp_path: Path) -> None:
-    from tests.helpers.bundles import weight, write_onnx
-    from tests.validate.test_engine_checks import only_for_onnxruntime
-
     write_onnx(tmp_path / "model.onnx", weight())
     only_for_onnxruntime(tmp_path / "model.onnx")
     with pytest.raises(InputRejected, match=r"model\.onnx: OpenVINO cannot load it"):

@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
-from onnx import helper, numpy_helper
 from PIL import Image
 
 from patchslim import cuda
 from patchslim.errors import Unavailable, UsageError
-from tests.helpers.bundles import PREPROCESSING, SIZE, make_bundle, reseal, weight
+from tests.helpers.bundles import PREPROCESSING, SIZE, make_bundle, only_for_onnxruntime, reseal, weight
 from validate import check_bundle, load_manifest
 from validate.engine_checks import Expected, Running, Trial, judged
 from validate.engine_runs import EngineChoice, EngineRun, Subject
@@ -121,23 +119,6 @@ def test_an_engine_file_that_nothing_here_can_run_is_named(good: Path, tmp_path:
     found = next(check for check in verdict.checks if check.name == "golden parity, tensorrt")
     assert (verdict.exit_code, found.status, found.subject) == (0, "not executed", "engine/model.sm87.engine")
     assert "the engine for sm87 did not run here: tensorrt is not installed" in found.detail
-
-
-def only_for_onnxruntime(path: Path) -> None:
-    """The same classifier by way of an operator of ONNX Runtime's own, which OpenVINO does not know."""
-    model = onnx.load(path)
-    model.graph.node[-1].output[0] = "product"
-    model.graph.node.extend(
-        [
-            helper.make_node("ExpandDims", ["product", "last"], ["wide"], domain="com.microsoft"),
-            helper.make_node("Squeeze", ["wide", "axis"], ["logits"]),
-        ]
-    )
-    model.graph.initializer.extend(
-        [numpy_helper.from_array(np.array(2, np.int32), "last"), numpy_helper.from_array(np.array([2]), "axis")]
-    )
-    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
-    onnx.save(model, path)
 
 
 @needs_openvino
