@@ -219,7 +219,8 @@ def find_plan(options: ExportOptions, source: ExportSource, table: Path | None, 
 
 def plan_folder(options: ExportOptions, source: ExportSource, table: Path | None, work: Workspace) -> Path:
     """Where the plan that is searched for these options is, or will be."""
-    fit = (options.score, options.fit, options.summary)
+    distilled = dataclasses.asdict(options.request().distillation) if options.fit == "distill" else None
+    fit = (options.score, options.fit, options.summary, *([] if distilled is None else [distilled]))
     finetune = (dataclasses.asdict(options.recipe), source.training_key()) if options.finetune_epochs else None
     return work.cache.path(
         "plan",

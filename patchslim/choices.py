@@ -7,7 +7,7 @@ from typing import Literal
 Layout = Literal["split", "packed"]
 Mode = Literal["compact", "stale"]
 Pooling = Literal["token", "avg", "map"]
-Fit = Literal["none", "closed-form", "sgd"]
+Fit = Literal["none", "closed-form", "sgd", "distill"]
 Criterion = Literal["tolerance", "macs-reduction", "latency-reduction", "latency-budget-ms", "tokens", "manual", "dense"]
 ScoreName = Literal["auto", "similarity", "paper", "residual", "attention", "random", "uniform"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]

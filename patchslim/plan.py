@@ -52,7 +52,7 @@ class FittedWeights(StrictRecord):
     )
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] = Field(description="digest over names, types, shapes and values")
     fit: Fit = Field(description="what refitted the blocks")
-    finetune: dict[str, float | int | str] | None = Field(default=None, description="the fine-tuning recipe and its outcome")
+    finetune: dict[str, float | int | str] | None = Field(default=None, description="the outcome of fine-tuning or distilling")
 
 
 class SlimPlan(StrictRecord):

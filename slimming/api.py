@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -19,7 +20,9 @@ from slimming.data.source import ImageSet, Transform, load_tensors
 from slimming.distributed import ProcessGroup, batch_slices
 from slimming.fitting.block_sgd import BlockFitter
 from slimming.fitting.closed_form import compensate
+from slimming.fitting.recipe import check_distilled
 from slimming.models.reader import ModelReader, reader_of
+from slimming.models.slim_vit import SlimViT
 from slimming.models.vit_reader import VitReader
 from slimming.search.budget import LATENCY
 from slimming.search.costs import Cost, MacsCost
@@ -66,6 +69,7 @@ class PlanFinder:
         settings: FinderSettings = FinderSettings(),
     ) -> None:
         self.reader, self.name, self.settings = reader, name, settings
+        self.images, self.transform = images, transform
         self._evaluators: dict[tuple[ScoreName, bool], MergeSearch | SummarySearch | TopDownSearch] = {}
         digests: list[bytes] = []
         self.features = DenseFeatures(
@@ -80,12 +84,19 @@ class PlanFinder:
             fingerprint=settings.process_group.digest_over_batches(digests, len(self.features.places)),
         )
 
-    def find_plan(self, request: PlanRequest = PlanRequest(), cost: Cost | None = None) -> FoundPlan:  # noqa: B008 - frozen
+    def find_plan(
+        self,
+        request: PlanRequest = PlanRequest(),  # noqa: B008 - frozen
+        cost: Cost | None = None,
+        *,
+        checkpoint: Path | None = None,
+    ) -> FoundPlan:
         """Return the plan that meets ``request``, and the model with its blocks refitted as it asks.
 
         ``cost`` is what a latency budget is solved on; other budgets count MACs. A closed-form fit that the model lacks is
-        left out: ``FoundPlan.fit`` says so. Raises ``BudgetUnreachable``, ``UsageError`` for what the model does not allow,
-        and ``ValueError`` where the settings' ``mode`` or ``magnitudes`` are not those that the request needs.
+        left out: ``FoundPlan.fit`` says so. ``checkpoint`` is a folder from which an interrupted distillation goes on. Raises
+        ``BudgetUnreachable``, ``UsageError`` for what the model does not allow, and ``ValueError`` where the settings' ``mode``
+        or ``magnitudes`` are not those that the request needs.
         """
         reader, features = self.reader, self.features
         request = self._meant(request)
@@ -108,10 +119,34 @@ class PlanFinder:
         )
         plan = plan_of(reader, self.name, selection.kept, mode=request.mode, merged_into=selection.merged_into, origin=origin)
         fitted = fitter.model if fitter is not None else reader.model
-        if request.fit == "closed-form":
+        if request.fit in ("closed-form", "distill"):
             fitted = copy.deepcopy(reader.model)
-            compensate(fitted, features, plan, progress=self.settings.progress)
-        return FoundPlan(plan, fitted, request.fit)
+            if "closed-form" not in reader.refusals:
+                compensate(fitted, features, plan, progress=self.settings.progress)
+        learnt = self._distilled(fitted, plan, request, checkpoint) if request.fit == "distill" else None
+        return FoundPlan(plan, fitted, request.fit, learnt)
+
+    def _distilled(
+        self, fitted: nn.Module, plan: SlimPlan, request: PlanRequest, checkpoint: Path | None
+    ) -> dict[str, float | int | str]:
+        """Distil ``fitted`` under ``plan`` from the dense model, in place; what is recorded of it."""
+        from slimming.fitting.distill import distill
+
+        settings = self.settings
+        report = distill(
+            SlimViT(fitted, plan),
+            self.reader.model,
+            self.images,
+            self.transform,
+            recipe=request.distillation,
+            fingerprint=self.calibration.fingerprint,
+            seed=settings.seed,
+            process_group=settings.process_group,
+            checkpoint=checkpoint,
+            progress=settings.progress,
+        )
+        fitted.eval().requires_grad_(False)
+        return report.as_dict()
 
     def _selected(self, request: PlanRequest, cost: Cost, fitter: BlockFitter | None) -> Selection:
         """The tokens that the plan keeps, and, where it merges, what becomes of the others."""
@@ -193,6 +228,8 @@ def find_plan(
     ``InputRejected`` for a model or images that cannot be used, and as ``PlanFinder.find_plan``.
     """
     request.check()
+    if request.fit == "distill":
+        check_distilled(images.address, len(images))
     reader = reader_of(model, name)
     meant = request.for_model(fixed_head=reader.head.fixed, refusals=reader.refusals)
     settings = dataclasses.replace(settings, mode=request.mode, magnitudes=meant.needs_magnitudes)

@@ -11,7 +11,7 @@ import tyro
 
 from patchslim.choices import Fit, Layout, Mode, ScoreName
 from patchslim.errors import UsageError
-from slimming.fitting.recipe import Recipe
+from slimming.fitting.recipe import MIN_DISTILL_IMAGES, Distillation, Recipe
 from slimming.inputs import check_data, check_file, check_weights
 from slimming.models.timm_names import check_model_name
 from slimming.search.budget import Budget
@@ -97,7 +97,10 @@ class FittingGroup:
     """How the slimmed blocks are fitted to the cut, and where PyTorch runs."""
 
     fit: Fit = "closed-form"
-    """Refit the slimmed blocks: not (none), by ridge regression (closed-form), or the paper's gradient descent (sgd)."""
+    """Refit the slimmed blocks: not (none), by ridge regression (closed-form), or the paper's gradient descent (sgd).
+    distill is closed-form, and then all weights learn the dense model's answers on the calibration images, without labels."""
+    distill_steps: int = Distillation.steps
+    """Steps of --fit distill, of 128 images each; about as long as as many steps of training."""
     finetune_epochs: float = 0.0
     """Then fine-tune the whole slimmed model on --train-data for this long; may be fractional."""
     train_data: str | None = None
@@ -111,7 +114,7 @@ class FittingGroup:
     distill: float = 0.5
     """Weight of the dense original's answers against the labels while fine-tuning; 0 is labels alone."""
     finetune_precision: Literal["no", "bf16", "fp16"] = "no"
-    """Mixed precision while fine-tuning."""
+    """Mixed precision while fine-tuning or distilling."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where PyTorch runs; auto takes a GPU when there is one."""
 
@@ -152,7 +155,8 @@ class ModelOptions(FittingGroup, BudgetGroup, ImageGroup, ModelGroup):
 
     def request(self, layout: Layout = "split") -> PlanRequest:
         """Return what is asked of the plan, its cut projections laid as ``layout``."""
-        return PlanRequest(self.budget, self.score, self.fit, self.mode, layout, self.summary)
+        distillation = Distillation(steps=self.distill_steps, precision=self.finetune_precision)
+        return PlanRequest(self.budget, self.score, self.fit, self.mode, layout, self.summary, distillation)
 
     def resolved_score(self, *, fixed_head: bool) -> ScoreName:
         """Return what the score ``auto`` stands for, for a model whose head reads single tokens or not.
@@ -187,6 +191,8 @@ class ModelOptions(FittingGroup, BudgetGroup, ImageGroup, ModelGroup):
         if len(self.given_budgets) > 1:
             raise UsageError(f"{' and '.join(self.given_budgets)} contradict each other", next_step="give one of them")
         self.request().check()
+        if self.fit == "distill":
+            self._check_distill()
         if self.finetune_epochs:
             self.recipe.check()
         if self.train_images != "all" and self.train_images < 1:
@@ -205,6 +211,18 @@ class ModelOptions(FittingGroup, BudgetGroup, ImageGroup, ModelGroup):
             raise UsageError(f"--seed {self.seed}: must be from 0 to below 2^63")
         if not self.data or self.calibration_data == "":
             raise UsageError("--data and --calibration-data must not be empty")
+
+    def _check_distill(self) -> None:
+        if self.finetune_epochs:
+            raise UsageError(
+                "--fit distill and --finetune-epochs both train all weights",
+                next_step="leave one of them out: with labels, fine-tuning has the dense model's answers too",
+            )
+        if self.calibration_images < MIN_DISTILL_IMAGES:
+            raise UsageError(
+                f"--calibration-images {self.calibration_images}: --fit distill needs at least {MIN_DISTILL_IMAGES}, "
+                "and thousands do better"
+            )
 
     def check_inputs(self) -> None:
         """Raise ``InputRejected`` where what the options name is not there. Quick: nothing is loaded."""

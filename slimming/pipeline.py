@@ -131,8 +131,11 @@ def _write_page(job: PlanJob, session: SlimmingSession[LoadedVit], plan: SlimPla
     facts = {"weights": session.loaded.weights}
     if plan.weights is not None:
         facts["fitted"] = plan.weights.fit
-        if plan.weights.finetune is not None:
-            facts["fine-tuned"] = f"{plan.weights.finetune.get('epochs')} epochs"
+        learnt = plan.weights.finetune
+        if learnt is not None and plan.weights.fit == "distill":
+            facts["distilled"] = f"{learnt.get('steps')} steps, no labels"
+        elif learnt is not None:
+            facts["fine-tuned"] = f"{learnt.get('epochs')} epochs"
     page = PlanPage(
         plan,
         job.layout,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from patchslim.choices import Layout
 from patchslim.errors import InputRejected, Unavailable
 from patchslim.progress import Reporter, StageProgress
+from slimming.fitting.recipe import check_distilled
 from slimming.models.vit_reader import LoadedVit
 from slimming.options import ModelOptions
 
@@ -129,7 +130,10 @@ def calibration_images(options: ModelOptions) -> ImageSet:
     from slimming.data.source import calibration_set
 
     address = options.calibration_data or options.data
-    return calibration_set(address, options.calibration_images, options.seed, apart=_apart(address, options.data))
+    images = calibration_set(address, options.calibration_images, options.seed, apart=_apart(address, options.data))
+    if options.fit == "distill":
+        check_distilled(images.address, len(images))
+    return images
 
 
 def evaluation_images(options: ModelOptions, count: int | None, classes: Sequence[str] = ()) -> ImageSet:
@@ -199,12 +203,12 @@ def search(
 ) -> FoundPlan:
     """Return the plan that the options ask for, its weights fitted to it, and fine-tuned where that is asked.
 
-    ``finder`` is used where one is at hand; ``checkpoint`` is a folder from which an interrupted fine-tuning goes on. Raises
+    ``finder`` is used where one is at hand; ``checkpoint`` is a folder from which an interrupted training goes on. Raises
     ``PatchslimError``.
     """
     used = finder or open_finder(options, session, progress)
     try:
-        found = used.find_plan(options.request(layout), cost)
+        found = used.find_plan(options.request(layout), cost, checkpoint=checkpoint)
     finally:
         if finder is None:
             used.close()

@@ -81,6 +81,7 @@ def finetune(
     checkpoint: Path | None = None,
     checkpoint_steps: int | None = None,
     feed: Feed | None = None,
+    feed_identity: str | None = None,
     progress: StageProgress | None = None,
 ) -> FinetuneReport:
     """Train ``slim`` (a ``SlimViT``) in place on labelled ``images``; at the end it holds the averaged (EMA) weights.
@@ -91,8 +92,8 @@ def finetune(
     ``checkpoint_steps`` steps (a twentieth of the run by default), whole or not at all, and a call with the same arguments
     goes on from it: on a CPU to the same weights, bit for bit, as without the interruption. Of a folder's pickles only
     tensors, numbers and text are taken. ``feed`` makes the batches in place of a loader of ``images``, which then say only how
-    long an epoch is and which run this is. ``progress`` is called with ("fine-tuning", steps done, steps), by the first process
-    only.
+    long an epoch is and, with ``feed_identity``, which run this is. ``progress`` is called with ("fine-tuning", steps done,
+    steps), by the first process only.
 
     On any error ``slim`` is put back to the weights that it came with; flags, devices and generators always are. No other
     ``Accelerator`` may be in use. Raises ``UsageError`` for a recipe that means nothing here or that diverges, and
@@ -111,7 +112,7 @@ def finetune(
         accelerator = _accelerator(recipe, next(slim.parameters()).device)
         try:
             with unfused_attention(slim) if accelerator.device.type == "cpu" else contextlib.nullcontext():
-                run = _Run(slim, teacher, images, data_config, recipe)
+                run = _Run(slim, teacher, images, data_config, recipe, feed_identity)
                 return _train(accelerator, run, feed, checkpoint, checkpoint_steps, progress)
         finally:
             for name in ("_is_accelerate_prepared", "forward", "_original_forward"):  # marks that Accelerate leaves
@@ -145,6 +146,7 @@ class _Run:
     images: ImageSet
     data_config: dict[str, Any]
     recipe: Recipe
+    feed_identity: str | None = None  # tells the batches of a feed from others of the same images
 
     def parts(self, processes: int) -> dict[str, Any]:
         """Return what tells the run and its checkpoints from others, in JSON's types."""
@@ -163,7 +165,7 @@ class _Run:
                 for key in ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
             },
             "processes": processes,
-        }
+        } | ({} if self.feed_identity is None else {"feed": self.feed_identity})
 
 
 def _train(

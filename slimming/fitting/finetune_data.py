@@ -56,10 +56,11 @@ class Draws:
 
     Draw i is a function of ``(seed, i)`` alone, whichever worker makes it and whatever was drawn before, so a run that is
     taken up again needs no more than its number of draws. Map-style: draws[i] -> (tensor (3, h, w), class).
-    Raises ``InputRejected`` for an image whose class the model does not have.
+    Raises ``InputRejected`` for an image whose class the model does not have; with ``classes`` None nobody looks at it, and it
+    is given as 0.
     """
 
-    def __init__(self, images: ImageSet, transform: Transform, *, count: int, classes: int, seed: int) -> None:
+    def __init__(self, images: ImageSet, transform: Transform, *, count: int, classes: int | None, seed: int) -> None:
         self.images, self.transform = images, transform
         self.count, self.classes, self.seed = count, classes, seed
         self._order: tuple[int, np.ndarray] | None = None
@@ -77,7 +78,9 @@ class Draws:
     def __getitem__(self, draw: int) -> tuple[Tensor, int]:
         index = self.index_of(draw)
         image, target = self.images.samples[index]
-        if not 0 <= target < self.classes:
+        if self.classes is None:
+            target = 0
+        elif not 0 <= target < self.classes:
             raise InputRejected(f"image {index} is of class {target}, and the model knows {self.classes} classes")
         with seeded(self.seed, 3, draw):
             return self.transform(image), int(target)

@@ -7,8 +7,9 @@ from typing import Literal
 
 from patchslim.errors import UsageError
 
-#: Refits by ridge regression or gradient descent, fine-tuning, the two ways to merge tokens, budgets in measured latency.
-Ability = Literal["closed-form", "sgd", "finetune", "similarity", "summary", "latency"]
+#: Refits by ridge regression, gradient descent or distillation, fine-tuning, the two ways to merge tokens, budgets in
+#: measured latency.
+Ability = Literal["closed-form", "sgd", "distill", "finetune", "similarity", "summary", "latency"]
 #: The abilities that a model lacks, each with the message for a user who asks for it.
 Refusals = Mapping[Ability, str]
 

@@ -10,6 +10,7 @@ _BY_PYTORCH = "changes weights by PyTorch, and --onnx has no PyTorch model: leav
 GRAPH_REFUSALS: Final[Refusals] = {
     "closed-form": "an ONNX file has no PyTorch weights to refit",
     "sgd": f"--fit sgd {_BY_PYTORCH}",
+    "distill": f"--fit distill {_BY_PYTORCH}",
     "finetune": f"--finetune-epochs {_BY_PYTORCH}",
     "summary": f"--summary {_BY_PYTORCH}",
     "latency": (

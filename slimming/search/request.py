@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from patchslim.choices import Fit, Layout, Mode, ScoreName
 from patchslim.errors import UsageError
+from slimming.fitting.recipe import Distillation
 from slimming.models.abilities import Ability, Refusals, check_abilities
 from slimming.search.budget import LATENCY, Budget
 
@@ -17,9 +18,10 @@ _NO_REFUSALS: Mapping[Ability, str] = {}
 class PlanRequest:
     """A plan that is asked for.
 
-    ``score`` chooses the tokens that go, ``fit`` is how blocks are refitted, ``mode`` what later blocks see of dropped tokens,
-    and ``layout`` how the cut projections will be laid, for the MAC count. With ``summary`` the mean of what a score drops is
-    kept as one more token, which the budget and the fit count and which scores and errors do not.
+    ``score`` chooses the tokens that go, ``fit`` is how blocks are refitted (``distillation`` says how long by ``distill``),
+    ``mode`` what later blocks see of dropped tokens, and ``layout`` how the cut projections will be laid, for the MAC count.
+    With ``summary`` the mean of what a score drops is kept as one more token, which the budget and the fit count and which
+    scores and errors do not.
     """
 
     budget: Budget = Budget()  # noqa: RUF009 - frozen
@@ -28,10 +30,12 @@ class PlanRequest:
     mode: Mode = "compact"
     layout: Layout = "split"
     summary: bool = False
+    distillation: Distillation = Distillation()  # noqa: RUF009 - frozen
 
     def check(self) -> None:
         """Raise ``UsageError`` for values that no search could use, and for those that contradict each other on any model."""
         self.budget.check()
+        self.distillation.check()
         if self.summary:
             self._check_merging("--summary")
         if self.score == "similarity":
@@ -54,6 +58,7 @@ class PlanRequest:
         """What a model must allow; not ``closed-form``, which is left out where a model has no such fit."""
         asked: dict[Ability, bool] = {
             "sgd": self.fit == "sgd",
+            "distill": self.fit == "distill",
             "summary": self.summary,
             "latency": self.budget.criterion in LATENCY,
             "similarity": self.score == "similarity",

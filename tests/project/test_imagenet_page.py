@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from slimming.fitting.recipe import MIN_DISTILL_IMAGES
 from tests.helpers.commands import door_here
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +26,7 @@ SMALLER = {
     "--calibration-images": "12",
     "--eval-images": "8",
     "--finetune-epochs": "0.5",
+    "--distill-steps": "2",
     "--finetune-batch-size": "2",
     "--nproc-per-node": str(min(2, torch.cuda.device_count() or 2)),
     "--max-top1-drop": "100",
@@ -39,6 +41,8 @@ def smaller(command: str) -> list[str]:
     for position, word in enumerate(words[:-1]):
         if word in SMALLER:
             words[position + 1] = SMALLER[word]
+    if "distill" in words:
+        words[words.index("--calibration-images") + 1] = str(MIN_DISTILL_IMAGES)
     words = [
         word.replace("deit_s", "vit_ti").replace("deit_b", "vit_ti") if word in ("deit_s", "deit_b") else word for word in words
     ]
@@ -58,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split in ("train", "val"):
         for label in ("cat", "dog"):
             (folder / "imagenet" / split / label).mkdir(parents=True)
-            for index in range(8):
+            for index in range(MIN_DISTILL_IMAGES // 2):
                 pixels = torch.randint(0, 256, (32, 32, 3), generator=rng, dtype=torch.uint8).numpy()
                 Image.fromarray(pixels).save(folder / "imagenet" / split / label / f"{index}.png")
     torch.manual_seed(0)
@@ -69,7 +73,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_page_has_its_commands_and_says_that_none_was_executed() -> None:
-    assert len(COMMANDS) == 4
+    assert len(COMMANDS) == 5
     assert "**Not executed.**" in PAGE
 
 
@@ -78,7 +82,7 @@ TORCHRUN = next(number for number, command in enumerate(COMMANDS) if command.sta
 
 @pytest.mark.parametrize(
     "number",  # what torchrun finds is exported by the command after it
-    [pytest.param(number, marks=pytest.mark.slow if number >= TORCHRUN else []) for number in range(4)],
+    [pytest.param(number, marks=pytest.mark.slow if number >= TORCHRUN else []) for number in range(len(COMMANDS))],
 )
 def test_a_command_of_the_page_runs_small(number: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = smaller(COMMANDS[number])
@@ -98,8 +102,9 @@ def test_a_command_of_the_page_runs_small(number: int, folder: Path, monkeypatch
     if output.suffix == ".json":
         plan = json.loads(output.read_text())
         assert output.with_suffix(".html").is_file()
-        assert plan["weights"]["fit"] == ("sgd" if "sgd" in words else "closed-form")
-        assert (plan["weights"]["finetune"] is not None) == ("--finetune-epochs" in words)
+        assert plan["weights"]["fit"] == (words[words.index("--fit") + 1] if "--fit" in words else "closed-form")
+        trained = "--finetune-epochs" in words or "distill" in words
+        assert (plan["weights"]["finetune"] is not None) == trained
         assert output.with_name(plan["weights"]["file"]).is_file()
         assert not output.with_suffix(".checkpoint").exists()
     else:

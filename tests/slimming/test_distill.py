@@ -1,0 +1,190 @@
+"""Label-free reconstruction: it comes closer to the dense model on other images, and can be interrupted and shared out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from patchslim.errors import InputRejected, UsageError
+from slimming.data.source import ImageSet
+from slimming.distributed import SINGLE_PROCESS, ProcessGroup
+from slimming.fitting.distill import BlendedImages, distill
+from slimming.fitting.recipe import Distillation
+from slimming.run import SlimmingOptions
+from slimming.search.budget import Budget
+from slimming.search.request import PlanRequest
+from tests.helpers.finetuning import CLASSES, equal, models, state, stop_after
+from tests.helpers.forks import run_in_two_processes
+
+RECIPE = Distillation(steps=6, batch_size=16, lr=1e-3)
+#: Share of the way learnt by which weights may differ: gradients are added in another order, and of one near zero Adam takes
+#: the sign.
+ORDER = 0.02
+
+
+class Smooth:
+    """Tensors (3, 48, 48) of a few waves each, of no class."""
+
+    transform = None
+
+    def __len__(self) -> int:
+        return 200
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        rng = np.random.default_rng(index)
+        at = np.linspace(0, 3, 48)
+        waves = [np.outer(np.sin(at * rng.uniform(1, 6) + rng.uniform(0, 6)), np.cos(at * rng.uniform(1, 6))) for _ in range(3)]
+        return torch.tensor(np.stack(waves), dtype=torch.float32), -1
+
+
+def images(start: int = 0, stop: int = 96) -> ImageSet:
+    return ImageSet("smooth", "train", "all", [], Smooth(), list(range(start, stop)))
+
+
+def run(slim: Any, teacher: Any, recipe: Distillation = RECIPE, **more: Any) -> Any:
+    return distill(slim, teacher, more.pop("images", None) or images(), None, recipe=recipe, fingerprint="smooth", **more)
+
+
+@torch.no_grad()
+def divergence(slim: Any, teacher: Any) -> float:
+    held_out = torch.stack([Smooth()[index][0] for index in range(100, 200)])
+    dense, cut = teacher(held_out).log_softmax(-1), slim(held_out).log_softmax(-1)
+    return float((dense.exp() * (dense - cut)).sum(-1).mean())
+
+
+def test_it_comes_closer_on_images_that_it_has_not_seen() -> None:
+    slim, teacher = models()
+    with torch.no_grad():
+        slim.model.head.bias += torch.linspace(-1, 1, CLASSES)
+    taught, before, calls = state(teacher), divergence(slim, teacher), []
+    progress: Any = lambda *call: calls.append(call)  # noqa: E731
+    report = run(slim, teacher, Distillation(steps=60, batch_size=32, lr=3e-3), progress=progress)
+    assert divergence(slim, teacher) < 0.2 * before
+    assert equal(state(teacher), taught)
+    assert calls == [("distilling", step, 60) for step in range(61)]
+    assert (report.steps, report.images) == (60, 1920)
+
+
+def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path: Path) -> None:
+    whole, teacher = models(proj_drop_rate=0.1)
+    expected = run(whole, teacher)
+    slim, teacher = models(proj_drop_rate=0.1)
+    with pytest.raises(KeyboardInterrupt):
+        run(slim, teacher, checkpoint=tmp_path, progress=stop_after(3))
+    report = run(slim, teacher, checkpoint=tmp_path)
+    assert equal(state(slim), state(whole))
+    assert (report.loss, report.fingerprint) == (expected.loss, expected.fingerprint)
+    with pytest.raises(InputRejected, match="is of another run: feed is"):
+        distill(models()[0], teacher, images(), None, recipe=RECIPE, fingerprint="others", checkpoint=tmp_path)
+
+
+def test_the_batches_are_the_same_on_any_number_of_processes() -> None:
+    def batches(group: ProcessGroup, start: int = 0) -> list[Tensor]:
+        feed = BlendedImages(images(), None, RECIPE, 7, group, torch.device("cpu"))
+        return [batch for batch, _ in feed(start, 3)]
+
+    alone = batches(SINGLE_PROCESS)
+    shares = [batches(ProcessGroup(rank, 2)) for rank in range(2)]
+    assert all(torch.equal(whole, torch.cat(parts)) for whole, parts in zip(alone, zip(*shares, strict=True), strict=True))
+    assert torch.equal(batches(SINGLE_PROCESS, 2)[0], alone[2])
+    assert not torch.equal(alone[0], alone[1])
+
+
+def test_images_are_moved_mirrored_and_blended_with_their_neighbour() -> None:
+    flat = torch.arange(64, dtype=torch.float32).view(64, 1, 1, 1).expand(64, 3, 16, 16)
+
+    class Flat:
+        transform = None
+
+        def __len__(self) -> int:
+            return 64
+
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            return flat[index], 0
+
+    given = ImageSet("flat", "train", "all", [], Flat(), list(range(64)))
+    ((batch, classes),) = BlendedImages(given, None, RECIPE, 0, SINGLE_PROCESS, torch.device("cpu"))(0, 1)
+    assert batch.shape == (16, 3, 16, 16)
+    assert not classes.any()
+    values = batch[:, 0, 0, 0]
+    assert torch.allclose(batch, values.view(16, 1, 1, 1).expand_as(batch))  # a flat image stays flat when moved
+    assert len(set(values.tolist())) == 16
+    assert sum(float(value) % 1 > 1e-3 for value in values) > 12  # whole numbers are what no blend gives
+
+
+def together(folder: Path) -> None:
+    """What each of two processes does."""
+    slim, teacher = models()
+    group = ProcessGroup(int(os.environ["RANK"]), 2)
+    report = run(slim, teacher, process_group=group)
+    torch.save(slim.state_dict(), folder / f"rank-{group.rank}.pt")
+    (folder / f"rank-{group.rank}.json").write_text(json.dumps(report.as_dict()), encoding="utf-8")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
+    run_in_two_processes(together, tmp_path)
+    slim, teacher = models()
+    report = run(slim, teacher)
+    first, second = (torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in range(2))
+    assert equal(first, second)
+    alone, start = state(slim), state(models()[0])
+    apart, way = (torch.cat([(first[name] - other[name]).flatten() for name in other]).norm() for other in (alone, start))
+    assert apart < ORDER * way
+    told = json.loads((tmp_path / "rank-0.json").read_text(encoding="utf-8"))
+    assert (told["steps"], told["images"]) == (report.steps, report.images) == (6, 96)
+    assert told["loss"] == pytest.approx(report.loss, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"distill_steps": 0}, "--distill-steps 0: must be at least 1"),
+        ({"finetune_epochs": 1.0}, "--fit distill and --finetune-epochs both train all weights: leave one of them out"),
+        ({"calibration_images": 63}, "--calibration-images 63: --fit distill needs at least 64"),
+        ({"onnx": Path("model.onnx"), "mean": (0.5,), "std": (0.5,)}, "--fit distill changes weights by PyTorch"),
+    ],
+)
+def test_what_it_cannot_do_is_refused_before_anything_is_loaded(given: dict[str, Any], named: str) -> None:
+    options: dict[str, Any] = {"fit": "distill", **given}
+    with pytest.raises(UsageError, match=named):
+        SlimmingOptions(**options).check()
+
+
+def test_too_few_images_are_refused() -> None:
+    with pytest.raises(InputRejected, match="smooth: has 63 calibration images, and --fit distill needs at least 64"):
+        run(*models(), images=images(0, 63))
+
+
+@pytest.mark.slow
+def test_on_digits_it_is_closer_than_the_closed_form() -> None:
+    from timm.data import create_transform
+
+    from slimming import PlanFinder, SlimViT, calibration_set, evaluation_set, load_model, reader_of
+    from slimming.data.source import load_tensors
+
+    loaded = load_model("vit_ti")
+    transform = create_transform(**loaded.data_config)
+    held_out = torch.cat([batch for batch, _ in load_tensors(evaluation_set("digits", 200), transform)])
+    request = PlanRequest(Budget("macs-reduction", 0.6), fit="closed-form", distillation=Distillation(steps=40, batch_size=32))
+    found = []
+    with PlanFinder(reader_of(loaded.module), calibration_set("digits", 128), name="vit_ti", transform=transform) as finder:
+        for fit in ("closed-form", "distill"):
+            plan = finder.find_plan(dataclasses.replace(request, fit=fit))  # type: ignore[arg-type]
+            assert plan.fit == fit
+            assert (plan.finetune is not None) == (fit == "distill")
+            with torch.inference_mode():
+                dense, slim = (
+                    torch.cat([module(part) for part in held_out.split(50)]).log_softmax(-1)
+                    for module in (loaded.module, SlimViT(plan.model, plan.plan))
+                )
+            found.append(float((dense.exp() * (dense - slim)).sum(-1).mean()))
+    assert found[1] < 0.8 * found[0], found
