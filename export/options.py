@@ -108,6 +108,8 @@ class ExportOptions(OutputGroup, GateGroup, EngineGroup, PlanGroup, ModelOptions
         if (self.plan is not None or self.dense) and self.given_budgets:
             chosen = "--dense" if self.dense else "--plan"
             raise UsageError(f"{chosen} and {self.given_budgets[0]} contradict each other", next_step="leave one of them out")
+        if (self.plan is not None or self.dense) and self.merge_blocks is not None:
+            raise UsageError(f"{'--dense' if self.dense else '--plan'} and --merge-blocks contradict each other")
         if self.eval_images != "all" and self.eval_images < 1:
             raise UsageError(f"--eval-images {self.eval_images}: must be at least 1, or all")
         if not 0 <= self.max_top1_drop <= 100:

@@ -221,6 +221,7 @@ def plan_folder(options: ExportOptions, source: ExportSource, table: Path | None
     """Where the plan that is searched for these options is, or will be."""
     distilled = dataclasses.asdict(options.request().distillation) if options.fit == "distill" else None
     fit = (options.score, options.fit, options.summary, *([] if distilled is None else [distilled]))
+    where = [] if options.merge_blocks is None else [options.merge_blocks]
     finetune = (dataclasses.asdict(options.recipe), source.training_key()) if options.finetune_epochs else None
     return work.cache.path(
         "plan",
@@ -228,7 +229,7 @@ def plan_folder(options: ExportOptions, source: ExportSource, table: Path | None
         images=source.calibration_fingerprint,
         described=source.calibration.describe(),
         budget=dataclasses.asdict(options.budget),
-        form=(options.mode, options.layout, options.seed, source.model.device, *fit),
+        form=(options.mode, options.layout, options.seed, source.model.device, *fit, *where),
         latency=None if table is None else work.facts.digest(table),
         finetune=finetune,
     )

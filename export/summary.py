@@ -26,6 +26,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "macs": parity["macs"],
         "latency": outcome.latency and outcome.latency.model_dump(mode="json"),
         "tokens_per_block": outcome.plan.counts,
+        "merge_blocks": outcome.plan.origin.merge_blocks,
         "rungs": parity["rungs"],
         "comparison": parity["comparison"],
         "blame": [dataclasses.asdict(each) for each in blame(outcome.parity.rungs)],
@@ -73,6 +74,8 @@ def print_summary(outcome: Outcome) -> None:
     saved = f"{macs.slim / 1e9:.3f} G of {macs.dense / 1e9:.3f} G: {macs.reduction:.1%} removed"
     facts.add_row("MACs", f"{saved} ({macs.layout} qkv)")
     facts.add_row("tokens", " ".join(map(str, outcome.plan.counts)) + f" of {outcome.plan.tokens}")
+    if outcome.plan.origin.merge_blocks is not None:
+        facts.add_row("tokens go", escape(outcome.plan.origin.merge_blocks))
     if outcome.latency is not None:
         facts.add_row("latency", escape(latency_text(outcome.latency)))
     facts.add_row("engine", outcome.engine.summary())

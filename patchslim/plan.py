@@ -35,6 +35,10 @@ class Origin(StrictRecord):
     seed: int = 0
     calibration: Calibration | None = None
     snap: Annotated[int, Field(ge=1)] = Field(default=1, description="token counts are rounded to multiples of this")
+    merge_blocks: str | None = Field(
+        default=None,
+        description="the blocks that tokens go in, and why these; null: a ramp over all blocks was asked for",
+    )
     errors: list[float] = Field(
         default=[], description="E above each block's cut before any fit but sgd, first to last; 0 where the cut is exact"
     )

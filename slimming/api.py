@@ -20,14 +20,15 @@ from slimming.data.source import ImageSet, Transform, load_tensors
 from slimming.distributed import ProcessGroup, batch_slices
 from slimming.fitting.block_sgd import BlockFitter
 from slimming.fitting.closed_form import compensate
-from slimming.fitting.recipe import check_distilled
 from slimming.models.reader import ModelReader, reader_of
 from slimming.models.slim_vit import SlimViT
 from slimming.models.vit_reader import VitReader
 from slimming.search.budget import LATENCY
 from slimming.search.costs import Cost, MacsCost
+from slimming.search.counts import counts_within
+from slimming.search.distillation import check_distilled
 from slimming.search.features import BATCH, DenseFeatures, FeatureSettings
-from slimming.search.profile import counts_within
+from slimming.search.few_blocks import Choice
 from slimming.search.request import PlanRequest
 from slimming.search.scores import score_named
 from slimming.search.similarity import MergeSearch, SummarySearch, with_summary
@@ -105,7 +106,7 @@ class PlanFinder:
         elif cost is None:
             raise UsageError(f"--{request.budget.criterion} is solved on a measured latency table: pass --latency-table")
         fitter = BlockFitter(features, progress=self.settings.progress) if request.fit == "sgd" else None
-        selection = self._selected(request, cost, fitter)
+        selection, reason = self._selected(request, cost, fitter)
         budget = request.budget
         origin = Origin(
             score=request.score,
@@ -116,6 +117,7 @@ class PlanFinder:
             calibration=self.calibration,
             snap=budget.snap,
             errors=[float(error) for error in selection.errors],
+            merge_blocks=reason,
         )
         plan = plan_of(reader, self.name, selection.kept, mode=request.mode, merged_into=selection.merged_into, origin=origin)
         fitted = fitter.model if fitter is not None else reader.model
@@ -148,8 +150,8 @@ class PlanFinder:
         fitted.eval().requires_grad_(False)
         return report.as_dict()
 
-    def _selected(self, request: PlanRequest, cost: Cost, fitter: BlockFitter | None) -> Selection:
-        """The tokens that the plan keeps, and, where it merges, what becomes of the others."""
+    def _selected(self, request: PlanRequest, cost: Cost, fitter: BlockFitter | None) -> tuple[Selection, str | None]:
+        """The tokens that the plan keeps, and, where it merges, what becomes of the others; why their counts were chosen."""
         budget, uniform = request.budget, request.score == "uniform"
         if budget.criterion == "tolerance":
             if uniform:
@@ -157,10 +159,21 @@ class PlanFinder:
                     "--score uniform has one count for all blocks, and --tolerance one for each: pass --macs-reduction"
                 )
             found = self._top_down(request, fitter).by_tolerance(budget.value, snap=budget.snap)
-            return with_summary(found, self.features.tokens) if request.summary else found
+            return (with_summary(found, self.features.tokens) if request.summary else found), None
         evaluator = self._evaluator(request)
-        counts = counts_within(evaluator, budget, cost, uniform=uniform)
-        return (evaluator if fitter is None else self._top_down(request, fitter)).by_counts(counts)
+        choice = self._choice(request, cost)
+        return (evaluator if fitter is None else self._top_down(request, fitter)).by_counts(choice.counts), choice.reason
+
+    def _choice(self, request: PlanRequest, cost: Cost) -> Choice:
+        """The counts that meet a request which is meant for this model."""
+        return counts_within(
+            self._evaluator(request),
+            request.budget,
+            cost,
+            request.where,
+            uniform=request.score == "uniform",
+            kernels=request.pays_for_kernels,
+        )
 
     def _evaluator(self, request: PlanRequest) -> MergeSearch | SummarySearch | TopDownSearch:
         """What chooses counts, and tokens by counts, for a request that is meant for this model."""
@@ -183,9 +196,7 @@ class PlanFinder:
         Raises as ``find_plan``.
         """
         request = self._meant(request)
-        evaluator = self._evaluator(request)
-        counts = counts_within(evaluator, request.budget, self._macs_cost(request), uniform=request.score == "uniform")
-        return evaluator.divergence(counts)
+        return self._evaluator(request).divergence(self._choice(request, self._macs_cost(request)).counts)
 
     def _meant(self, request: PlanRequest) -> PlanRequest:
         """``request`` for this model; raises ``ValueError`` where the features were not made for it."""

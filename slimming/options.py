@@ -11,10 +11,12 @@ import tyro
 
 from patchslim.choices import Fit, Layout, Mode, ScoreName
 from patchslim.errors import UsageError
-from slimming.fitting.recipe import MIN_DISTILL_IMAGES, Distillation, Recipe
+from slimming.fitting.recipe import Recipe
 from slimming.inputs import check_data, check_file, check_weights
 from slimming.models.timm_names import check_model_name
 from slimming.search.budget import Budget
+from slimming.search.distillation import MIN_DISTILL_IMAGES, Distillation
+from slimming.search.few_blocks import parse_merge_blocks
 from slimming.search.request import PlanRequest
 
 #: Of the MACs, where no budget is given.
@@ -80,6 +82,10 @@ class BudgetGroup:
     """Instead: milliseconds that one batch may take, on the same table."""
     latency_table: Path | None = None
     """A latency_table.json that an earlier export.run measured (it is in its bundle)."""
+    merge_blocks: Annotated[str | None, tyro.conf.arg(metavar="auto|ramp|N|B,B,...")] = None
+    """Where tokens go: a ramp over all blocks, N blocks whose places are searched, or these blocks, counted from 1 ("7,": block
+    7 alone). auto takes the better on the calibration images; for trt, where each merging block costs kernels, few blocks that
+    diverge by up to 5 % more than the ramp. Default: ramp."""
     snap: int = 1
     """Round token counts to multiples of this, within the budget; 8 suits most GPUs."""
     score: ScoreName = "auto"
@@ -156,7 +162,8 @@ class ModelOptions(FittingGroup, BudgetGroup, ImageGroup, ModelGroup):
     def request(self, layout: Layout = "split") -> PlanRequest:
         """Return what is asked of the plan, its cut projections laid as ``layout``."""
         distillation = Distillation(steps=self.distill_steps, precision=self.finetune_precision)
-        return PlanRequest(self.budget, self.score, self.fit, self.mode, layout, self.summary, distillation)
+        where = None if self.merge_blocks is None else parse_merge_blocks(self.merge_blocks)
+        return PlanRequest(self.budget, self.score, self.fit, self.mode, layout, self.summary, distillation, where)
 
     def resolved_score(self, *, fixed_head: bool) -> ScoreName:
         """Return what the score ``auto`` stands for, for a model whose head reads single tokens or not.

@@ -129,6 +129,8 @@ def _write_page(job: PlanJob, session: SlimmingSession[LoadedVit], plan: SlimPla
     pixels = batch.numpy().transpose(0, 2, 3, 1) * np.array(config["std"]) + np.array(config["mean"])
     path = job.output.with_suffix(".html")
     facts = {"weights": session.loaded.weights}
+    if plan.origin.merge_blocks is not None:
+        facts["tokens go"] = plan.origin.merge_blocks
     if plan.weights is not None:
         facts["fitted"] = plan.weights.fit
         learnt = plan.weights.finetune

@@ -170,6 +170,7 @@ def summarise(plan: SlimPlan, layout: Layout) -> dict[str, object]:
     dense, slim = plan.dense_macs(), plan.macs(layout)
     return {
         "tokens_per_block": plan.counts,
+        "merge_blocks": plan.origin.merge_blocks,
         "macs": {"dense": dense, "slim": slim, "reduction": 1 - slim / dense, "layout": layout},
         "tolerance": plan.origin.tolerance,
         "errors": plan.origin.errors,
@@ -196,6 +197,8 @@ def _print(saved: SavedPlan, options: SlimmingOptions) -> None:
         console.print(sweep_table(saved.sweep.points, saved.sweep.dense_top1))
     dense, slim = plan.dense_macs(), plan.macs(options.layout)
     print(f"{saved.path}: {slim / 1e9:.3f} of {dense / 1e9:.3f} GMACs, {1 - slim / dense:.1%} removed")
+    if plan.origin.merge_blocks is not None:
+        print(f"tokens go {plan.origin.merge_blocks}")
     for what, path in (("weights", saved.weights), ("page", saved.page)):
         if path is not None:
             print(f"{what}: {path}")

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from patchslim.choices import Layout
 from patchslim.errors import InputRejected, Unavailable
 from patchslim.progress import Reporter, StageProgress
-from slimming.fitting.recipe import check_distilled
 from slimming.models.vit_reader import LoadedVit
 from slimming.options import ModelOptions
+from slimming.search.distillation import check_distilled
 
 if TYPE_CHECKING:
     from slimming.api import FoundPlan, PlanFinder

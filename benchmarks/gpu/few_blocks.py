@@ -1,53 +1,66 @@
-"""Token counts for a share of the MACs: falling after every block, or behind a few blocks alone."""
+"""Token counts for a share of the MACs of a model without images: falling after every block, or behind a few blocks alone."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from patchslim.errors import BudgetUnreachable
-from patchslim.macs import macs_of
 from slimming.models.reader import reader_of
+from slimming.search.costs import Cost, MacsCost
+from slimming.search.few_blocks import AUTO, FewBlocks
+from slimming.search.profile import curve, highest_end
 
-#: Blocks behind which the plans of few merging blocks merge, of twelve, counted from 1.
-FEW_OF_12 = (2, 5, 8)
-_STEPS = 400
+#: Of the ramp ``N - (N - e) (l / L')^p``: what the search takes on the bundled model, or near it.
+RAMP_POWER = 0.5
+
+
+@dataclass
+class Sizes:
+    """The sizes of a model whose head reads single tokens, for counts that are not judged: a ``ProfileEvaluator``."""
+
+    tokens: int
+    depth: int
+    prefix: int
+    fixed_head: int | None
+    readable: int
+    beside: int = 0
+
+    def divergence(self, counts: Sequence[int]) -> float:
+        """Refuse: there are no images."""
+        raise NotImplementedError("counts without images are not judged")
+
+    def quick_divergence(self, counts: Sequence[int]) -> float:
+        """Refuse: there are no images."""
+        return self.divergence(counts)
 
 
 def few_block_counts(model: Any, name: str, reduction: float) -> list[int]:
-    """Counts that fall by one ratio behind each of a few blocks, the last 1, and cost the most that the budget allows.
+    """Counts that fall behind two evenly spread blocks, as the search for a GPU starts, and use the budget.
 
     Raises ``BudgetUnreachable``.
     """
-    reader = reader_of(model, name)
-    depth, tokens = len(reader.blocks), reader.tokens
-    places = sorted({max(1, round(place * depth / 12)) for place in FEW_OF_12})
-
-    def counts(ratio: float) -> list[int]:
-        times = [sum(place <= block for place in places) for block in range(depth - 1)]
-        return [*(max(2, round(tokens * ratio**power)) for power in times), 1]
-
-    return _most(model, name, reduction, [counts(step / _STEPS) for step in range(_STEPS // 10, _STEPS)])
+    sizes, cost, limit = _asked(model, name, reduction)
+    few = FewBlocks(sizes, cost, limit)
+    return _reached(few.counts(few.start(AUTO[0])), name, reduction)
 
 
 def ramp_counts(model: Any, name: str, reduction: float) -> list[int]:
-    """Counts that fall by one ratio after every block, the last 1, and cost the most that the budget allows.
+    """Counts that fall after every block and use the budget. Raises ``BudgetUnreachable``."""
+    sizes, cost, limit = _asked(model, name, reduction)
+    end = highest_end(sizes, cost, limit, lambda end: curve(sizes, RAMP_POWER, end))
+    return _reached(None if end is None else curve(sizes, RAMP_POWER, end), name, reduction)
 
-    Raises ``BudgetUnreachable``.
-    """
+
+def _asked(model: Any, name: str, reduction: float) -> tuple[Sizes, Cost, float]:
     reader = reader_of(model, name)
-    depth, tokens = len(reader.blocks), reader.tokens
-    ratios = [step / 1000 for step in range(500, 1000)]
-    return _most(
-        model, name, reduction, [[*(max(2, round(tokens * ratio ** (b + 1))) for b in range(depth - 1)), 1] for ratio in ratios]
-    )
+    cost = MacsCost(reader.tokens, len(reader.blocks), reader.geometry())
+    head = len(reader.head.tokens)
+    return Sizes(reader.tokens, len(reader.blocks), reader.prefix, head, head), cost, (1 - reduction) * cost.dense()
 
 
-def _most(model: Any, name: str, reduction: float, curves: list[list[int]]) -> list[int]:
-    reader = reader_of(model, name)
-    geometry, tokens = reader.geometry(), reader.tokens
-    limit = (1 - reduction) * macs_of([tokens] * len(reader.blocks), tokens, geometry)
-    costs = [(macs_of(counts, tokens, geometry), counts) for counts in curves]
-    fitting = [(cost, counts) for cost, counts in costs if cost <= limit]
-    if not fitting:
-        raise BudgetUnreachable(f"{name}: these curves cannot remove {reduction:.1%}")
-    return max(fitting)[1]
+def _reached(counts: list[int] | None, name: str, reduction: float) -> list[int]:
+    if counts is None:
+        raise BudgetUnreachable(f"{name}: these counts cannot remove {reduction:.1%}")
+    return counts

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -147,15 +146,15 @@ class Headline:
             "searched_on": self.searched_on,
         }
 
-    def found(self, budget: float, counts: Sequence[int] | None = None) -> FoundPlan:
-        """The default plan at a budget, or one of given token counts, with its closed-form fit."""
+    def found(self, budget: float, merge_blocks: str | None = None) -> FoundPlan:
+        """The default plan at a budget, or one that merges where ``merge_blocks`` says, with its closed-form fit."""
         from slimming.session import search
 
         case = dataclasses.replace(self.bench.options.default_case(), budget=budget)
-        if counts is None:
+        if merge_blocks is None:
             return self.draw.found(case)
         options = self.bench.options.slimming(case)
-        options = dataclasses.replace(options, macs_reduction=None, tokens=",".join(map(str, counts)))
+        options = dataclasses.replace(options, merge_blocks=merge_blocks)
         with self.bench.reporter.stages() as progress:
             return search(options, self.draw.session, options.layout, progress, finder=self.draw.finder(options))
 

@@ -23,7 +23,8 @@ from slimming.data.source import ImageSet, Transform, workers_for
 from slimming.distributed import SINGLE_PROCESS, ProcessGroup
 from slimming.fitting.finetune import finetune
 from slimming.fitting.finetune_data import Draws, read
-from slimming.fitting.recipe import Distillation, FinetuneReport, Recipe, check_distilled
+from slimming.fitting.recipe import FinetuneReport, Recipe
+from slimming.search.distillation import Distillation, check_distilled
 
 #: Part of a side that images are moved by, at most.
 _MOVED = 8

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Literal
 
-from patchslim.errors import InputRejected, UsageError
+from patchslim.errors import UsageError
+from slimming.search.distillation import TrainingPrecision
 
 #: DeiT's learning rate from scratch, for a total batch of 512, and the share of it that fine-tuning takes: 2e-4.
 #: That is between what others take for a converged DeiT-S and 30 epochs of ImageNet (EViT 2e-5, DynamicViT 5e-6) and what was
@@ -15,35 +15,6 @@ from patchslim.errors import InputRejected, UsageError
 #: and 2e-3. That model was in mid-training. A ViT-Ti whose learning rate had come down to nothing was made worse by 1e-4 in 40
 #: steps of 32 images (KL .059 to .081), and not by 2.5e-5 (.060): hence the middle, in proportion to the batch.
 DEIT_LR, LR_SHARE = 5e-4, 0.4
-
-
-#: Fewer images than this are memorised, not generalised from.
-MIN_DISTILL_IMAGES = 64
-Precision = Literal["no", "bf16", "fp16"]
-
-
-@dataclass(frozen=True)
-class Distillation:
-    """How a slimmed model learns the dense one's answers on unlabelled images; see ``slimming.fitting.distill``."""
-
-    steps: int = 400
-    batch_size: int = 128  # images per step, over all processes
-    lr: float = 3e-4  # the highest
-    precision: Precision = "no"
-
-    def check(self) -> None:
-        """Raise ``UsageError`` for the first value that means nothing."""
-        if self.steps < 1:
-            raise UsageError(f"--distill-steps {self.steps}: must be at least 1")
-
-
-def check_distilled(address: str, images: int) -> None:
-    """Raise ``InputRejected`` where the calibration images of ``address`` are fewer than a distillation needs."""
-    if images < MIN_DISTILL_IMAGES:
-        raise InputRejected(
-            f"{address}: has {images} calibration images, and --fit distill needs at least {MIN_DISTILL_IMAGES}: "
-            "give more of them, or pass --fit closed-form"
-        )
 
 
 @dataclass(frozen=True)
@@ -64,7 +35,7 @@ class Recipe:
     clip_grad: float = 1.0  # norm
     distill: float = 0.5  # weight of the KL divergence to the original's logits; labels have the rest. 0: labels alone
     temperature: float = 1.0  # of both logits in that divergence
-    precision: Precision = "no"
+    precision: TrainingPrecision = "no"
     seed: int = 0
 
     def learning_rate(self, total: int) -> float:

@@ -8,7 +8,7 @@ labels are used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +19,9 @@ from slimming.search.costs import Cost, Rounding, snap
 #: Values of p that are tried, from tokens dropped early to tokens dropped late.
 POWERS = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
 _FIRST = 4
+
+#: Counts per block by the count that they end at; none grows when the end falls.
+Family = Callable[[int], list[int]]
 
 
 class ProfileEvaluator(Protocol):
@@ -43,9 +46,20 @@ class ProfileEvaluator(Protocol):
     def divergence(self, counts: Sequence[int]) -> float:
         """Return how far a plan of these counts moves the answers: a mean KL divergence in nats."""
 
+    def quick_divergence(self, counts: Sequence[int]) -> float:
+        """Return the same on fewer images, where that saves time: for trials by the dozen."""
+
 
 @dataclass(frozen=True)
-class _Snapped:
+class Profile:
+    """Counts that meet a budget, and how far they move the answers; None where there was nothing to choose from."""
+
+    counts: list[int]
+    divergence: float | None = None
+
+
+@dataclass(frozen=True)
+class SnappedCost:
     """What counts cost once they are snapped down, so that a limit still holds after snapping."""
 
     cost: Cost
@@ -64,7 +78,7 @@ class _Snapped:
 
 
 @dataclass(frozen=True)
-class _WithBeside:
+class PaidBeside:
     """What counts cost once ``beside`` tokens are added to the last one."""
 
     cost: Cost
@@ -82,21 +96,8 @@ class _WithBeside:
         return self.cost.dense()
 
 
-def counts_within(evaluator: ProfileEvaluator, budget: Budget, cost: Cost, *, uniform: bool = False) -> list[int]:
-    """Return token counts per block that meet ``budget``; ``uniform``: one count for every block but the last.
-
-    Tokens that the evaluator keeps beside its last count are paid for, and a budget in tokens has them in its last count; the
-    counts that are returned do not.
-    Raises ``BudgetUnreachable``, and ``UsageError`` for token counts that no plan of this model has.
-    """
-    if budget.criterion == "tokens":
-        return snapped(evaluator, _asked_counts(evaluator, budget), budget.snap)
-    within = uniform_within if uniform else profile_within
-    paid = _WithBeside(cost, evaluator.beside) if evaluator.beside else cost
-    return within(evaluator, paid, budget.limit(cost), budget.snap)
-
-
-def _asked_counts(evaluator: ProfileEvaluator, budget: Budget) -> list[int]:
+def asked_counts(evaluator: ProfileEvaluator, budget: Budget) -> list[int]:
+    """Return the counts that a budget in tokens names, without what is kept beside the last one; raises ``UsageError``."""
     counts = budget.counts(evaluator.tokens, evaluator.depth, evaluator.prefix)
     beside = evaluator.beside
     if counts[-1] <= beside:
@@ -118,7 +119,7 @@ def snapped(evaluator: ProfileEvaluator, counts: Sequence[int], multiple: int, r
     The last block of a head that pools needs no prefix tokens, but the blocks below keep them: it is rounded with them counted
     in, so that nesting adds nothing to the others.
     """
-    least = _least(evaluator)
+    least = least_count(evaluator)
     rounded = snap(list(counts), multiple, evaluator.tokens, least, rounding)
     if evaluator.fixed_head is None and counts[-1] < evaluator.tokens - evaluator.prefix:
         rounded[-1] = snap([counts[-1] + evaluator.prefix], multiple, evaluator.tokens, least, rounding)[0] - evaluator.prefix
@@ -127,8 +128,9 @@ def snapped(evaluator: ProfileEvaluator, counts: Sequence[int], multiple: int, r
     return rounded
 
 
-def _reachable(evaluator: ProfileEvaluator, cost: Cost, limit: float) -> None:
-    dense, lowest = cost.dense(), cost.of(curve(evaluator, 0.0, _least(evaluator)))
+def check_reachable(evaluator: ProfileEvaluator, cost: Cost, limit: float) -> None:
+    """Raise ``BudgetUnreachable``, naming the nearest reachable point, where no counts at all cost at most ``limit``."""
+    dense, lowest = cost.dense(), cost.of(curve(evaluator, 0.0, least_count(evaluator)))
     if lowest > limit:
         raise BudgetUnreachable(
             f"{1 - limit / dense:.1%} of the {cost.unit} cannot be removed: no patches at all remove {1 - lowest / dense:.1%} "
@@ -136,7 +138,8 @@ def _reachable(evaluator: ProfileEvaluator, cost: Cost, limit: float) -> None:
         )
 
 
-def _least(evaluator: ProfileEvaluator) -> int:
+def least_count(evaluator: ProfileEvaluator) -> int:
+    """Return the fewest tokens that a block can keep: the prefix tokens, and a patch where the head pools."""
     return evaluator.prefix + (evaluator.fixed_head is None)
 
 
@@ -145,22 +148,27 @@ def uniform_within(evaluator: ProfileEvaluator, cost: Cost, limit: float, multip
 
     Raises ``BudgetUnreachable`` naming the nearest reachable point.
     """
-    cost = _Snapped(cost, evaluator, multiple)
-    _reachable(evaluator, cost, limit)
-    ends = [end for end in range(_least(evaluator), evaluator.tokens + 1) if cost.of(curve(evaluator, 0.0, end)) <= limit]
+    cost = SnappedCost(cost, evaluator, multiple)
+    check_reachable(evaluator, cost, limit)
+    ends = [end for end in range(least_count(evaluator), evaluator.tokens + 1) if cost.of(curve(evaluator, 0.0, end)) <= limit]
     return snapped(evaluator, curve(evaluator, 0.0, max(ends)), multiple, "down")
 
 
 def profile_within(evaluator: ProfileEvaluator, cost: Cost, limit: float, multiple: int = 1) -> list[int]:
-    """Return the counts of the profile that diverges least among those that cost at most ``limit``, snapped to ``multiple``.
+    """Return the counts of ``best_profile``."""
+    return best_profile(evaluator, cost, limit, multiple).counts
+
+
+def best_profile(evaluator: ProfileEvaluator, cost: Cost, limit: float, multiple: int = 1) -> Profile:
+    """Return the profile that diverges least among those that cost at most ``limit``, snapped to ``multiple``.
 
     Raises ``BudgetUnreachable`` naming the nearest reachable point.
     """
-    cost = _Snapped(cost, evaluator, multiple)
-    _reachable(evaluator, cost, limit)
+    cost = SnappedCost(cost, evaluator, multiple)
+    check_reachable(evaluator, cost, limit)
     exact = curve(evaluator, 1.0, evaluator.tokens)
     if cost.of(exact) <= limit:
-        return exact
+        return Profile(exact)
     profiles = {
         index: found for index, power in enumerate(POWERS) if (found := _ending(evaluator, cost, limit, power)) is not None
     }
@@ -168,7 +176,7 @@ def profile_within(evaluator: ProfileEvaluator, cost: Cost, limit: float, multip
         power = POWERS[0]
         while (found := _ending(evaluator, cost, limit, power)) is None:
             power = power / 2 if power > 1e-3 else 0.0
-        return snapped(evaluator, found, multiple, "down")
+        return Profile(snapped(evaluator, found, multiple, "down"))
     profiles = {index: snapped(evaluator, found, multiple, "down") for index, found in profiles.items()}
     tried: dict[int, float] = {}
 
@@ -182,30 +190,46 @@ def profile_within(evaluator: ProfileEvaluator, cost: Cost, limit: float, multip
         around = [index for index in (best - 1, best + 1) if index in profiles]
         better = min(around, key=merit, default=best)
         if merit(better) >= merit(best):
-            return profiles[best]
+            return Profile(profiles[best], merit(best))
         best = better
 
 
 def curve(evaluator: ProfileEvaluator, power: float, end: int) -> list[int]:
     """Return the token counts of one profile, prefix tokens included, that ends at ``end``."""
-    head = evaluator.fixed_head
-    free = evaluator.depth - (head is not None)
-    counts = [round(evaluator.tokens - (evaluator.tokens - end) * ((block + 1) / free) ** power) for block in range(free)]
-    if head is not None:
-        return [*counts, head]
+    free = free_blocks(evaluator)
+    return with_head(
+        evaluator, [round(evaluator.tokens - (evaluator.tokens - end) * ((block + 1) / free) ** power) for block in range(free)]
+    )
+
+
+def free_blocks(evaluator: ProfileEvaluator) -> int:
+    """Return how many blocks, from the first, have counts that the head does not fix."""
+    return evaluator.depth - (evaluator.fixed_head is not None)
+
+
+def with_head(evaluator: ProfileEvaluator, counts: list[int]) -> list[int]:
+    """Return the counts of all blocks from those of the free ones, prefix tokens included in all of them."""
+    if evaluator.fixed_head is not None:
+        return [*counts, evaluator.fixed_head]
     # Where the head pools, prefix tokens end with the block before, and are in its count.
     return [*counts[:-1], evaluator.readable if counts[-1] == evaluator.tokens else max(1, counts[-1] - evaluator.prefix)]
 
 
-def _ending(evaluator: ProfileEvaluator, cost: Cost, limit: float, power: float) -> list[int] | None:
-    """The profile of this power that ends as high as ``limit`` allows; None where no end is low enough."""
-    low, high = _least(evaluator), evaluator.tokens
-    if cost.of(curve(evaluator, power, low)) > limit:
+def highest_end(evaluator: ProfileEvaluator, cost: Cost, limit: float, family: Family) -> int | None:
+    """Return the highest end of ``family`` whose counts cost at most ``limit``; None where no end is low enough."""
+    low, high = least_count(evaluator), evaluator.tokens
+    if cost.of(family(low)) > limit:
         return None
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if cost.of(curve(evaluator, power, middle)) <= limit else (low, middle - 1)
-    return _filled(curve(evaluator, power, low), evaluator, cost, limit)
+        low, high = (middle, high) if cost.of(family(middle)) <= limit else (low, middle - 1)
+    return low
+
+
+def _ending(evaluator: ProfileEvaluator, cost: Cost, limit: float, power: float) -> list[int] | None:
+    """The profile of this power that ends as high as ``limit`` allows; None where no end is low enough."""
+    end = highest_end(evaluator, cost, limit, lambda end: curve(evaluator, power, end))
+    return None if end is None else _filled(curve(evaluator, power, end), evaluator, cost, limit)
 
 
 def _filled(counts: list[int], evaluator: ProfileEvaluator, cost: Cost, limit: float) -> list[int]:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 from patchslim.choices import Fit, Layout, Mode, ScoreName
 from patchslim.errors import UsageError
-from slimming.fitting.recipe import Distillation
 from slimming.models.abilities import Ability, Refusals, check_abilities
 from slimming.search.budget import LATENCY, Budget
+from slimming.search.distillation import Distillation
+from slimming.search.few_blocks import MergeBlocks
 
 _NO_REFUSALS: Mapping[Ability, str] = {}
 
@@ -31,11 +32,14 @@ class PlanRequest:
     layout: Layout = "split"
     summary: bool = False
     distillation: Distillation = Distillation()  # noqa: RUF009 - frozen
+    merge_blocks: MergeBlocks | None = None  # where tokens go; None: a ramp
 
     def check(self) -> None:
         """Raise ``UsageError`` for values that no search could use, and for those that contradict each other on any model."""
         self.budget.check()
         self.distillation.check()
+        if self.merge_blocks is not None:
+            self._check_merge_blocks()
         if self.summary:
             self._check_merging("--summary")
         if self.score == "similarity":
@@ -46,6 +50,13 @@ class PlanRequest:
             if self.budget.criterion == "tolerance":
                 raise UsageError("--tolerance is the paper's, top-down by its score: pass --score paper, or --macs-reduction")
             self._check_merging("--score similarity")
+
+    def _check_merge_blocks(self) -> None:
+        given = {"tokens": "--tokens", "tolerance": "--tolerance"}.get(self.budget.criterion)
+        if given is not None:
+            raise UsageError(f"--merge-blocks and {given} both say how many tokens each block keeps: leave one of them out")
+        if self.score == "uniform":
+            raise UsageError("--score uniform has one count for all blocks, so --merge-blocks has nothing to say: leave it out")
 
     def _check_merging(self, option: str) -> None:
         if self.mode == "stale":
@@ -82,6 +93,18 @@ class PlanRequest:
         found = replace(self, score=score, fit="none" if self.fit == "closed-form" and "closed-form" in refusals else self.fit)
         found.check()
         return found
+
+    @property
+    def pays_for_kernels(self) -> bool:
+        """Whether every merging block costs the engine kernels: those of ``packed`` layout, if anything is merged."""
+        return self.layout == "packed" and self.merges
+
+    @property
+    def where(self) -> MergeBlocks:
+        """``merge_blocks``, or a ramp; ask it of a request ``for_model``."""
+        if self.merge_blocks is not None:
+            return self.merge_blocks
+        return "ramp"
 
     @property
     def merges(self) -> bool:

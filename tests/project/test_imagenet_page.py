@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from slimming.fitting.recipe import MIN_DISTILL_IMAGES
+from slimming.search.distillation import MIN_DISTILL_IMAGES
 from tests.helpers.commands import door_here
 
 ROOT = Path(__file__).parents[2]

@@ -17,9 +17,9 @@ from patchslim.errors import InputRejected, UsageError
 from slimming.data.source import ImageSet
 from slimming.distributed import SINGLE_PROCESS, ProcessGroup
 from slimming.fitting.distill import BlendedImages, distill
-from slimming.fitting.recipe import Distillation
 from slimming.run import SlimmingOptions
 from slimming.search.budget import Budget
+from slimming.search.distillation import Distillation
 from slimming.search.request import PlanRequest
 from tests.helpers.finetuning import CLASSES, equal, models, state, stop_after
 from tests.helpers.forks import run_in_two_processes

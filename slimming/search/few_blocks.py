@@ -1,0 +1,223 @@
+"""Counts that stay constant between a few blocks where tokens go: where these are, and how deep each cuts.
+
+A ramp drops tokens in every block. Merging costs a GPU kernels block by block, and few merging blocks are often as accurate at
+equal MACs. With k blocks the tokens fall from N to e by the share ``(i / k)^s`` of the way on a logarithmic scale behind the
+i-th of them; s says how the fall is shared out, and the budget fixes e. Blocks and s are found by climbing, each trial judged
+by the KL divergence on a part of the calibration images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, TypeAlias
+
+from patchslim.errors import BudgetUnreachable, UsageError
+from slimming.search.costs import Cost
+from slimming.search.profile import (
+    Profile,
+    ProfileEvaluator,
+    SnappedCost,
+    best_profile,
+    check_reachable,
+    curve,
+    free_blocks,
+    highest_end,
+    least_count,
+    snapped,
+    with_head,
+)
+
+#: Where tokens go: after every block (ramp), the better of that and few blocks (auto), in so many blocks, or in these, from 1.
+MergeBlocks: TypeAlias = Literal["ramp", "auto"] | int | tuple[int, ...]
+#: How the fall is shared out: below 1 the first block takes more than the last.
+SHAPES = (0.5, 0.7, 1.0, 1.4, 2.0)
+_EVEN = 2
+#: Trials of one search, each on a part of the images: all together about one dense pass over all of them.
+TRIALS = 8
+#: Few blocks may diverge so much more than the ramp on an engine that pays for every merging block.
+KERNELS_WORTH = 1.05
+#: Merging blocks that ``auto`` compares, the cheapest for a GPU first.
+AUTO = (2, 3)
+
+
+def parse_merge_blocks(text: str) -> MergeBlocks:
+    """Return what ``--merge-blocks`` says: ramp, auto, a number of blocks, or a list of blocks (``7,`` for one).
+
+    Raises ``UsageError``.
+    """
+    if text in ("ramp", "auto"):
+        return text  # type: ignore[return-value]
+    words = text.removesuffix(",").split(",")
+    if not all(word.isascii() and word.isdigit() and 0 < int(word) < 10_000 for word in words):
+        raise UsageError(f"--merge-blocks {text}: must be auto, ramp, a number of blocks, or blocks counted from 1, as 4,8")
+    numbers = tuple(int(word) for word in words)
+    if len(numbers) == 1 and not text.endswith(","):
+        return numbers[0]
+    if sorted(set(numbers)) != list(numbers):
+        raise UsageError(f"--merge-blocks {text}: blocks must be given once each, the first block first")
+    return numbers
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The blocks behind which tokens go, counted from 1, and how the fall is shared out (its place in ``SHAPES``)."""
+
+    places: tuple[int, ...]
+    shape: int = _EVEN
+
+    def counts(self, evaluator: ProfileEvaluator, end: int) -> list[int]:
+        """Return the counts of all blocks, prefix tokens included, that end at ``end``."""
+        falls = [sum(place <= block for place in self.places) for block in range(1, free_blocks(evaluator) + 1)]
+        shares = [(fall / len(self.places)) ** SHAPES[self.shape] for fall in falls]
+        tokens = evaluator.tokens
+        # Patches fall to nothing where only prefix tokens stay: half a patch stands for none on a logarithmic scale.
+        patches, last = tokens - evaluator.prefix, max(end - evaluator.prefix, 0.5)
+        return with_head(
+            evaluator,
+            [
+                tokens if share == 0 else end if share == 1 else evaluator.prefix + round(patches * (last / patches) ** share)
+                for share in shares
+            ],
+        )
+
+    def neighbours(self, last: int, *, moves: bool) -> Iterator[Steps]:
+        """Yield what differs by one step: all places or one of them moved by a block (with ``moves``), or the shape."""
+        places = self.places
+        if moves:
+            shifted = [tuple(place + by for place in places) for by in (-1, 1)]
+            for index in range(len(places) if len(places) > 1 else 0):
+                shifted += [(*places[:index], places[index] + by, *places[index + 1 :]) for by in (-1, 1)]
+            for moved in shifted:
+                if moved[0] >= 1 and moved[-1] <= last and all(a < b for a, b in pairwise(moved)):
+                    yield Steps(moved, self.shape)
+        if len(places) > 1:
+            for shape in (self.shape - 1, self.shape + 1):
+                if 0 <= shape < len(SHAPES):
+                    yield Steps(places, shape)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Counts that meet a budget; ``reason`` says what they were chosen for, where there was more than one family."""
+
+    counts: list[int]
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class FewBlocks:
+    """Searches counts that fall in a few blocks alone and cost at most ``limit``, snapped to ``multiple``."""
+
+    evaluator: ProfileEvaluator
+    cost: Cost
+    limit: float
+    multiple: int = 1
+
+    def start(self, blocks: int) -> Steps:
+        """Return ``blocks`` places evenly spread. Raises ``UsageError`` where the model has fewer."""
+        free = free_blocks(self.evaluator)
+        if blocks > free:
+            raise UsageError(f"--merge-blocks {blocks}: the model has {free} blocks that tokens can go in")
+        return Steps(tuple(max(1, round((index + 1) * (free + 1) / (blocks + 1))) for index in range(blocks)))
+
+    def counts(self, steps: Steps) -> list[int] | None:
+        """Return the counts of ``steps`` that keep as much as the limit allows; None where they cannot meet it."""
+        evaluator, cost = self.evaluator, SnappedCost(self.cost, self.evaluator, self.multiple)
+        end = highest_end(evaluator, cost, self.limit, lambda end: steps.counts(evaluator, end))
+        return None if end is None else snapped(evaluator, steps.counts(evaluator, end), self.multiple, "down")
+
+    def climb(self, start: Steps, *, moves: bool = True) -> list[int]:
+        """Return the best counts that ``TRIALS`` trials come to from ``start``; without ``moves`` its places stay.
+
+        Raises ``BudgetUnreachable``.
+        """
+        tried: dict[tuple[int, ...], float] = {}
+
+        def merit(steps: Steps) -> float:
+            counts = self.counts(steps)
+            if counts is None:
+                return math.inf
+            if tuple(counts) not in tried:
+                tried[tuple(counts)] = self.evaluator.quick_divergence(counts)
+            return tried[tuple(counts)]
+
+        best = self._reachable(start, moves=moves)
+        least, better = merit(best), True
+        while better:
+            better = False
+            for steps in best.neighbours(free_blocks(self.evaluator), moves=moves):
+                if len(tried) < TRIALS and (found := merit(steps)) < least:
+                    best, least, better = steps, found, True
+                    break
+        return self.counts(best) or []
+
+    def _reachable(self, steps: Steps, *, moves: bool) -> Steps:
+        """``steps``, or the same places further to the front as far as the limit asks for."""
+        while self.counts(steps) is None:
+            front = tuple(max(place - 1, index + 1) for index, place in enumerate(steps.places))
+            if not moves or front == steps.places:
+                least, dense = self.cost.of(steps.counts(self.evaluator, least_count(self.evaluator))), self.cost.dense()
+                raise BudgetUnreachable(
+                    f"{1 - self.limit / dense:.1%} of the {self.cost.unit} cannot be removed behind "
+                    f"{_named(steps.places)}: no patches after that remove {1 - least / dense:.1%}; take earlier blocks"
+                )
+            steps = Steps(front, steps.shape)
+        return steps
+
+    def chosen(self, where: MergeBlocks, *, kernels: bool) -> Choice:
+        """Return the counts that ``where`` asks for; ``kernels``: the engine pays for every merging block.
+
+        Raises ``BudgetUnreachable`` and ``UsageError``.
+        """
+        evaluator, cost = self.evaluator, SnappedCost(self.cost, self.evaluator, self.multiple)
+        if where == "ramp":
+            return Choice(best_profile(evaluator, self.cost, self.limit, self.multiple).counts)
+        check_reachable(evaluator, cost, self.limit)
+        exact = curve(evaluator, 1.0, evaluator.tokens)
+        if cost.of(exact) <= self.limit:
+            return Choice(exact)
+        if isinstance(where, tuple):
+            if where[-1] > (free := free_blocks(evaluator)):
+                raise UsageError(f"--merge-blocks {','.join(map(str, where))}: tokens can go in the blocks 1 to {free}")
+            return Choice(self.climb(Steps(where), moves=False), f"as asked, in {_named(where)}")
+        if isinstance(where, int):
+            counts = self.climb(self.start(where))
+            return Choice(counts, f"{where} as asked; the best places tried are {_named(places_of(counts, evaluator))}")
+        return self._auto(best_profile(evaluator, self.cost, self.limit, self.multiple), kernels=kernels)
+
+    def _auto(self, ramp: Profile, *, kernels: bool) -> Choice:
+        """The better of the ramp and few blocks; for an engine that pays for kernels the fewest blocks that are as good."""
+        evaluator = self.evaluator
+        if ramp.divergence is None:
+            return Choice(ramp.counts)
+        worth = KERNELS_WORTH if kernels else 1.0
+        sizes = [size for size in AUTO if size <= free_blocks(evaluator)]
+        if not kernels:  # one size is searched: the better of the first guesses
+            guesses = {size: counts for size in sizes if (counts := self.counts(self.start(size))) is not None}
+            sizes = sorted(guesses, key=lambda size: evaluator.quick_divergence(guesses[size]))[:1]
+        told = []
+        for size in sizes:
+            try:
+                counts = self.climb(self.start(size))
+            except BudgetUnreachable:
+                continue
+            divergence = evaluator.divergence(counts)
+            told.append(f"in {_named(places_of(counts, evaluator))} {divergence:.4f}")
+            if divergence <= worth * ramp.divergence:
+                kept = f"KL {divergence:.4f} before the fit, and {ramp.divergence:.4f} with tokens going in every block"
+                return Choice(counts, f"in {_named(places_of(counts, evaluator))}: {kept}")
+        rest = f"; {', '.join(told)}" if told else ""
+        return Choice(ramp.counts, f"in every block: KL {ramp.divergence:.4f} before the fit{rest}")
+
+
+def places_of(counts: list[int], evaluator: ProfileEvaluator) -> tuple[int, ...]:
+    """Return the blocks that have fewer tokens than the one before, from 1, but for a last one that the head fixes."""
+    before = [evaluator.tokens, *counts]
+    return tuple(block + 1 for block in range(free_blocks(evaluator)) if counts[block] < before[block])
+
+
+def _named(places: tuple[int, ...]) -> str:
+    return f"block{'s' if len(places) != 1 else ''} {', '.join(map(str, places))}"

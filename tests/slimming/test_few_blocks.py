@@ -1,0 +1,201 @@
+"""Counts that fall in a few blocks alone: as they are asked for, within the budget, and the best that a climb finds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import combinations, pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from export.options import ExportOptions
+from patchslim.errors import BudgetUnreachable, UsageError
+from patchslim.macs import check_counts
+from slimming.run import SlimmingOptions
+from slimming.search.budget import Budget
+from slimming.search.counts import counts_within
+from slimming.search.few_blocks import KERNELS_WORTH, TRIALS, FewBlocks, MergeBlocks, Steps, parse_merge_blocks, places_of
+from slimming.search.profile import profile_within
+from slimming.search.request import PlanRequest
+from tests.helpers.made_evaluators import Made, macs
+
+
+def search(evaluator: Made, removed: float = 0.45, multiple: int = 1) -> FewBlocks:
+    cost = macs(evaluator)
+    return FewBlocks(evaluator, cost, (1 - removed) * cost.dense(), multiple)
+
+
+def towards(places: tuple[int, ...]) -> Callable[[Sequence[int]], float]:
+    """A divergence that grows with the distance of the blocks in which tokens go from ``places``."""
+
+    def merit(counts: Sequence[int]) -> float:
+        found = places_of(list(counts), Made(197, 12, 1))
+        return 1.0 + (sum(abs(a - b) for a, b in zip(found, places, strict=True)) if len(found) == len(places) else 100.0)
+
+    return merit
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(20, 200), st.integers(3, 12), st.integers(1, 3), st.floats(0.05, 0.9), st.sampled_from([1, 8]), st.booleans()
+)
+def test_counts_fall_in_so_many_blocks_and_fill_the_budget(
+    tokens: int, depth: int, blocks: int, removed: float, multiple: int, fixed: bool
+) -> None:
+    evaluator = Made(tokens, depth, 2, 2 if fixed else None)
+    few = search(evaluator, removed, multiple)
+    try:
+        counts = few.chosen(min(blocks, depth - 1), kernels=False).counts
+    except BudgetUnreachable:
+        return
+    check_counts(counts, tokens, depth)
+    assert few.cost.of(evaluator.nested(counts)) <= few.limit
+    assert sum(after < before for before, after in pairwise([tokens, *counts[: depth - 1]])) <= blocks
+    if multiple == 1 and len(places_of(counts, evaluator)) == 1 and fixed:  # one count alone: not one token more anywhere
+        raised = [count if count == tokens else count + 1 for count in counts[:-1]]
+        assert few.cost.of([*raised, counts[-1]]) > few.limit
+
+
+def test_counts_are_the_formula() -> None:
+    evaluator = Made(65, 8, 1)
+    assert Steps((3, 6)).counts(evaluator, 17) == [65, 65, 33, 33, 33, 17, 17, 1]  # of 64 patches half, and half of these
+    assert Steps((3, 6), 0).counts(evaluator, 17) == [65, 65, round(1 + 64 * 0.25**0.5**0.5), 25, 25, 17, 17, 1]
+    assert Steps((1,)).counts(evaluator, 1) == [1] * 8
+    assert Steps((4,)).counts(evaluator, 65) == [65] * 7 + [1]
+    assert Steps((2, 4)).counts(Made(69, 4, 5, None), 21) == [69, 37, 37, 16]  # pooled: the prefix tokens end below
+
+
+@pytest.mark.parametrize("best", [(3, 7), (5, 8), (4, 9), (2, 8)])
+def test_the_climb_finds_places_near_where_it_starts(best: tuple[int, int]) -> None:
+    evaluator = Made(197, 12, 1, merit=towards(best))
+    choice = search(evaluator).chosen(2, kernels=False)
+    assert places_of(choice.counts, evaluator) == best
+    assert choice.reason == f"2 as asked; the best places tried are blocks {best[0]}, {best[1]}"
+    assert not evaluator.asked
+    assert len(evaluator.asked_quickly) == len({tuple(counts) for counts in evaluator.asked_quickly}) <= TRIALS
+
+
+def test_on_a_small_model_the_climb_is_as_good_as_trying_all() -> None:
+    """The oracle: every pair of places and every shape, by a merit with one valley."""
+    evaluator = Made(65, 6, 1, merit=lambda counts: sum((count / 65 - 0.55) ** 2 for count in counts[:-1]))
+    few = search(evaluator, 0.4)
+    found = few.chosen(2, kernels=False).counts
+    every = [few.counts(Steps(places, shape)) for places in combinations(range(1, 6), 2) for shape in range(5)]
+    best = min(evaluator.merit(counts) for counts in every if counts is not None)
+    assert evaluator.merit(found) <= 1.1 * best
+
+
+def test_given_blocks_stay() -> None:
+    evaluator = Made(197, 12, 1, merit=towards((4, 8)))
+    choice = search(evaluator).chosen((2, 5, 11), kernels=False)
+    assert places_of(choice.counts, evaluator) == (2, 5, 11)
+    assert choice.reason == "as asked, in blocks 2, 5, 11"
+
+
+def test_places_move_to_the_front_where_the_budget_asks_for_that() -> None:
+    evaluator = Made(197, 12, 1)
+    few = search(evaluator, 0.85)
+    assert few.counts(few.start(1)) is None
+    counts = few.chosen(1, kernels=False).counts
+    assert few.cost.of(counts) <= few.limit
+    with pytest.raises(
+        BudgetUnreachable, match=r"85.0% of the MACs cannot be removed behind block 9: no patches after that remove 32.4%"
+    ) as no:
+        few.chosen((9,), kernels=False)
+    assert no.value.exit_code == 6
+
+
+@pytest.mark.parametrize(
+    ("ramp", "two", "three", "kernels", "places"),
+    [
+        (1.0, 0.9, 0.8, False, 3),
+        (1.0, 0.8, 0.9, False, 2),
+        (1.0, 1.01, 1.02, False, 11),
+        (1.0, KERNELS_WORTH - 0.001, 0.5, True, 2),
+        (1.0, KERNELS_WORTH + 0.001, KERNELS_WORTH - 0.001, True, 3),
+        (1.0, 1.2, 1.1, True, 11),
+    ],
+)
+def test_auto_takes_the_better_and_for_kernels_the_fewest(
+    ramp: float, two: float, three: float, kernels: bool, places: int
+) -> None:
+    evaluator = Made(197, 12, 1)
+    evaluator.merit = lambda counts: {2: two, 3: three}.get(len(places_of(list(counts), evaluator)), ramp)
+    choice = search(evaluator).chosen("auto", kernels=kernels)
+    assert len(places_of(choice.counts, evaluator)) == places
+    assert choice.reason is not None
+    assert f"KL {dict(enumerate([two, three], 2)).get(places, ramp):.4f} before the fit" in choice.reason
+    if places == 11:
+        assert choice.counts == profile_within(evaluator, macs(evaluator), search(evaluator).limit)
+        assert choice.reason.startswith("in every block: ")
+
+
+def test_a_budget_that_the_last_block_meets_drops_nothing_else() -> None:
+    evaluator = Made(37, 4, 1)
+    for where in ("auto", 2, (1,)):
+        asked: MergeBlocks = where  # type: ignore[assignment]
+        assert search(evaluator, 0.0).chosen(asked, kernels=True).counts == [37, 37, 37, 1]
+    assert not evaluator.asked_quickly
+
+
+def test_the_default_is_the_ramp() -> None:
+    evaluator = Made(197, 12, 1)
+    cost = macs(evaluator)
+    choice = counts_within(evaluator, Budget("macs-reduction", 0.45), cost)
+    assert choice.counts == profile_within(evaluator, cost, 0.55 * cost.dense())
+    assert choice.reason is None
+    assert not evaluator.asked_quickly
+
+
+def test_where_tokens_go_by_default() -> None:
+    request = PlanRequest(score="similarity")
+    assert request.where == "ramp"
+    packed = replace(request, layout="packed")
+    assert packed.where == "ramp"
+    assert packed.pays_for_kernels
+    assert not replace(packed, score="paper").pays_for_kernels  # dropping costs none
+    assert replace(packed, merge_blocks="ramp").where == "ramp"
+    assert replace(request, merge_blocks=3).where == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"), [("auto", "auto"), ("ramp", "ramp"), ("2", 2), ("7,", (7,)), ("3,7,10", (3, 7, 10)), ("3,7,", (3, 7))]
+)
+def test_what_can_be_asked_for(text: str, meant: MergeBlocks) -> None:
+    assert parse_merge_blocks(text) == meant
+    assert SlimmingOptions(merge_blocks=text).request().merge_blocks == meant
+
+
+@pytest.mark.parametrize("text", ["", "few", "0", "-1", "3,,7", "3,0", "1.5", "²", "3, 7", "3,7,x", "99999"])
+def test_what_is_no_list_of_blocks(text: str) -> None:
+    with pytest.raises(UsageError, match=r"--merge-blocks .*: must be auto, ramp, a number of blocks, or blocks"):
+        SlimmingOptions(merge_blocks=text).check()
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "named"),
+    [
+        (SlimmingOptions, {"merge_blocks": "7,3"}, "--merge-blocks 7,3: blocks must be given once each, the first block first"),
+        (SlimmingOptions, {"merge_blocks": "3,3"}, "once each"),
+        (SlimmingOptions, {"merge_blocks": "2", "tokens": "9,9,1"}, "--merge-blocks and --tokens both say"),
+        (SlimmingOptions, {"merge_blocks": "2", "tolerance": 0.1, "score": "paper"}, "--merge-blocks and --tolerance both say"),
+        (SlimmingOptions, {"merge_blocks": "2", "score": "uniform"}, "--score uniform has one count for all blocks"),
+        (ExportOptions, {"merge_blocks": "2", "dense": True}, "--dense and --merge-blocks contradict each other"),
+    ],
+)
+def test_what_does_not_go_together(options: Any, given: dict[str, Any], named: str) -> None:
+    with pytest.raises(UsageError, match=named):
+        options(**given).check()
+
+
+def test_blocks_that_the_model_lacks() -> None:
+    few = search(Made(65, 8, 1))
+    with pytest.raises(UsageError, match="--merge-blocks 8: the model has 7 blocks that tokens can go in"):
+        few.chosen(8, kernels=False)
+    with pytest.raises(UsageError, match="--merge-blocks 3,8: tokens can go in the blocks 1 to 7"):
+        few.chosen((3, 8), kernels=False)
+    assert math.isfinite(few.cost.of(few.chosen(7, kernels=False).counts))
