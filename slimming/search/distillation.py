@@ -18,7 +18,7 @@ class Distillation:
 
     steps: int = 400
     batch_size: int = 128  # images per step, over all processes
-    lr: float = 3e-4  # the highest
+    lr: float = 1e-4  # the highest
     precision: TrainingPrecision = "no"
 
     def check(self) -> None:
