@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from pathlib import Path
@@ -18,9 +17,7 @@ from slimming.data.source import ImageSet
 from slimming.distributed import SINGLE_PROCESS, ProcessGroup
 from slimming.fitting.distill import BlendedImages, distill
 from slimming.run import SlimmingOptions
-from slimming.search.budget import Budget
 from slimming.search.distillation import Distillation
-from slimming.search.request import PlanRequest
 from tests.helpers.finetuning import CLASSES, equal, models, state, stop_after
 from tests.helpers.forks import run_in_two_processes
 
@@ -162,29 +159,3 @@ def test_what_it_cannot_do_is_refused_before_anything_is_loaded(given: dict[str,
 def test_too_few_images_are_refused() -> None:
     with pytest.raises(InputRejected, match="smooth: has 63 calibration images, and --fit distill needs at least 64"):
         run(*models(), images=images(0, 63))
-
-
-@pytest.mark.slow
-def test_on_digits_it_is_closer_than_the_closed_form() -> None:
-    from timm.data import create_transform
-
-    from slimming import PlanFinder, SlimViT, calibration_set, evaluation_set, load_model, reader_of
-    from slimming.data.source import load_tensors
-
-    loaded = load_model("vit_ti")
-    transform = create_transform(**loaded.data_config)
-    held_out = torch.cat([batch for batch, _ in load_tensors(evaluation_set("digits", 200), transform)])
-    request = PlanRequest(Budget("macs-reduction", 0.6), fit="closed-form", distillation=Distillation(steps=40, batch_size=32))
-    found = []
-    with PlanFinder(reader_of(loaded.module), calibration_set("digits", 128), name="vit_ti", transform=transform) as finder:
-        for fit in ("closed-form", "distill"):
-            plan = finder.find_plan(dataclasses.replace(request, fit=fit))  # type: ignore[arg-type]
-            assert plan.fit == fit
-            assert (plan.finetune is not None) == (fit == "distill")
-            with torch.inference_mode():
-                dense, slim = (
-                    torch.cat([module(part) for part in held_out.split(50)]).log_softmax(-1)
-                    for module in (loaded.module, SlimViT(plan.model, plan.plan))
-                )
-            found.append(float((dense.exp() * (dense - slim)).sum(-1).mean()))
-    assert found[1] < 0.8 * found[0], found
