@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,13 +83,7 @@ def report_html(facts: ReportFacts, read: Callable[[Path], bytes] = Path.read_by
         if engine.kernels or engine.fused
         else [],
         provenance=facts.provenance,
-        check_command="\n".join(
-            [
-                "sha256sum -c SHA256SUMS",
-                wheel_command("edge", tool_versions().get("patchslim", "VERSION")),
-                "python -m validate.run .",
-            ]
-        ),
+        check_command=_check_command(facts.name),
         next_step=_next_step(parity, engine),
         **helpers,
     )
@@ -133,15 +128,23 @@ def _worst(one: Disagreement, facts: ReportFacts, read: Callable[[Path], bytes])
     }
 
 
+def _check_command(name: str) -> str:
+    """Started beside the bundle: Python imports from the folder that it is started in, and this one is not checked yet."""
+    folder = shlex.quote(name)
+    wheel = wheel_command("edge", tool_versions().get("patchslim", "VERSION"))
+    return f"(cd {folder} && sha256sum -c SHA256SUMS)\n{wheel}\npython -m validate.run {folder}"
+
+
 def _next_step(parity: ParityReport, engine: EngineResult) -> str:
     if not parity.passed:
         return "This bundle did not pass its gate, and is not to be served."
     if not engine.executed:
         return (
-            "The engine was built for another machine and has not run yet: check it there before it serves, "
-            "and compare its answers with golden.npz."
+            "The engine was built for another machine and has not run yet: check it there before it serves. There, with the "
+            "extra rtx or trt beside edge, the same command runs it on the golden images; with --build it makes an engine "
+            "of its own first, by recipe.json."
         )
-    return "What serves is model.onnx or the engine's file; manifest.json says how images are prepared."
+    return ""
 
 
 def _data_url(png: bytes) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import html
+import os
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -90,6 +93,25 @@ def test_nothing_is_said_to_come_from_an_index(ort_export: Outcome) -> None:
     assert not [name for name, text in texts.items() if re.search(r"install [^\n]*['\"]patchslim\b", text)]
     wheel = re.compile(r"pip install (?:\"|&#34;)\./patchslim-\S+-py3-none-any\.whl\[edge\](?:\"|&#34;)")
     assert all(wheel.search(texts[name]) for name in ("report.html", "serving/README.md"))
+
+
+def test_its_check_is_started_beside_the_bundle_and_runs_nothing_that_lies_there(
+    page: str, ort_export: Outcome, tmp_path: Path
+) -> None:
+    (commands,) = re.findall(r"<pre>(.*?)</pre>", page, flags=re.DOTALL)
+    digests, install, check = html.unescape(commands).splitlines()
+    assert install.startswith("pip install ")
+    planted = Path(shutil.copytree(ort_export.bundle, tmp_path / ort_export.bundle.name)) / "validate"
+    planted.mkdir()
+    (planted / "__init__.py").write_text("raise SystemExit('this was run')")  # Python looks where it is started first
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(Path(__file__).parents[2])}
+    results = [
+        subprocess.run(["bash", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        for line in (digests, check)
+    ]
+    assert [done.returncode for done in results] == [0, 3], results
+    assert "validate/__init__.py: is not listed in manifest.json" in results[1].stderr
 
 
 def test_every_class_of_the_page_is_styled(page: str) -> None:
