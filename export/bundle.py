@@ -13,7 +13,7 @@ from export.logits import PYTORCH, PYTORCH_SLIM, Measured
 from export.onnx_export import INPUT, OUTPUT
 from export.serving.render import write_serving
 from export.source import ModelFacts
-from export.stages import ONNX_SLIM, ONNX_STAGES, EngineRequest
+from export.stages import INT8_FILE, ONNX_SLIM, ONNX_STAGES, EngineRequest
 from graph_passes.onnx_io.metadata import NORMALIZATION, add_metadata
 from patchslim.files import digest
 from patchslim.plan import SlimPlan
@@ -26,7 +26,7 @@ from validate.golden import Golden, write_golden
 from validate.parity import MIN_AGREEMENT, logit_tolerance
 
 #: The files of the ONNX stages.
-ONNX_FILES = {ONNX_SLIM: "model.onnx", ONNX_STAGES["fp16"]: "model.fp16.onnx"}
+ONNX_FILES = {ONNX_SLIM: "model.onnx", ONNX_STAGES["fp16"]: "model.fp16.onnx", ONNX_STAGES["int8"]: INT8_FILE}
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class BundleContents:
     ``license`` is that of the weights; None where it is not known.
     ``share`` is the part of an undivided data set that calibrated, ``labels`` are the class names of the held-out images,
     ``golden_images`` are PNG files by row of the golden inputs. ``latency_table`` and ``latency`` are there where the plan was
-    solved on one, ``speed`` where the graphs were timed; ``report`` is the page.
+    solved on one, ``speed`` where the graphs were timed; ``report`` is the page. ``kept_parts`` are
+    those that INT8 leaves as they are, ``trials`` the precisions that were tried where the fastest was to be taken.
     """
 
     name: str
@@ -57,6 +58,8 @@ class BundleContents:
     license: str | None
     speed: Path | None
     report: Path
+    kept_parts: list[str]
+    trials: list[schema.PrecisionTrial]
 
 
 def write_contents(contents: BundleContents, folder: Path) -> schema.Manifest:
@@ -104,7 +107,8 @@ def _metadata(contents: BundleContents, plan_sha256: str) -> dict[str, str]:
 
 def _write_recipe(contents: BundleContents, folder: Path) -> None:
     """How a device builds an engine of the served ONNX file by itself, and what it should come to."""
-    engine, precision = contents.engine, contents.request.graph
+    engine = contents.engine
+    precision = "fp32" if contents.request.graph == "int8" else contents.request.graph  # INT8 is not TensorRT's here
     name = ONNX_FILES[ONNX_STAGES[precision]]
     served = folder / name
     defaults, ahead_of_time = BuildSettings.default(precision), contents.request.backend.ahead_of_time
@@ -179,6 +183,8 @@ def _manifest(contents: BundleContents, folder: Path) -> schema.Manifest:
             fingerprint=calibration.fingerprint,
         ),
         latency=contents.latency,
+        precision_trials=contents.trials,
+        kept_parts=contents.kept_parts,
         golden_images=[schema.GoldenImage(path=f"golden/{row}.png", row=row) for row in contents.golden_images],
         tokens_per_block=plan.counts,
         onnx=_onnx_records(contents),

@@ -354,7 +354,7 @@ def code_digest(root: Path = Path(__file__).parent.parent) -> str:
 def tool_versions() -> dict[str, str]:
     """Installed versions of everything whose version can change a bundle."""
     ours = ("patchslim", "matplotlib", "numpy", "pillow", "scikit-learn", "timm", "torch", "torchvision")
-    onnx = ("onnx", "onnx-graphsurgeon", "onnxruntime", "onnxruntime-gpu", "onnxscript")
+    onnx = ("onnx", "onnx-graphsurgeon", "onnxruntime", "onnxruntime-gpu", "onnxscript", "openvino", "nncf")
     versions = {}
     for name in (*ours, *onnx, "tensorrt-cu13", "tensorrt-cu12", "tensorrt-rtx-cu13"):
         with contextlib.suppress(metadata.PackageNotFoundError):

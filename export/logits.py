@@ -119,7 +119,7 @@ def measured_logits(stages: Mapping[str, AnsweringStage], source: ExportSource, 
         "batch": batch_size,  # libraries sum in another order, which the last bits of a logit show
         "batches": BATCH_SIZES,
     }
-    folders = {name: work.cache.path("logits", stage=name, key=stage.key, **shared) for name, stage in stages.items()}
+    folders = {name: work.cache.path("logits", key=stage.key, **shared) for name, stage in stages.items()}
     missing = [name for name, folder in folders.items() if not work.cache.has(folder)]
     if missing:
         from export.inference import infer_all

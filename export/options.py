@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,6 +15,7 @@ from patchslim.choices import EngineName, Layout, Precision
 from patchslim.environment import processes
 from patchslim.errors import UsageError
 from slimming.options import ModelOptions
+from slimming.search.budget import LATENCY
 from validate.manifest import GateRule
 
 
@@ -51,8 +53,14 @@ class EngineGroup:
         tyro.conf.arg(metavar="sm75|sm80|sm86|sm89|sm120|sm121"),
     ] = ()
     """GPU generations to build TensorRT-RTX engines for: several with spaces, commas or again. Default: all from sm80."""
-    precision: Precision | None = None
-    """Type of the engine's weights and activations. Default: fp16 for trt, fp32 for ort and openvino."""
+    precision: Precision | Literal["auto"] | None = None
+    """Type of the engine's weights and activations. int8 is quantised by NNCF on the calibration images; in openvino the rest
+    is bf16. auto, the default of openvino: the fastest here that passes the gate. Default: fp16 for trt, fp32 for ort."""
+    mixed: Literal["auto", "none"] = "auto"
+    """Where int8 fails the gate: keep as few blocks as need be in higher precision, those that lose most first, and say which;
+    or keep none, and fail."""
+    keep_fp32: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="PATTERN")] = ()
+    """Nodes that int8 leaves as they are: a regular expression that is found in their names. May be given again."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +129,20 @@ class ExportOptions(OutputGroup, GateGroup, EngineGroup, PlanGroup, ModelOptions
         if self.target and self.engine != "trt":
             raise UsageError("--target needs --engine trt")
         check_precision(self.engine, self.engine_precision)
+        if self.precision == "auto" and self.engine != "openvino":
+            able = ", ".join(ENGINES[self.engine].precisions)
+            raise UsageError(f"--precision auto is for --engine openvino; {self.engine} takes {able}")
+        if self.keep_fp32 and not (self.engine_precision == "int8" or self.chooses_precision):
+            raise UsageError("--keep-fp32 is for --precision int8")
+        for pattern in self.keep_fp32:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UsageError(f"--keep-fp32 {pattern}: is no regular expression: {error}") from error
+        if self.engine_precision == "int8" and self.given_budgets and self.budget.criterion in LATENCY:
+            raise UsageError(
+                "a latency budget is timed on single blocks, which int8 is not made for", next_step="use --precision bf16"
+            )
 
     def check_inputs(self) -> None:
         """Raise ``InputRejected`` where what the options name is not there, or is no plan. Quick: nothing is loaded."""
@@ -147,8 +169,13 @@ class ExportOptions(OutputGroup, GateGroup, EngineGroup, PlanGroup, ModelOptions
 
     @property
     def engine_precision(self) -> Precision:
-        """``--precision``, or the engine's default."""
-        return self.precision or ENGINES[self.engine].default
+        """``--precision``, or the engine's default; where it is chosen by what is measured, what the search begins with."""
+        return ENGINES[self.engine].default if self.precision is None or self.precision == "auto" else self.precision
+
+    @property
+    def chooses_precision(self) -> bool:
+        """Whether the fastest precision that passes is taken."""
+        return self.precision == "auto" or (self.precision is None and self.engine == "openvino")
 
     @property
     def bundle(self) -> Path:

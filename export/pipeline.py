@@ -14,10 +14,11 @@ from export.cache import StageCache, StageDamaged
 from export.engines.base import EngineResult
 from export.engines.build import choose_backend
 from export.golden import golden_images
-from export.logits import answering_stages, measured_logits, slimmed_module
+from export.int8 import ensure_nncf
+from export.logits import slimmed_module
 from export.options import ExportOptions
-from export.parity import parity_report
 from export.places import check_places
+from export.precision import Slimmed, attempt
 from export.publication import check_place, publish, recover
 from export.report.page import ReportFacts
 from export.report.stages import provenance, report_page, worst_images
@@ -26,10 +27,8 @@ from export.source import ExportSource
 from export.speed import measured_speed
 from export.stages import (
     ONNX_SLIM,
-    ONNX_STAGES,
     EngineRequest,
     Workspace,
-    built_engine,
     dense_onnx,
     find_plan,
     fitted_model,
@@ -39,7 +38,6 @@ from export.stages import (
     latency_table,
     needs_latency_table,
     plan_folder,
-    slim_onnx,
 )
 from patchslim import cuda
 from patchslim.errors import ParityFailed
@@ -48,7 +46,7 @@ from patchslim.progress import Reporter
 from patchslim.records import load_record
 from validate.explain import verdict_of
 from validate.latency_sheet import LatencySheet
-from validate.manifest import Gate, LatencyRecord, Macs, ParityReport
+from validate.manifest import LatencyRecord, Macs, ParityReport, PrecisionTrial
 
 #: Stages of one run that may be found damaged and made anew.
 _REPAIRS = 3
@@ -68,6 +66,8 @@ class Outcome:
     latency: LatencyRecord | None
     advice: Advice | None = None  # where the gate failed
     bisections: Sequence[Bisection] = ()  # where they were asked for, or a stage's logits are too far off
+    kept_parts: Sequence[str] = ()  # of the model, which INT8 leaves as they are
+    trials: Sequence[PrecisionTrial] = ()  # where the precision was chosen by what was measured
 
 
 class GateFailed(ParityFailed):
@@ -101,14 +101,9 @@ def _export(options: ExportOptions, request: EngineRequest, source: ExportSource
     planned = find_plan(options, source, table, work)
     plan, fitted = planned.plan, fitted_model(planned, source, work)
     dense = dense_onnx(fitted, source.model, work)
-    graphs = slim_onnx(dense, plan, options.layout, request.graph, work)
-    served = graphs[ONNX_STAGES[request.graph]]
-    engine = built_engine(served, request, work)
-    latency = latency_record(options, source, table, plan, dense, served, work)
-    stages = answering_stages(source, plan, fitted, graphs, engine, work)
-    measured = measured_logits(stages, source, options.batch_size, work)
-    gate = Gate(max_top1_drop=options.max_top1_drop, rule=options.gate)
-    parity = parity_report(measured, source.evaluation_record(), plan, options.layout, engine, gate)
+    found = attempt(options, request, source, Slimmed(plan, fitted, dense), work)
+    request, graphs, engine, measured, parity = found.request, found.graphs, found.engine, found.measured, found.parity
+    latency = latency_record(options, source, table, plan, dense, found.served, work)
     picture = kept_patches(plan, options.layout, measured.inputs[0], source.model, work)
     speed = measured_speed(dense, graphs[ONNX_SLIM], plan, options.layout, work) if options.measure_latency else None
     report = ReportFacts(
@@ -141,6 +136,8 @@ def _export(options: ExportOptions, request: EngineRequest, source: ExportSource
         license=options.license or source.model.license,
         speed=speed,
         report=report_page(report, work),
+        kept_parts=list(found.kept),
+        trials=list(found.trials),
     )
     missed = unexecuted(options, engine)
     passed = parity.passed and not missed
@@ -154,7 +151,20 @@ def _export(options: ExportOptions, request: EngineRequest, source: ExportSource
         work.reporter.say("comparing the stages block by block")
         slimmed = functools.partial(slimmed_module, source, plan, fitted)
         bisections = bisect(dense, graphs, slimmed, measured.inputs)
-    outcome = Outcome(folder, plan, parity.macs, parity, engine, size, dense, latency, advice, bisections)
+    outcome = Outcome(
+        bundle=folder,
+        plan=plan,
+        macs=parity.macs,
+        parity=parity,
+        engine=engine,
+        size=size,
+        dense_onnx=dense,
+        latency=latency,
+        advice=advice,
+        bisections=bisections,
+        kept_parts=found.kept,
+        trials=found.trials,
+    )
     if not passed:
         faults = "; ".join(filter(None, [verdict_of(parity.rungs), missed]))
         old = f"; {options.bundle} is an earlier one" if options.bundle.exists() else ""
@@ -192,7 +202,7 @@ def describe(options: ExportOptions) -> dict[str, object]:
         "plan": plan,
         "backend": request.backend.name,
         "targets": list(request.backend.targets),
-        "precision": request.precision,
+        "precision": "auto" if options.chooses_precision else request.precision,
         "work": str(options.work_folder),
         "bundle": str(options.bundle),
     }
@@ -208,6 +218,8 @@ def begin(options: ExportOptions) -> tuple[EngineRequest, ExportSource, Workspac
     work = Workspace(StageCache(options.work_folder, reporter.say), reporter)
     work.cache.check()
     backend = choose_backend(options.engine, options.targets, options.engine_precision)
+    if options.engine_precision == "int8":
+        ensure_nncf()
     if options.require_executed and backend.ahead_of_time and cuda.local_target() not in backend.targets:
         raise ParityFailed(
             f"--require-executed: an engine for {', '.join(backend.targets)} cannot run on this machine; "

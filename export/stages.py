@@ -41,7 +41,9 @@ if TYPE_CHECKING:
 
 ONNX_SLIM = "onnx-slim"
 #: The stages that are ONNX files, by precision.
-ONNX_STAGES: dict[Precision, str] = {"fp32": ONNX_SLIM, "fp16": "onnx-slim-fp16"}
+ONNX_STAGES: dict[Precision, str] = {"fp32": ONNX_SLIM, "fp16": "onnx-slim-fp16", "int8": "onnx-slim-int8"}
+#: The INT8 graph's file, in the work folder and in a bundle.
+INT8_FILE = "model.int8.onnx"
 
 
 @dataclass(frozen=True)

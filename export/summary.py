@@ -8,7 +8,7 @@ from typing import Any
 
 from export.pipeline import Outcome
 from validate.explain import blame, compared, verdict_of, what_it_proves
-from validate.manifest import LatencyRecord
+from validate.manifest import LatencyRecord, PrecisionTrial
 
 
 def as_json(outcome: Outcome) -> dict[str, Any]:
@@ -33,6 +33,8 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "verdict": verdict_of(outcome.parity.rungs) or "passed",
         "bisections": [dataclasses.asdict(each) | {"first": each.first} for each in outcome.bisections],
         "advice": outcome.advice and dataclasses.asdict(outcome.advice),
+        "kept_parts": list(outcome.kept_parts),
+        "precision_trials": [each.model_dump(mode="json") for each in outcome.trials],
         "engine": parity["engine"] | {"kernels": outcome.engine.kernels, "built": outcome.engine.status},
     }
 
@@ -54,6 +56,18 @@ def latency_text(found: LatencyRecord) -> str:
         kept = "" if found.measured_ms <= limit else " (more than asked)"
         parts.append(f"measured {_times(found.measured_ms, found.dense_ms)}{kept}")
     return f"{', '.join(parts)}; batches of {found.batch} on {found.measured_on or found.device}"
+
+
+def trial_text(trial: PrecisionTrial) -> str:
+    """A precision that was tried, in one line."""
+    parts = [f"{trial.precision}{' (chosen)' if trial.chosen else ''}", trial.status]
+    if trial.ms is not None:
+        parts.append(f"{trial.ms:.4g} ms a batch of {trial.batch}")
+    if trial.top1_drop is not None:
+        parts.append(f"drop {trial.top1_drop:.2f}")
+    if trial.kept:
+        parts.append(f"without {', '.join(trial.kept)}")
+    return ", ".join([*parts, trial.note] if trial.note else parts)
 
 
 def _times(slim: float, dense: float) -> str:
@@ -79,6 +93,10 @@ def print_summary(outcome: Outcome) -> None:
     if outcome.latency is not None:
         facts.add_row("latency", escape(latency_text(outcome.latency)))
     facts.add_row("engine", outcome.engine.summary())
+    for trial in outcome.trials:
+        facts.add_row("" if trial is not outcome.trials[0] else "precisions", escape(trial_text(trial)))
+    if outcome.kept_parts:
+        facts.add_row("not in int8", ", ".join(outcome.kept_parts))
     facts.add_row("size", f"{outcome.size / 1e6:.1f} MB")
     facts.add_row("dense ONNX", escape(f"{outcome.dense_onnx} ({dense_onnx_holds(outcome)})"))
     facts.add_row("bundle", escape(str(outcome.bundle)))

@@ -48,6 +48,7 @@ PACKAGES = (
     Package("tensorrt_rtx", "tensorrt-rtx-cu13", ("rtx",)),
     Package("tensorrt", "tensorrt-cu13", ("trt",)),
     Package("openvino", "openvino", ("openvino",)),
+    Package("nncf", "nncf", ("nncf",)),
     Package("ml_dtypes", "ml-dtypes", ("export",)),
     Package("PIL", "pillow", ("edge", "export")),
     Package("scipy", "scipy", ("edge", "export")),

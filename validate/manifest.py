@@ -195,6 +195,19 @@ class EngineRecord(StrictRecord):
     status: Status = Field(description="whether it ran the evaluation images here, and how that ended")
 
 
+class PrecisionTrial(StrictRecord):
+    """A precision that was tried where the bundle was made, to take the fastest that passes the gate."""
+
+    precision: _Name
+    status: Status = Field(description="by the gate; 'not executed' where it could not be tried")
+    ms: _Ms | None = Field(default=None, description="median time of a batch in milliseconds, side by side with the others")
+    batch: _Size | None = Field(default=None, description="images of that batch")
+    top1_drop: _Points | None = None
+    kept: list[_Name] = Field(default_factory=list, max_length=1024, description="parts that were not quantised")
+    chosen: bool = False
+    note: _Text = ""
+
+
 class Evaluation(StrictRecord):
     """The images that the rungs were measured on."""
 
@@ -335,6 +348,10 @@ class Manifest(_Results):
     labels: list[str] = Field(description="class names in output order; empty if unknown")
     calibration: CalibrationRecord | None = None
     latency: LatencyRecord | None = Field(default=None, description="where the plan was found within a budget of latency")
+    precision_trials: list[PrecisionTrial] = Field(default_factory=list, max_length=16, description="empty: it was asked for")
+    kept_parts: list[_Name] = Field(
+        default_factory=list, max_length=1024, description="parts of the model that int8 leaves as they are, by --mixed auto"
+    )
     golden_images: list[GoldenImage] = Field(
         default_factory=list,
         description="what preprocessing.rule makes of each is its row of inputs in golden.npz, bit for bit",

@@ -39,8 +39,8 @@ class EngineTraits:
 
 ENGINES: dict[EngineName, EngineTraits] = {
     # On a CPU fewer MACs are faster.
-    "ort": EngineTraits({"cpu": ("fp32", "fp16"), "cuda": ("fp32", "fp16")}, "split"),
-    "openvino": EngineTraits({"cpu": ("fp32", "bf16")}, "split", {"bf16": "fp32"}),
+    "ort": EngineTraits({"cpu": ("fp32", "fp16", "int8"), "cuda": ("fp32", "fp16")}, "split"),
+    "openvino": EngineTraits({"cpu": ("fp32", "bf16", "int8")}, "split", {"bf16": "fp32"}),
     # A packed qkv keeps TensorRT's kernels few.
     "trt": EngineTraits(
         {

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from patchslim.choices import Precision
 from patchslim.errors import InputRejected, Unavailable
@@ -25,7 +26,7 @@ class OnnxFacts:
 def read_onnx(path: Path) -> OnnxFacts:
     """Read the structure of the ONNX file at ``path``; weights in external files are not loaded.
 
-    ``precision`` is the type that most weights have, None in a graph without floating-point weights.
+    ``precision`` is the type that most weights have, int8 where they are quantised, None in a graph without any such weights.
     Raises ``InputRejected`` where the file is missing, is not ONNX, has no nodes, or does not take one input of shape
     (batch, channels, height, width) with a static image shape; ``Unavailable`` where onnx is not installed.
     """
@@ -60,8 +61,15 @@ def read_onnx(path: Path) -> OnnxFacts:
         image_shape=(shape[1], shape[2], shape[3]),
         fixed_batch=shape[0] or None,
         attentions=[node.name for node in graph.node if node.op_type in ("Softmax", "Attention")],
-        precision=None if full + half == 0 else "fp16" if half > full else "fp32",
+        precision=_precision(graph.node, full, half),
     )
+
+
+def _precision(nodes: Iterable[Any], full: int, half: int) -> Precision | None:
+    """The precision of a graph with so many weights in float32 and in float16; int8 where values are quantised."""
+    if any(node.op_type == "DequantizeLinear" for node in nodes):
+        return "int8"
+    return None if full + half == 0 else "fp16" if half > full else "fp32"
 
 
 def _product(dims: Sequence[int]) -> int:

@@ -28,8 +28,8 @@ def choose_backend(targets: Sequence[str] | None = None, precision: Precision | 
 
 
 def inference_precision(precision: Precision) -> InferencePrecision:
-    """What OpenVINO computes in where nothing is quantised."""
-    return "bf16" if precision == "bf16" else "f32"
+    """What OpenVINO computes in where nothing is quantised: in an int8 model bf16 where the CPU has it."""
+    return "bf16" if precision == "bf16" or (precision == "int8" and computes_bfloat16()) else "f32"
 
 
 def build(onnx_path: Path, output_dir: Path, facts: OnnxFacts, options: BuildOptions) -> EngineResult:

@@ -56,6 +56,10 @@ def _ort(target: str, precision: Precision) -> EngineSupport:
     if importlib.util.find_spec("onnxruntime") is None:
         reason = f"onnxruntime is not installed: {install_command(extra_for('onnxruntime', 'export') or 'export')}"
         return EngineSupport("ort", target, precision, "missing", reason=reason)
+    if precision == "int8" and (reason := _no_int8()):
+        return EngineSupport("ort", target, precision, "missing", reason=reason)
+    if precision not in ENGINES["ort"].targets[target]:
+        return EngineSupport("ort", target, precision, "refused", reason=f"{precision} is for a CPU")
     if target == "cpu":
         return EngineSupport("ort", target, precision, "runs", "onnxruntime")
     if onnx_runtime.has_cuda():
@@ -64,11 +68,19 @@ def _ort(target: str, precision: Precision) -> EngineSupport:
     return EngineSupport("ort", target, precision, "refused", "onnxruntime", reason)
 
 
+def _no_int8() -> str:
+    if importlib.util.find_spec("nncf") is not None:
+        return ""
+    return f"NNCF is not installed: {install_command(extra_for('nncf', 'nncf') or 'nncf')}"
+
+
 def _openvino(target: str, precision: Precision) -> EngineSupport:
     try:
         openvino_build.choose_backend((target,))  # whether the CPU has bfloat16 is seen without importing OpenVINO
     except PatchslimError as error:
         return EngineSupport("openvino", target, precision, "missing", reason=str(error))
+    if precision == "int8" and (reason := _no_int8()):
+        return EngineSupport("openvino", target, precision, "missing", reason=reason)
     flags = cpu_flags()
     if precision == "bf16" and flags and not _BFLOAT16 & set(flags):
         return EngineSupport("openvino", target, precision, "refused", reason="this CPU has no bfloat16")

@@ -70,6 +70,7 @@ def serving_facts(manifest: Manifest) -> ServingFacts:
     largest = batch[-1] if isinstance(batch, list) and batch and isinstance(batch[-1], int) else _LARGEST_BATCH
     files = [record for record in manifest.onnx if record.dtype == "float32"]
     runnable = [record for record in files if record.max_error is not None][-1]
+    typed = [record for record in files if stage_precision(record.stage) != "int8"]  # TensorRT is given no INT8
     max_error, min_agreement = runnable.max_error or 0.0, runnable.min_agreement
     ir = next(iter(manifest.engine.files), "") if manifest.engine.backend == "openvino" else ""
     if ir:
@@ -89,7 +90,7 @@ def serving_facts(manifest: Manifest) -> ServingFacts:
         shape=(channels, height, width),
         classes=manifest.classes,
         max_batch=largest,
-        onnx=files[-1].path,
+        onnx=typed[-1].path,
         runnable=runnable.path,
         max_error=max_error,
         min_agreement=min_agreement,
