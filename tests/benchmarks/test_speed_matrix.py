@@ -1,0 +1,83 @@
+"""The speed matrix: what it times, as a whole at tiny size, and what it says of what fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.speed.contender import Contender, ContenderProcess
+from benchmarks.speed.contenders import PLAIN
+from benchmarks.speed.matrix import MatrixOptions, measure_matrix, speed_of
+from benchmarks.speed.matrix_report import draw, markdown, read
+from patchslim.errors import InputRejected, UsageError
+
+
+def test_a_speed_is_the_median_of_ratios_and_not_the_ratio_of_medians() -> None:
+    plain, own = np.array([1.0, 2.0, 30.0]), np.array([0.5, 2.0, 10.0])
+    found = speed_of(own, plain, 8)
+    assert found["speedup"] == 2.0
+    assert found["ms"] == 2000.0
+    assert found["images_per_s"] == 4.0
+    assert (found["speedup_p25"], found["speedup_p75"]) == (1.5, 2.5)
+
+
+def test_what_does_not_run_says_so(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"no model")
+    np.save(tmp_path / "images.npy", np.zeros((2, 3, 8, 8), np.float32))
+    broken = Contender(
+        "broken", "ours", "onnxruntime", {1: str(tmp_path / "model.onnx")}, str(tmp_path / "images.npy"), multiplies="fp32"
+    )
+    with ContenderProcess(broken) as process:
+        for _ in range(2):  # and goes on to say so
+            with pytest.raises(RuntimeError, match=r"broken: .*model\.onnx: ONNX Runtime cannot load it"):
+                process.seconds(1)
+
+
+def test_a_process_that_ends_is_a_fault() -> None:
+    with ContenderProcess(Contender("gone", "ours", "gemm", threads=1)) as process:
+        process._process.kill()
+        process._process.wait()
+        with pytest.raises(RuntimeError, match="gone: its process ended"):
+            process.seconds(1)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (MatrixOptions(budgets=(1.0,)), "--budgets"),
+        (MatrixOptions(batches=(0,)), "--batches"),
+        (MatrixOptions(rounds=0), "--rounds"),
+    ],
+)
+def test_wrong_values_are_refused_before_anything_is_made(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(UsageError, match=named):
+        measure_matrix(MatrixOptions(**options))
+
+
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text('{"models": [{"rows": [{"group": "theirs"}]}]}')
+    with pytest.raises(InputRejected, match="not a results file"):
+        read(tmp_path / "other.json")
+
+
+@pytest.mark.slow
+def test_the_whole_matrix_at_tiny_size(tmp_path: Path) -> None:
+    output = tmp_path / "matrix.json"
+    measure_matrix(MatrixOptions(data="digits", tiny=True, compiled=False, output=output))
+    (model,) = read(output)["models"]
+    names = [row["name"] for row in model["rows"]]
+    assert not [row for row in model["rows"] if "fault" in row]
+    assert names[0] == PLAIN
+    assert {row["speed"][batch]["speedup"] for row in model["rows"][:1] for batch in ("1", "2")} == {1.0}
+    for part in ("PyTorch eager", "optimiser", "OpenVINO, bf16", "at 32 px", "ToMe", "EViT", "ours, -40%, in OpenVINO, bf16"):
+        assert any(part in name for name in names), part
+    ours = next(row for row in model["rows"] if row["name"] == "ours, -40%, in ONNX Runtime")
+    assert ours["macs"] <= 0.6 * model["dense_macs"]
+    assert all(row["speed"]["2"]["gemm_share"] > 0 for row in model["rows"])
+    table = markdown(read(output))
+    assert table.count("| **ours, -40%") == len([name for name in names if name.startswith("ours")])
+    draw(read(output), tmp_path / "matrix.svg")
+    assert (tmp_path / "matrix.svg").stat().st_size > 10_000
