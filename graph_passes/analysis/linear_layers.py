@@ -13,6 +13,7 @@ from graph_passes.analysis.axes import Batch, Tokens, has, token_axis
 from graph_passes.analysis.axis_map import AxisMap
 from graph_passes.analysis.operators import DATA_MOVEMENT_OPS
 from graph_passes.analysis.patterns import computed_and_constant, constant_value, integers, rows_of_slice
+from graph_passes.node_builder import make_constant
 
 
 @dataclass
@@ -58,6 +59,21 @@ def linear_at(tensor: gs.Tensor) -> Linear | None:
     return Linear(node.inputs[0], node, add, weight, None if bias is None else bias.reshape(-1))
 
 
+def set_weight(linear: Linear, name: str, weight: NDArray[np.generic]) -> None:
+    """Give a linear layer a new constant ``name``: ``weight [in, out]``."""
+    transposed = linear.product.op == "Gemm" and linear.product.attrs.get("transB", 0)
+    linear.product.inputs[1] = make_constant(name, weight.T if transposed else weight)
+
+
+def set_bias(linear: Linear, name: str, bias: NDArray[np.generic]) -> None:
+    """Give a linear layer that has a bias a new constant ``name``: ``bias [out]``."""
+    if linear.add is None:
+        linear.product.inputs[2] = make_constant(name, bias)
+        return
+    index = next(i for i, tensor in enumerate(linear.add.inputs) if tensor is not linear.product.outputs[0])
+    linear.add.inputs[index] = make_constant(name, bias)
+
+
 @dataclass
 class Columns:
     """Columns of a linear layer's output in ``tensor``, which moves alone made of it.
@@ -95,15 +111,15 @@ def columns_of(tensor: gs.Tensor, axis_map: AxisMap) -> Columns | None:
             return None
         path.append((node, current))
         current = node.inputs[0]
-    shape = _shape(axis_map, current)
+    shape = shape_for_one_image(axis_map, current)
     if shape is None or axis_map.tokens(current) is None:
         return None
     values = np.broadcast_to(np.arange(shape[-1]), shape)
     for node, output in reversed(path):
-        moved = _moved(node, output, values, axis_map)
-        if moved is None:
+        after = moved(node, output, values, axis_map)
+        if after is None:
             return None
-        values = moved
+        values = after
     return Columns(linear, tensor, values)
 
 
@@ -149,8 +165,8 @@ def projection_outputs(axis_map: AxisMap, operand: tuple[gs.Node, int]) -> list[
     return back_to_roots(list(found.values()), axis_map)[0]
 
 
-def _shape(axis_map: AxisMap, tensor: gs.Tensor) -> tuple[int, ...] | None:
-    """A tensor's shape for one image."""
+def shape_for_one_image(axis_map: AxisMap, tensor: gs.Tensor) -> tuple[int, ...] | None:
+    """A tensor's shape for one image; None where its axes are not known."""
     axes = axis_map.of(tensor)
     if axes is None:
         return None
@@ -158,8 +174,8 @@ def _shape(axis_map: AxisMap, tensor: gs.Tensor) -> tuple[int, ...] | None:
     return tuple(int(np.prod(size)) for size in sizes)
 
 
-def _moved(node: gs.Node, output: gs.Tensor, values: NDArray[np.int64], axis_map: AxisMap) -> NDArray[np.int64] | None:
-    """What a move makes of column numbers."""
+def moved(node: gs.Node, output: gs.Tensor, values: NDArray[np.int64], axis_map: AxisMap) -> NDArray[np.int64] | None:
+    """What the move ``node`` makes of ``values``, shaped like its input for one image; None where that is not known."""
     if node.op == "Transpose":
         return values.transpose(node.attrs.get("perm"))
     if node.op == "Gather":
@@ -175,5 +191,5 @@ def _moved(node: gs.Node, output: gs.Tensor, values: NDArray[np.int64], axis_map
         sizes = integers(node.inputs[1]) if len(node.inputs) > 1 else [-(-values.shape[axis] // count)] * count
         parts = np.split(values, np.cumsum(sizes or [])[:-1], axis=axis)
         return parts[next(number for number, tensor in enumerate(node.outputs) if tensor is output)]
-    shape = _shape(axis_map, output)
+    shape = shape_for_one_image(axis_map, output)
     return None if shape is None else values.reshape(shape)

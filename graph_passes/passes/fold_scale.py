@@ -18,7 +18,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from graph_passes.analysis.axis_map import Attention, AxisMap
-from graph_passes.analysis.linear_layers import Linear, back_to_roots, column_numbers, columns_of
+from graph_passes.analysis.linear_layers import Linear, back_to_roots, column_numbers, columns_of, set_bias, set_weight
 from graph_passes.analysis.operators import DATA_MOVEMENT_OPS, NORM_OPS
 from graph_passes.analysis.patterns import computed_and_constant, constant_value
 from graph_passes.analysis.vit_structure import find_structure
@@ -135,26 +135,14 @@ def _target(axis_map: AxisMap, attention: Attention, passed: set[int]) -> _Targe
 
 def _scale(target: _Target, factor: float, name: str) -> None:
     if target.linear is not None:
-        bias = None if target.linear.bias is None else _scaled(target.linear.bias, factor, target.columns)
-        _set_linear(target.linear, name, _scaled(target.linear.weight, factor, target.columns), bias)
+        set_weight(target.linear, f"{name}.weight", _scaled(target.linear.weight, factor, target.columns))
+        if target.linear.bias is not None:
+            set_bias(target.linear, f"{name}.bias", _scaled(target.linear.bias, factor, target.columns))
     for number, norm in enumerate(target.norms):
         for index, kind in ((1, "weight"), (2, "bias")):
             if index < len(norm.inputs) and (old := constant_value(norm.inputs[index])) is not None:
                 values = _scaled(old, factor, np.arange(old.shape[-1]))
                 norm.inputs[index] = make_constant(f"{name}.q_norm_{number}.{kind}", values)
-
-
-def _set_linear(linear: Linear, name: str, weight: NDArray[np.generic], bias: NDArray[np.generic] | None) -> None:
-    """Give a linear layer new constants ``weight [in, out]`` and ``bias [out]``."""
-    transposed = linear.product.op == "Gemm" and linear.product.attrs.get("transB", 0)
-    linear.product.inputs[1] = make_constant(f"{name}.weight", weight.T if transposed else weight)
-    if bias is None:
-        return
-    if linear.add is None:
-        linear.product.inputs[2] = make_constant(f"{name}.bias", bias)
-    else:
-        index = next(i for i, tensor in enumerate(linear.add.inputs) if tensor is not linear.product.outputs[0])
-        linear.add.inputs[index] = make_constant(f"{name}.bias", bias)
 
 
 def _scaled(array: NDArray[np.generic], factor: float, columns: NDArray[np.int64]) -> NDArray[np.generic]:
