@@ -34,12 +34,14 @@ from graph_passes.passes import cut_tokens as cut_tokens  # isort: skip
 # Behind cut_tokens: where there is a plan, it has cut the last block already, and nothing is left to do.
 from graph_passes.passes import cut_last_block as cut_last_block  # isort: skip
 
-# Behind split_qkv, which gives keys and values a projection of their own, and single axes to what unpacks them.
-from graph_passes.passes import fold_bias as fold_bias  # isort: skip
+# Behind split_qkv, which unpacks its projections as they were unpacked; may leave Transposes that move nothing.
 from graph_passes.passes import drop_unit_axes as drop_unit_axes  # isort: skip
 
 # Behind all that leave nodes which change nothing any more.
 from graph_passes.passes import elide_identities as elide_identities  # isort: skip
+
+# Behind split_qkv, which gives keys and values a projection of their own, and once nothing idle hides what follows an attention.
+from graph_passes.passes import fold_bias as fold_bias  # isort: skip
 
 # Behind all that change weights: what earlier passes compute in float64 is rounded to float16 once.
 from graph_passes.passes import to_fp16 as to_fp16  # isort: skip

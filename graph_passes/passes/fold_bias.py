@@ -34,7 +34,7 @@ from graph_passes.node_builder import replace_all_uses
 from graph_passes.pass_registry import Settings, graph_pass
 
 
-@graph_pass("fold_bias", after=("cut_tokens",))
+@graph_pass("fold_bias", after=("cut_tokens", "elide_identities"))
 def run(graph: gs.Graph, settings: Settings) -> int:
     """Returns the number of attentions whose keys and values lost their bias. Raises ``MatchFailure``."""
     if settings.layout != "split":
@@ -62,7 +62,8 @@ def _fold(axis_map: AxisMap, attention: Attention, outputs: set[int], name: str)
         if behind is None or (bias := behind[0].bias) is None:
             return False
         projection, numbers = behind
-        added = values.linear.bias.astype(np.float64)[numbers] @ projection.weight.astype(np.float64)
+        # not by BLAS, which takes memory for each of its threads
+        added = np.einsum("i,ij->j", values.linear.bias[numbers], projection.weight, dtype=np.float64, casting="safe")
         set_bias(projection, f"{name}.proj.bias", (bias.astype(np.float64) + added).astype(bias.dtype))
     adds = [linear.add for linear in linears.values() if linear.add is not None]
     for add in adds:

@@ -47,9 +47,9 @@ def test_a_process_that_ends_is_a_fault() -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (MatrixOptions(budgets=(1.0,)), "--budgets"),
-        (MatrixOptions(batches=(0,)), "--batches"),
-        (MatrixOptions(rounds=0), "--rounds"),
+        ({"budgets": (1.0,)}, "--budgets"),
+        ({"batches": (0,)}, "--batches"),
+        ({"rounds": 0}, "--rounds"),
     ],
 )
 def test_wrong_values_are_refused_before_anything_is_made(options: dict[str, Any], named: str) -> None:

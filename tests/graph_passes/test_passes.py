@@ -25,7 +25,7 @@ KEPT = [[0, 2, 5, 6, 9, 11, 14, 16], [0, 2, 5, 6, 9, 11, 14, 16], [0, 5, 11, 16]
 OF_ANY_GRAPH = ["fold_constants", "expand_attention", "drop_unit_axes", "elide_identities", "softmax_output"]
 ORDER = [
     "fold_constants", "expand_attention", "find_blocks", "repair_reshapes", "fold_scale", "order_tokens", "split_qkv",
-    "cut_tokens", "fold_bias", "drop_unit_axes", "elide_identities", "to_fp16",
+    "cut_tokens", "drop_unit_axes", "elide_identities", "fold_bias", "to_fp16",
 ]  # fmt: skip
 #: Sites of passes that change the same whatever mode and layout are.
 OFTEN = {"repair_reshapes": 8, "fold_scale": 4, "order_tokens": 1}
