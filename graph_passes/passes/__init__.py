@@ -40,7 +40,7 @@ from graph_passes.passes import drop_unit_axes as drop_unit_axes  # isort: skip
 # Behind all that leave nodes which change nothing any more.
 from graph_passes.passes import elide_identities as elide_identities  # isort: skip
 
-# Behind split_qkv, which gives keys and values a projection of their own, and once nothing idle hides what follows an attention.
+# Behind split_qkv, which gives keys and values a projection of their own, and once nothing idle is behind an attention.
 from graph_passes.passes import fold_bias as fold_bias  # isort: skip
 
 # Behind all that change weights: what earlier passes compute in float64 is rounded to float16 once.

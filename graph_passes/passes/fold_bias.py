@@ -19,7 +19,6 @@ from graph_passes.analysis.axis_map import Attention, AxisMap
 from graph_passes.analysis.linear_layers import (
     Columns,
     Linear,
-    back_to_roots,
     column_numbers,
     columns_of,
     linear_at,
@@ -50,20 +49,21 @@ def run(graph: gs.Graph, settings: Settings) -> int:
 
 
 def _fold(axis_map: AxisMap, attention: Attention, outputs: set[int], name: str) -> bool:
-    keys = _columns(axis_map, attention, attention.scores.inputs[1], outputs)
-    values = _columns(axis_map, attention, attention.mix.inputs[1], outputs)
+    keys, values = (_columns(axis_map, node.inputs[1]) for node in (attention.scores, attention.mix))
     if keys is None or values is None or not _weights_add_up(attention):
         return False
     linears = {id(found.linear.product): found.linear for found in (keys, values)}
-    if not all(_gives_nothing_else(linear, [keys, values]) for linear in linears.values()):
+    if not all(
+        _gives_nothing_else(linear, [keys, values]) and _only_read_by(attention, linear, outputs) for linear in linears.values()
+    ):
         return False
     if values.linear.bias is not None:
         behind = _projection_behind(axis_map, attention, values)
         if behind is None or (bias := behind[0].bias) is None:
             return False
         projection, numbers = behind
-        # not by BLAS, which takes memory for each of its threads
-        added = np.einsum("i,ij->j", values.linear.bias[numbers], projection.weight, dtype=np.float64, casting="safe")
+        terms = values.linear.bias.astype(np.float64)[numbers, None] * projection.weight.astype(np.float64)
+        added = terms.sum(axis=0)  # a product by BLAS takes memory for each of its threads
         set_bias(projection, f"{name}.proj.bias", (bias.astype(np.float64) + added).astype(bias.dtype))
     adds = [linear.add for linear in linears.values() if linear.add is not None]
     for add in adds:
@@ -71,16 +71,25 @@ def _fold(axis_map: AxisMap, attention: Attention, outputs: set[int], name: str)
     return bool(adds)
 
 
-def _columns(axis_map: AxisMap, attention: Attention, operand: gs.Tensor, outputs: set[int]) -> Columns | None:
-    """What projects keys or values, the same for every token and read by this attention alone; None where it is not so."""
+def _columns(axis_map: AxisMap, operand: gs.Tensor) -> Columns | None:
+    """What projects keys or values, the same for every token; None where it is not so."""
     found = columns_of(operand, axis_map)
-    if found is None or found.of_one_token(axis_map) is None:
-        return None
-    roots, moves = back_to_roots([found], axis_map)
-    inside = {id(node) for node in (attention.scores, attention.mix, *moves)}
-    tensors = [operand, *(root.tensor for root in roots), *(node.inputs[0] for node in moves)]
-    alone = all(id(tensor) not in outputs and all(id(reader) in inside for reader in tensor.outputs) for tensor in tensors)
-    return found if alone else None
+    return None if found is None or found.of_one_token(axis_map) is None else found
+
+
+def _only_read_by(attention: Attention, linear: Linear, outputs: set[int]) -> bool:
+    """Whether what a layer gives goes to this attention by moves, and nowhere else."""
+    pending: list[gs.Tensor] = [linear.output]
+    while pending:
+        tensor = pending.pop()
+        if id(tensor) in outputs:
+            return False
+        for reader in tensor.outputs:
+            if reader.op in DATA_MOVEMENT_OPS:
+                pending.extend(reader.outputs)
+            elif reader is not attention.scores and reader is not attention.mix:
+                return False
+    return True
 
 
 def _weights_add_up(attention: Attention) -> bool:
