@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from export.engines.table import print_engines
 from patchslim.cli import run_command
 from patchslim.errors import EXIT_DONE
 
@@ -143,17 +144,7 @@ def print_report(found: dict[str, Any]) -> None:
         packages.add_row(one["name"], one["version"] or "[yellow]missing[/]", ", ".join(one["extras"]))
     console.print(packages)
 
-    precisions = list(dict.fromkeys(row["precision"] for row in found["engines"]))
-    engines = Table("engine", "target", *precisions, title="Engines that work here", title_justify="left")
-    notes: list[str] = []
-    rows: dict[tuple[str, str], dict[str, str]] = {}
-    for row in found["engines"]:
-        rows.setdefault((row["engine"], row["target"]), {})[row["precision"]] = _cell(row, notes)
-    for (engine, target), cells in rows.items():
-        engines.add_row(engine, target, *(cells.get(precision, "no") for precision in precisions))
-    console.print(engines)
-    for number, note in enumerate(notes, start=1):
-        console.print(f"  ({number}) {escape(note)}")
+    print_engines(found["engines"], console)
 
     wanted = [told for told in found["extras"].values() if told["missing"]]
     if not wanted:
@@ -163,17 +154,6 @@ def print_report(found: dict[str, Any]) -> None:
     for told in wanted:
         note = f"  ({told['note']})" if told["note"] else ""
         console.print(f"  {escape(told['install'])}: {_listed(told['missing'])}{note}")
-
-
-def _cell(row: dict[str, Any], notes: list[str]) -> str:
-    """A row's status and, where there is a reason, the number of the note that gives it; new notes are appended."""
-    text = {"runs": "[green]runs[/]", "builds": "builds", "refused": "no", "missing": "[yellow]missing[/]"}[row["status"]]
-    text += f", {row['backend']}" if row["status"] in ("runs", "builds") else ""
-    if not row["reason"]:
-        return text
-    if row["reason"] not in notes:
-        notes.append(row["reason"])
-    return f"{text} ({notes.index(row['reason']) + 1})"
 
 
 def _listed(names: Sequence[str], most: int = 5) -> str:

@@ -100,6 +100,8 @@ class OutputGroup:
     """Where finished stages are kept, so that a second or interrupted run continues. Default: ~/.cache/patchslim."""
     dry_run: bool = False
     """Say what would be done and which stages are already there, and stop."""
+    list_engines: bool = False
+    """Say which engine takes which precision on which target, and what of that works here, and stop."""
     json: bool = False
     """Print one JSON object on stdout; logs stay on stderr."""
 

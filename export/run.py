@@ -7,6 +7,7 @@ if __name__ == "__main__":
 
     end_when_interrupted()
 
+import dataclasses
 import json
 import sys
 from typing import Any
@@ -23,6 +24,9 @@ EXAMPLES = (
 
 def run(options: ExportOptions) -> int:
     """Export, or say what an export would do; returns the exit code. Raises ``PatchslimError``."""
+    if options.list_engines:
+        list_engines(as_json=options.json)
+        return EXIT_DONE
     if options.dry_run:
         print_dry_run(options)
         return EXIT_DONE
@@ -41,6 +45,20 @@ def run(options: ExportOptions) -> int:
     else:
         print_summary(outcome)
     return EXIT_DONE
+
+
+def list_engines(*, as_json: bool) -> None:
+    """Print which engine takes which precision on which target, and what of that works here; nothing is built."""
+    from export.engines.support import engine_support
+
+    rows = [dataclasses.asdict(row) for row in engine_support()]
+    if as_json:
+        print(json.dumps({"engines": rows}))
+        return
+    from export.engines.table import print_engines
+    from patchslim.console import Console
+
+    print_engines(rows, Console(highlight=False, width=None if sys.stdout.isatty() else 120))
 
 
 def print_dry_run(options: ExportOptions) -> None:

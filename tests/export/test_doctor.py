@@ -17,6 +17,8 @@ import torch
 from export.doctor import examine, instruction_sets, onnxruntime_providers, print_report
 from export.engines.base import ENGINES, TARGETS
 from export.engines.support import Status, engine_support
+from export.options import ExportOptions
+from export.run import run
 from patchslim import cuda
 from patchslim.choices import EngineName, Precision
 from patchslim.packages import PACKAGES, install_command
@@ -35,6 +37,14 @@ def test_every_engine_target_and_precision_has_one_row() -> None:
         assert {row[1:] for row in rows if row[0] == engine} == set(itertools.product(targets, traits.precisions))
         assert {*traits.precisions} <= {*get_args(Precision)}
         assert traits.default in traits.precisions
+
+
+def test_export_lists_them_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(ExportOptions(list_engines=True, json=True)) == 0
+    assert json.loads(capsys.readouterr().out) == {"engines": examine()["engines"]}
+    assert run(ExportOptions(list_engines=True)) == 0
+    text = capsys.readouterr().out
+    assert all(f" {word} " in text for traits in ENGINES.values() for word in (*traits.targets, *traits.precisions))
 
 
 def test_a_row_that_does_not_work_says_why() -> None:
