@@ -8,12 +8,14 @@ from patchslim.lazy import lazy_names
 
 if TYPE_CHECKING:
     from validate.bundle import load_manifest, load_parity
+    from validate.bundle_runner import BundleRunner, open_runner
     from validate.check import check_bundle
     from validate.latency import compare_latency
     from validate.manifest import Manifest, ParityReport, Rung, manifest_schema, parity_schema
     from validate.parity import gate, rung
 
 __all__ = [
+    "BundleRunner",
     "BundleVerdict",
     "Manifest",
     "ParityReport",
@@ -24,6 +26,7 @@ __all__ = [
     "load_manifest",
     "load_parity",
     "manifest_schema",
+    "open_runner",
     "parity_schema",
     "rung",
 ]
@@ -31,6 +34,7 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        "BundleRunner": "validate.bundle_runner",
         "BundleVerdict": "validate.verdict",
         "Manifest": "validate.manifest",
         "ParityReport": "validate.manifest",
@@ -41,6 +45,7 @@ __getattr__, __dir__ = lazy_names(
         "load_manifest": "validate.bundle",
         "load_parity": "validate.bundle",
         "manifest_schema": "validate.manifest",
+        "open_runner": "validate.bundle_runner",
         "parity_schema": "validate.manifest",
         "rung": "validate.parity",
     },
