@@ -26,21 +26,23 @@ if TYPE_CHECKING:
 #: What every speed is a multiple of.
 PLAIN = "timm export in ONNX Runtime"
 TODAY, SAME_MACS, OURS = "what people use", "at the same MACs", "ours"
-#: OpenVINO's inference precisions, by the type in which it multiplies.
-OPENVINO: dict[str, InferencePrecision] = {"fp32": "f32", "bf16": "bf16"}
+#: What OpenVINO computes in, by the type in which it multiplies: with int8 all else is in bfloat16.
+OPENVINO: dict[str, InferencePrecision] = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}
 
 
 @dataclass(frozen=True)
 class SpeedSubject:
     """A dense model, our plans of it with the weights that go with them, and images (n, channels, height, width) float32.
 
-    ``slims`` are by the share of the MACs that they were to remove. ``labels`` (n,) are None where the weights are random.
+    ``slims`` are by the share of the MACs that they were to remove. ``calibration`` are images for the ranges of int8.
+    ``labels`` (n,) are None where the weights are random.
     """
 
     name: str
     model: nn.Module
     slims: dict[float, tuple[SlimPlan, nn.Module]]
     images: Array
+    calibration: Array
     labels: Array | None
 
 
@@ -63,6 +65,7 @@ class ContenderMaker:
         yield self.onnx(PLAIN, TODAY, plain, macs)
         yield self.onnx("ONNX Runtime's transformer optimiser", TODAY, self.optimised(plain), macs)
         yield from self.torch("PyTorch", TODAY, model, macs, compiled=compiled)
+        yield self.onnx("timm export in ONNX Runtime, int8", TODAY, self.quantised(plain), macs, multiplies="int8")
         yield from self.openvino("timm export in OpenVINO", TODAY, plain, macs)
         for budget in self.subject.slims:
             yield from self.lower_resolution(budget)
@@ -72,6 +75,7 @@ class ContenderMaker:
             file = self.cut(f"slim-{budget}", plan, fitted)
             yield from self.torch(f"{name}, in PyTorch", OURS, slim_module(plan, fitted), plan.macs(), compiled=compiled)
             yield self.onnx(f"{name}, in ONNX Runtime", OURS, file, plan.macs())
+            yield self.onnx(f"{name}, in ONNX Runtime, int8", OURS, self.quantised(file), plan.macs(), multiplies="int8")
             yield from self.openvino(f"{name}, in OpenVINO", OURS, file, plan.macs())
 
     def lower_resolution(self, budget: float) -> Iterator[Contender]:
@@ -90,8 +94,9 @@ class ContenderMaker:
             return
         file = self.exported(f"side-{side}", smaller, (side, side))
         images = self._images(resized(self.subject.images, side), f"images-{side}")
-        yield self.onnx(f"at {side} px in ONNX Runtime", SAME_MACS, file, macs, images)
-        yield from self.openvino(f"at {side} px in OpenVINO", SAME_MACS, file, macs, images)
+        yield self.onnx(f"at {side} px in ONNX Runtime", SAME_MACS, file, macs, images=images)
+        calibration = resized(self.subject.calibration, side)
+        yield from self.openvino(f"at {side} px in OpenVINO", SAME_MACS, file, macs, images=images, calibration=calibration)
 
     def baselines(self, budget: float) -> Iterator[Contender]:
         """ToMe and EViT at the MACs that ``budget`` leaves, the last block cut as ours is, where the budget can be met."""
@@ -111,15 +116,27 @@ class ContenderMaker:
             yield self.onnx(f"{title}, in ONNX Runtime", SAME_MACS, file, macs)
             yield from self.openvino(f"{title}, in OpenVINO", SAME_MACS, file, macs)
 
-    def onnx(self, name: str, group: str, file: Path, macs: int, images: str = "") -> Contender:
+    def onnx(self, name: str, group: str, file: Path, macs: int, *, images: str = "", multiplies: str = "fp32") -> Contender:
         """``file`` in ONNX Runtime."""
-        return self._contender(name, group, "onnxruntime", self._fixed(file), macs, images=images)
+        return self._contender(name, group, "onnxruntime", self._fixed(file), macs, images=images, multiplies=multiplies)
 
-    def openvino(self, name: str, group: str, file: Path, macs: int, images: str = "") -> Iterator[Contender]:
-        """``file`` in OpenVINO, in each precision."""
+    def openvino(
+        self, name: str, group: str, file: Path, macs: int, *, images: str = "", calibration: Array | None = None
+    ) -> Iterator[Contender]:
+        """``file`` in OpenVINO, in each precision; what chooses tokens at run time has no int8, which would choose others."""
         for multiplies, precision in OPENVINO.items():
+            if multiplies == "int8" and name.startswith(("ToMe", "EViT")):
+                continue
+            read = self.quantised(file, calibration) if multiplies == "int8" else file
             yield self._contender(
-                f"{name}, {multiplies}", group, "openvino", self._fixed(file), macs, images=images, precision=precision
+                f"{name}, {multiplies}",
+                group,
+                "openvino",
+                self._fixed(read),
+                macs,
+                images=images,
+                precision=precision,
+                multiplies=multiplies,
             )
 
     def torch(self, name: str, group: str, module: nn.Module, macs: int, *, compiled: bool) -> Iterator[Contender]:
@@ -150,6 +167,13 @@ class ContenderMaker:
         dense = self.exported(f"{name}-dense", fitted)
         return self._made(f"{name}.onnx", lambda part: save_model(slim(load_model(dense), plan, layout="split").model, part))
 
+    def quantised(self, file: Path, calibration: Array | None = None) -> Path:
+        """``file`` in INT8 as ``--precision int8`` makes it."""
+        from export.quantization import quantize, read, write
+
+        images = self.subject.calibration if calibration is None else calibration
+        return self._made(f"{file.stem}-int8.onnx", lambda part: write(quantize(read(file), images), part))
+
     def optimised(self, file: Path) -> Path:
         """``file`` after ONNX Runtime's own offline optimiser for transformers."""
         from slimming.models.reader import reader_of
@@ -165,10 +189,10 @@ class ContenderMaker:
 
         return self._made(f"{file.stem}-optimised.onnx", make)
 
-    def _contender(self, name: str, group: str, kind: Kind, files: dict[int, str], macs: int, **more: Any) -> Contender:
-        images = more.pop("images", "") or self.images
-        multiplies = "bf16" if more.get("precision") == "bf16" else "fp32"
-        return Contender(name, group, kind, files, images, self.threads, macs, multiplies, **more)
+    def _contender(
+        self, name: str, group: str, kind: Kind, files: dict[int, str], macs: int, *, images: str = "", **more: Any
+    ) -> Contender:
+        return Contender(name, group, kind, files, images or self.images, self.threads, macs, **more)
 
     def _fixed(self, file: Path) -> dict[int, str]:
         """Copies of ``file`` for each batch, so that shapes are known in advance, whoever made it."""

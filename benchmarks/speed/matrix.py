@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
+import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -25,12 +27,14 @@ import numpy as np
 
 from benchmarks.accuracy.rows import Case, SubjectOptions, TableOptions
 from benchmarks.speed.contender import Contender, ContenderProcess
-from benchmarks.speed.contenders import OPENVINO, ContenderMaker, SpeedSubject
+from benchmarks.speed.contenders import ContenderMaker, SpeedSubject
 from benchmarks.speed.matrix_report import draw, markdown, read, write
+from export.quantization import CALIBRATION_IMAGES
 from patchslim.arrays import Array
 from patchslim.cli import run_command
 from patchslim.errors import UsageError
 from patchslim.progress import Reporter
+from patchslim.records import atomic_path
 from patchslim.timing import interleaved, processor_name
 
 if TYPE_CHECKING:
@@ -67,7 +71,9 @@ class MatrixOptions(SubjectOptions):
     compiled: bool = True
     """Time torch.compile as well, which takes minutes to compile."""
     work: Path | None = None
-    """A folder that keeps what was made, for a second call."""
+    """A folder that keeps what was made, and top-1, for a second call."""
+    prepare: bool = False
+    """Make everything in --work and measure top-1, and time nothing: for a machine that is busy."""
     output: Path = Path("matrix.json")
     """The JSON file of results."""
     show: tuple[Path, ...] = ()
@@ -83,10 +89,12 @@ class MatrixOptions(SubjectOptions):
             raise UsageError("--budgets: fractions between 0 and 1, at least one")
         if not self.batches or min(self.batches) < 1 or min(self.rounds, self.threads, self.eval_images or 1) < 1:
             raise UsageError("--batches, --rounds, --threads and --eval-images: at least 1")
+        if self.prepare and self.work is None:
+            raise UsageError("--prepare needs --work, a folder for what it makes")
 
     def command(self) -> str:
         """The command line that these options come from."""
-        return self.command_of("benchmarks.speed.matrix", ("figure", "work"))
+        return self.command_of("benchmarks.speed.matrix", ("figure", "work", "prepare"))
 
 
 def measure_matrix(options: MatrixOptions) -> dict[str, Any]:
@@ -112,20 +120,35 @@ def measure_matrix(options: MatrixOptions) -> dict[str, Any]:
         reporter = Reporter()
         subjects = [partial(trained_subject, options), *(partial(random_subject, options, name) for name in options.sizes)]
         for number, make in enumerate(subjects):
-            subject = make()
+            folder = place / str(number)
+            folder.mkdir(parents=True, exist_ok=True)
+            with reporter.alive():
+                subject = kept_subject(folder / "subject.pt", make)
             reporter.say(f"{subject.name}: making what is timed")
-            maker = ContenderMaker(subject, place / str(number), batches=options.batches, threads=options.threads)
+            maker = ContenderMaker(subject, folder, batches=options.batches, threads=options.threads)
             with reporter.alive():
                 contenders = list(maker.all(compiled=options.compiled))
             with Race(contenders, options, reporter) as race:
                 if subject.labels is not None:
-                    race.add_top1(subject.labels)
-                for batch in options.batches:
+                    race.add_top1(subject.labels, folder / "top1.json")
+                for batch in () if options.prepare else options.batches:
                     race.add_speeds(batch)
                 facts = {"model": subject.name, "dense_macs": maker.dense_macs, "gemm_gflops": race.gemm}
             result["models"].append(facts | {"rows": race.rows})
-            write(options.output, result)
+            if not options.prepare:
+                write(options.output, result)
     return result
+
+
+def kept_subject(path: Path, make: Callable[[], SpeedSubject]) -> SpeedSubject:
+    """What ``make`` gives, kept in ``path``, a file of this benchmark's own."""
+    import torch
+
+    if not path.exists():
+        with atomic_path(path) as part:
+            torch.save(make(), part)
+    subject: SpeedSubject = torch.load(path, weights_only=False)
+    return subject
 
 
 def trained_subject(options: MatrixOptions) -> SpeedSubject:
@@ -139,8 +162,10 @@ def trained_subject(options: MatrixOptions) -> SpeedSubject:
         found = draw.found(Case("similarity", budget, "closed-form", "compact", 0))
         slims[budget] = (found.plan, found.model)
     draw.close()
+    few = list(itertools.islice(bench.preprocessed(draw.session.calibration), CALIBRATION_IMAGES))
+    calibration = np.stack([image.numpy() for image in few])
     labels = None if options.weights == "random" else bench.labels.numpy()
-    return SpeedSubject(bench.session.loaded.architecture, bench.model, slims, bench.pixels.numpy(), labels)
+    return SpeedSubject(bench.session.loaded.architecture, bench.model, slims, bench.pixels.numpy(), calibration, labels)
 
 
 def random_subject(options: MatrixOptions, name: str) -> SpeedSubject:
@@ -158,7 +183,7 @@ def random_subject(options: MatrixOptions, name: str) -> SpeedSubject:
         slims[budget] = (plan_of_counts(model, name, ramp_counts(model, name, budget), merges=True), model)
     height, width = model.patch_embed.img_size
     images = np.random.default_rng(0).standard_normal((max(options.batches), 3, height, width), dtype=np.float32)
-    return SpeedSubject(name, model, slims, images, None)
+    return SpeedSubject(name, model, slims, images, images[:16], None)
 
 
 class Race:
@@ -168,7 +193,9 @@ class Race:
     """
 
     def __init__(self, contenders: Sequence[Contender], options: MatrixOptions, reporter: Reporter) -> None:
-        limits = [Contender(f"GEMM {kind}", "limit", "gemm", threads=options.threads, multiplies=kind) for kind in OPENVINO]
+        limits = [
+            Contender(f"GEMM {kind}", "limit", "gemm", threads=options.threads, multiplies=kind) for kind in ("fp32", "bf16")
+        ]
         self.options, self.reporter = options, reporter
         self._stack = contextlib.ExitStack()
         self.processes = [self._stack.enter_context(ContenderProcess(one)) for one in (*contenders, *limits)]
@@ -179,13 +206,18 @@ class Race:
         self.works = set(range(len(self.processes)))
         self.gemm: dict[str, float] = {}
 
-    def add_top1(self, labels: Array) -> None:
-        """Measure the top-1 of each in its own backend, in batches of the largest size."""
+    def add_top1(self, labels: Array, known: Path) -> None:
+        """Measure the top-1 of each in its own backend, in batches of the largest size; what ``known`` has is not measured."""
+        found: dict[str, dict[str, float]] = json.loads(known.read_text()) if known.exists() else {}
         with self.reporter.bar("top-1", unit="models") as update:
             for index, row in enumerate(self.rows):
                 with self._failing(index):
-                    answers = np.array(self.processes[index].answers(max(self.options.batches)))
-                    row |= {"top1": float((answers == labels[: len(answers)]).mean()), "images": len(answers)}
+                    if row["name"] not in found:
+                        answers = np.array(self.processes[index].answers(max(self.options.batches)))
+                        right = float((answers == labels[: len(answers)]).mean())
+                        found[row["name"]] = {"top1": right, "images": len(answers)}
+                        known.write_text(json.dumps(found))
+                    row |= found[row["name"]]
                 update(index + 1, len(self.rows))
 
     def add_speeds(self, batch: int) -> None:

@@ -50,6 +50,7 @@ def test_a_process_that_ends_is_a_fault() -> None:
         ({"budgets": (1.0,)}, "--budgets"),
         ({"batches": (0,)}, "--batches"),
         ({"rounds": 0}, "--rounds"),
+        ({"prepare": True}, "--work"),
     ],
 )
 def test_wrong_values_are_refused_before_anything_is_made(options: dict[str, Any], named: str) -> None:
@@ -72,7 +73,16 @@ def test_the_whole_matrix_at_tiny_size(tmp_path: Path) -> None:
     assert not [row for row in model["rows"] if "fault" in row]
     assert names[0] == PLAIN
     assert {row["speed"][batch]["speedup"] for row in model["rows"][:1] for batch in ("1", "2")} == {1.0}
-    for part in ("PyTorch eager", "optimiser", "OpenVINO, bf16", "at 32 px", "ToMe", "EViT", "ours, -40%, in OpenVINO, bf16"):
+    for part in (
+        "PyTorch eager",
+        "optimiser",
+        "OpenVINO, bf16",
+        "OpenVINO, int8",
+        "at 32 px",
+        "ToMe",
+        "EViT",
+        "ours, -40%, in OpenVINO, bf16",
+    ):
         assert any(part in name for name in names), part
     ours = next(row for row in model["rows"] if row["name"] == "ours, -40%, in ONNX Runtime")
     assert ours["macs"] <= 0.6 * model["dense_macs"]
