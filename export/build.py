@@ -40,7 +40,7 @@ class BuildDoorOptions:
     """trt: TensorRT, for this machine's GPU. rtx: TensorRT-RTX. Default: the first that is here and has its GPU."""
     target: Annotated[
         tyro.conf.UseAppendAction[tuple[tuple[str, ...] | str, ...]],
-        tyro.conf.arg(metavar="sm75|sm80|sm86|sm89|sm120|sm121"),
+        tyro.conf.arg(metavar="portable|sm75|sm80|sm86|sm89|sm120|sm121"),
     ] = ()
     """GPU generations to build for. Default: the one of this machine; where it has none, those of the recipe."""
     json: bool = False

@@ -18,6 +18,7 @@ from graph_passes.onnx_io.metadata import NORMALIZATION, add_metadata
 from patchslim.files import digest
 from patchslim.plan import SlimPlan
 from patchslim.records import save_record
+from patchslim.targets import PORTABLE
 from validate import manifest as schema
 from validate.build_recipe import RECIPE, ExpectedEngine, make_recipe
 from validate.build_recipe import BuildSettings as RecipeSettings
@@ -121,7 +122,7 @@ def _write_recipe(contents: BundleContents, folder: Path) -> None:
             tf32=defaults.tf32,
             workspace_mib=None,
             optimization_level=defaults.optimization_level,
-            compute_capabilities=list(engine.targets) if ahead_of_time else [],
+            compute_capabilities=[target for target in engine.targets if target != PORTABLE] if ahead_of_time else [],
         ),
         expected=ExpectedEngine(precision=precision, attentions=engine.attentions, fused_attentions=engine.fused_attentions),
         tools=tool_versions(),

@@ -50,9 +50,10 @@ class EngineGroup:
     there is none."""
     target: Annotated[
         tyro.conf.UseAppendAction[tuple[tuple[str, ...] | str, ...]],
-        tyro.conf.arg(metavar="sm75|sm80|sm86|sm89|sm120|sm121"),
+        tyro.conf.arg(metavar="portable|sm75|sm80|sm86|sm89|sm120|sm121"),
     ] = ()
-    """GPU generations to build TensorRT-RTX engines for: several with spaces, commas or again. Default: all from sm80."""
+    """GPU generations to build TensorRT-RTX engines for: several with spaces, commas or again. Default: portable, one engine
+    for sm80, sm86, sm89 and from sm120 on."""
     precision: Precision | Literal["auto"] | None = None
     """Type of the engine's weights and activations. int8 is quantised by NNCF on the calibration images; in openvino the rest
     is bf16. auto, the default of openvino: the fastest here that passes the gate. Default: fp16 for trt, fp32 for ort."""

@@ -44,6 +44,7 @@ from patchslim.errors import ParityFailed
 from patchslim.plan import SlimPlan
 from patchslim.progress import Reporter
 from patchslim.records import load_record
+from patchslim.targets import target_for
 from validate.explain import verdict_of
 from validate.latency_sheet import LatencySheet
 from validate.manifest import LatencyRecord, Macs, ParityReport, PrecisionTrial
@@ -220,7 +221,7 @@ def begin(options: ExportOptions) -> tuple[EngineRequest, ExportSource, Workspac
     backend = choose_backend(options.engine, options.targets, options.engine_precision)
     if options.engine_precision == "int8":
         ensure_nncf()
-    if options.require_executed and backend.ahead_of_time and cuda.local_target() not in backend.targets:
+    if options.require_executed and backend.ahead_of_time and target_for(cuda.local_target(), backend.targets) is None:
         raise ParityFailed(
             f"--require-executed: an engine for {', '.join(backend.targets)} cannot run on this machine; "
             "run this command on one with such a GPU, or leave the option out here and give it to validate.run there"

@@ -18,6 +18,7 @@ from patchslim import cuda
 from patchslim.errors import InputRejected, Unavailable
 from patchslim.ort_runner import TensorInfo
 from patchslim.runner import BatchLimits
+from patchslim.targets import target_for
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,7 +34,7 @@ def can_execute(backend: str, targets: Sequence[str]) -> tuple[bool, str]:
         return False, "no CUDA driver or no visible GPU on this machine"
     if importlib.util.find_spec(backend) is None:
         return False, f"{backend} is not installed"
-    if local not in targets:
+    if target_for(local, targets) is None:
         return False, f"this machine's GPU is {local}, the engine is for {', '.join(targets)}"
     return True, ""
 

@@ -12,6 +12,7 @@ from patchslim.device import Device
 from patchslim.errors import InputRejected
 from patchslim.files import digest, read_bounded
 from patchslim.records import StrictRecord, VersionOne, parse_record
+from patchslim.targets import target_for
 from validate.bundle import list_files
 from validate.engine_file import check_engine
 from validate.manifest import EngineRecord, FileRecord
@@ -50,8 +51,9 @@ class BuildRecord(StrictRecord):
         return self
 
     def engine_for(self, target: str) -> FileRecord | None:
-        """The engine that was built for ``target``; None where there is none."""
-        path = dict(zip(self.engine.targets, self.engine.files, strict=True)).get(target)
+        """The engine that runs on a GPU of the generation ``target``; None where there is none."""
+        able = target_for(target, self.engine.targets)
+        path = dict(zip(self.engine.targets, self.engine.files, strict=True)).get(able or "")
         return next((file for file in self.files if file.path == path), None)
 
 

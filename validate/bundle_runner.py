@@ -13,6 +13,7 @@ from patchslim.arrays import Array
 from patchslim.errors import InputRejected, Unavailable, UsageError
 from patchslim.ort_runner import CPU
 from patchslim.runner import BatchLimits, infer_in_batches
+from patchslim.targets import target_for
 from validate.bundle import load_manifest
 from validate.engine_runs import BACKENDS, ON_ONNX, EngineKey, Subject, openvino_precision, why_not
 from validate.manifest import EngineRecord, Manifest
@@ -105,12 +106,13 @@ def _served(manifest: Manifest) -> str:
 
 def _engine_subjects(folder: Path, manifest: Manifest, engine: EngineRecord) -> Iterator[Subject]:
     key = next((key for key, backend in BACKENDS.items() if backend == engine.backend), None)
+    target = target_for(cuda.local_target(), engine.targets)
     if key == "openvino" and engine.files:
         yield Subject(key, folder, engine.files[0], manifest.files, precision=openvino_precision(engine))
     elif key == "ort":
         yield Subject(key, folder, _served(manifest), manifest.files)
-    elif key is not None and (local := cuda.local_target()) in engine.targets and len(engine.files) == len(engine.targets):
-        yield Subject(key, folder, engine.files[engine.targets.index(local)], manifest.files)
+    elif key is not None and target is not None and len(engine.files) == len(engine.targets):
+        yield Subject(key, folder, engine.files[engine.targets.index(target)], manifest.files)
 
 
 def _providers(engine: EngineKey) -> list[str]:

@@ -13,6 +13,7 @@ from patchslim.choices import Precision
 from patchslim.errors import EXIT_PARITY, InputRejected, Unavailable
 from patchslim.ort_runner import CPU
 from patchslim.runner import infer_in_batches
+from patchslim.targets import target_for
 from validate.built_engine import BuildRecord, read_build
 from validate.engine_runs import (
     BACKENDS,
@@ -172,6 +173,7 @@ def check_engines(trial: Trial, say: Callable[[str], None]) -> Iterator[Check]:
 def _subjects(trial: Trial, key: EngineKey, built: BuildRecord | None) -> Iterator[tuple[Subject, Expected]]:
     """What of the bundle, or of what was built of it, an engine runs on this machine, and what that must answer."""
     manifest, engine, local = trial.manifest, trial.manifest.engine, cuda.local_target()
+    target = target_for(local, engine.targets)
     if key in ON_ONNX:
         for record in manifest.onnx:
             if record.max_error is not None:
@@ -184,8 +186,8 @@ def _subjects(trial: Trial, key: EngineKey, built: BuildRecord | None) -> Iterat
         if file is not None and built.engine.backend == BACKENDS[key]:
             subject = Subject(key, trial.how.choice.built, file.path, built.files, built.recipe_sha256)
             yield subject, Expected.of_engine(built.engine.precision, trial.golden)
-    elif engine.backend == BACKENDS[key] and local in engine.targets and len(engine.files) == len(engine.targets):
-        path = engine.files[engine.targets.index(local)]
+    elif engine.backend == BACKENDS[key] and target and len(engine.files) == len(engine.targets):
+        path = engine.files[engine.targets.index(target)]
         yield Subject(key, trial.folder, path, manifest.files), Expected.of_engine(engine.precision, trial.golden)
 
 
@@ -213,8 +215,9 @@ def _idle(trial: Trial, built: BuildRecord | None) -> Iterator[Check]:
     key = next((key for key, backend in BACKENDS.items() if backend == engine.backend and key != "ort"), None)
     if key is None:
         return
-    local = "cpu" if key in ON_ONNX else cuda.local_target()
-    reason = why_not(key) or ("" if local in engine.targets else f"this machine's GPU is {local}")
+    local = cuda.local_target()
+    able = key in ON_ONNX or target_for(local, engine.targets) is not None
+    reason = why_not(key) or ("" if able else f"this machine's GPU is {local}")
     if reason:
         detail = f"the engine for {', '.join(engine.targets)} did not run here: {reason}"
         name = f"golden parity, {BACKENDS[key]}"

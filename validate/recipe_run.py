@@ -11,6 +11,7 @@ from pathlib import Path
 from patchslim import cuda
 from patchslim.device import device_versions
 from patchslim.errors import InputRejected, ParityFailed, PatchslimError, Unavailable, UsageError
+from patchslim.targets import target_for
 from validate.build_recipe import RECIPE, read_recipe
 from validate.built_engine import read_build
 from validate.engine_runs import BACKENDS, EngineKey
@@ -53,4 +54,9 @@ def _is_there(folder: Path, recipe_sha256: str, key: EngineKey | None) -> bool:
     local, here = cuda.local_target(), device_versions()
     same = all(here.get(name) == version for name, version in record.tools.items() if name.startswith("tensorrt"))
     wanted = key is None or record.engine.backend == BACKENDS[key]
-    return same and wanted and record.recipe_sha256 == recipe_sha256 and local in (None, *record.engine.targets)
+    return (
+        same
+        and wanted
+        and record.recipe_sha256 == recipe_sha256
+        and (local is None or target_for(local, record.engine.targets) is not None)
+    )

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from patchslim.choices import EngineName, Layout, Precision
 from patchslim.errors import UsageError
+from patchslim.targets import PORTABLE
 from validate.manifest import EngineRecord, Status
 
 
@@ -44,6 +45,7 @@ ENGINES: dict[EngineName, EngineTraits] = {
     # A packed qkv keeps TensorRT's kernels few.
     "trt": EngineTraits(
         {
+            PORTABLE: ("fp16", "fp32"),
             "sm75": ("fp16",),  # Turing has no fp32 and no bfloat16 matrix product in TensorRT-RTX
             "sm80": ("fp16", "fp32"),
             "sm86": ("fp16", "fp32"),
@@ -60,8 +62,8 @@ TensorRT takes the GPU of its machine, in every precision that some target has."
 
 TARGETS = tuple(ENGINES["trt"].targets)
 
-DEFAULT_TARGETS = tuple(target for target, precisions in ENGINES["trt"].targets.items() if len(precisions) > 1)
-"""What is built for unless targets are given: all that take every precision."""
+DEFAULT_TARGETS = (PORTABLE,)
+"""What TensorRT-RTX builds for unless targets are given: one engine, where one per generation would be for speed alone."""
 
 
 def check_precision(engine: EngineName, precision: Precision, targets: Iterable[str] = ()) -> None:

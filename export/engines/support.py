@@ -14,6 +14,7 @@ from patchslim.choices import EngineName, Precision
 from patchslim.device import cpu_flags
 from patchslim.errors import PatchslimError
 from patchslim.packages import extra_for, install_command
+from patchslim.targets import runs_on
 
 Status = Literal["runs", "builds", "refused", "missing"]
 """runs: built and executed here. builds: built here, for a GPU that is not here. refused: not in this precision or on this
@@ -93,7 +94,7 @@ def _trt(target: str, precision: Precision) -> EngineSupport:
     except PatchslimError as error:
         installed = any(importlib.util.find_spec(name) is not None for name in ("tensorrt", "tensorrt_rtx"))
         return EngineSupport("trt", target, precision, "refused" if installed else "missing", reason=str(error))
-    return EngineSupport("trt", target, precision, "runs" if target == cuda.local_target() else "builds", backend)
+    return EngineSupport("trt", target, precision, "runs" if runs_on(target, cuda.local_target()) else "builds", backend)
 
 
 _PROBES: dict[EngineName, Callable[[str, Precision], EngineSupport]] = {"ort": _ort, "openvino": _openvino, "trt": _trt}

@@ -32,6 +32,7 @@ from patchslim import cuda
 from patchslim.choices import Precision
 from patchslim.errors import InputRejected, Unavailable, UsageError, did_you_mean
 from patchslim.packages import install_command, missing
+from patchslim.targets import target_for
 
 _GRACE = 5.0  # seconds that a cancelled build has to end by itself
 _NAMES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
@@ -221,17 +222,18 @@ def _try(engines: dict[str, Path], backend: Backend, facts: OnnxFacts, batch: Ba
 
     local = cuda.local_target()
     able, reason = can_execute(backend.name, list(engines))
-    if not able or local is None:
+    target = target_for(local, engines)
+    if not able or target is None:
         return False, reason
     import numpy as np
 
     try:
-        runner = TrtRunner(engines[local], backend.name)
+        runner = TrtRunner(engines[target], backend.name)
         try:
             runner.infer(np.zeros((batch[0], *facts.image_shape), dtype=np.float32))
         finally:
             runner.close()
     except (InputRejected, Unavailable) as error:
         return False, str(error)
-    others = [target for target in engines if target != local]
-    return not others, f"only {local} ran here" if others else ""
+    others = [other for other in engines if other != target]
+    return not others, f"only {target} ran here" if others else ""

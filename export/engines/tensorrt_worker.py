@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from export.engines.tensorrt_layers import LAYERS_PREFIX, count_fused_attentions, count_kernels, parse_layers
+from patchslim.targets import PORTABLE
 
 _STEP_INTERVAL = 0.05  # seconds, at least, between two reported steps: a ViT-Ti takes TensorRT about 1,500 steps
 
@@ -28,9 +29,9 @@ class BuildRequest:
     """One build.
 
     ``backend`` is the Python module (``tensorrt``, ``tensorrt_rtx``); ``onnx``, ``engine`` and ``layers`` are paths;
-    ``target`` is an architecture (``sm89``), None for this machine's GPU; ``image_shape`` is (channels, height, width);
-    ``batch`` is the smallest, usual and largest batch, None where the ONNX file's is fixed; ``attentions`` are the names of its
-    Softmax and Attention nodes. ``tf32``, ``workspace`` (bytes) and ``optimization_level`` are those of
+    ``target`` is an architecture (``sm89``) or ``portable``, None for this machine's GPU; ``image_shape`` is (channels, height,
+    width); ``batch`` is the smallest, usual and largest batch, None where the ONNX file's is fixed; ``attentions`` are the
+    names of its Softmax and Attention nodes. ``tf32``, ``workspace`` (bytes) and ``optimization_level`` are those of
     ``export.engines.base.BuildSettings``.
     """
 
@@ -132,8 +133,8 @@ def _configure(trt: Any, builder: Any, network: Any, request: BuildRequest) -> A
     if request.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.workspace)
     config.builder_optimization_level = request.optimization_level
-    if request.target is not None:
-        capability = getattr(getattr(trt, "ComputeCapability", None), request.target.upper(), None)
+    if request.target not in (None, PORTABLE):  # with none set TensorRT-RTX builds one engine for several generations
+        capability = getattr(getattr(trt, "ComputeCapability", None), str(request.target).upper(), None)
         if capability is None:
             raise BuildFailed("unavailable", f"{request.backend} {trt.__version__} does not build for {request.target}")
         config.num_compute_capabilities = 1

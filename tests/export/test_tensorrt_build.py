@@ -115,6 +115,17 @@ def test_an_engine_that_could_not_run_is_not_called_executed(fp16: Path, tmp_pat
 
 @needs_rtx
 @ahead_of_time
+def test_the_portable_engine_is_another_and_as_fused(fp16: Path, tmp_path: Path) -> None:
+    result = build_engine("trt", fp16, tmp_path)
+    assert [file.name for file in result.files] == ["vit.fp16.portable.engine".replace("vit.fp16", fp16.stem)]
+    assert (result.targets, result.fused_attentions, result.attentions) == (["portable"], DEPTH, DEPTH)
+    alone = build_engine("trt", fp16, tmp_path / "alone", targets=["sm80"])
+    assert result.files[0].read_bytes() != alone.files[0].read_bytes()
+    assert result.kernels["portable"] == alone.kernels["sm80"]
+
+
+@needs_rtx
+@ahead_of_time
 def test_fp32_builds_without_fused_attentions(fp32: Path, tmp_path: Path) -> None:
     result = build_engine("trt", fp32, tmp_path, targets=["sm120"], precision="fp32")
     assert (result.fused_attentions, result.attentions, result.precision) == (0, DEPTH, "fp32")
@@ -159,14 +170,14 @@ def test_empty_onnx_is_rejected(content: bytes, tmp_path: Path) -> None:
 
 
 def test_unknown_target_lists_the_valid_ones() -> None:
-    with pytest.raises(UsageError, match=r"unknown target sm33; valid targets are sm75, sm80, sm86, sm89, sm120, sm121"):
+    with pytest.raises(UsageError, match=r"unknown target sm33; valid targets are portable, sm75, sm80, .*, sm121"):
         choose_backend(["sm89", "sm33"])
 
 
 @needs_rtx
 @ahead_of_time
-def test_default_targets_start_at_sm80_and_repeats_are_dropped() -> None:
-    assert choose_backend().targets == DEFAULT_TARGETS == ("sm80", "sm86", "sm89", "sm120", "sm121")
+def test_one_engine_serves_many_by_default_and_repeats_are_dropped() -> None:
+    assert choose_backend().targets == DEFAULT_TARGETS == ("portable",)
     assert choose_backend(["SM89", "sm80", "sm89"]).targets == ("sm89", "sm80")
 
 
