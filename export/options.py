@@ -14,7 +14,7 @@ from export.engines.base import ENGINES, check_precision
 from patchslim.choices import EngineName, Layout, Precision
 from patchslim.environment import processes
 from patchslim.errors import UsageError
-from slimming.options import ModelOptions
+from slimming.options import DEFAULT_MARGIN, ModelOptions
 from slimming.search.budget import LATENCY
 from validate.manifest import GateRule
 
@@ -70,7 +70,7 @@ class GateGroup:
 
     eval_images: int | Literal["all"] = 2000
     """Held-out images that every stage is measured on."""
-    max_top1_drop: float = 0.2
+    max_top1_drop: float = DEFAULT_MARGIN
     """Points of top-1 that any stage may lose against the PyTorch original; more means exit code 5 and no bundle."""
     gate: GateRule = "point"
     """What must be within --max-top1-drop: the drop itself (point), or the bad end of its 95 % interval (confidence). Where the
@@ -164,6 +164,11 @@ class ExportOptions(OutputGroup, GateGroup, EngineGroup, PlanGroup, ModelOptions
         """``--target``, one name each, however they were given."""
         groups = ((group,) if isinstance(group, str) else group for group in self.target)
         return tuple(name for group in groups for word in group for name in word.split(",") if name)
+
+    @property
+    def margin(self) -> float:
+        """``--max-top1-drop``."""
+        return self.max_top1_drop
 
     @property
     def layout(self) -> Layout:

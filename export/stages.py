@@ -137,7 +137,7 @@ def latency_record(
         record = LatencyRecord.model_validate(
             {
                 "criterion": budget.criterion,
-                "asked": budget.value,
+                "asked": budget.value if budget.within is None else plan.origin.value,
                 "batch": known.batch,
                 "device": known.device,
                 "table_dense_ms": known.dense(),

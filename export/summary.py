@@ -27,6 +27,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "latency": outcome.latency and outcome.latency.model_dump(mode="json"),
         "tokens_per_block": outcome.plan.counts,
         "merge_blocks": outcome.plan.origin.merge_blocks,
+        "walk": outcome.plan.origin.walk and outcome.plan.origin.walk.model_dump(mode="json"),
         "rungs": parity["rungs"],
         "comparison": parity["comparison"],
         "blame": [dataclasses.asdict(each) for each in blame(outcome.parity.rungs)],
@@ -80,6 +81,7 @@ def print_summary(outcome: Outcome) -> None:
     from rich.table import Table
 
     from patchslim.console import Console
+    from slimming.report.tables import walk_table
     from validate.report import blame_table, rung_table
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
@@ -100,6 +102,8 @@ def print_summary(outcome: Outcome) -> None:
     facts.add_row("size", f"{outcome.size / 1e6:.1f} MB")
     facts.add_row("dense ONNX", escape(f"{outcome.dense_onnx} ({dense_onnx_holds(outcome)})"))
     facts.add_row("bundle", escape(str(outcome.bundle)))
+    if outcome.plan.origin.walk is not None:
+        console.print(walk_table(outcome.plan.origin.walk, macs.dense))
     console.print(rung_table(outcome.parity.rungs, f"top-1 on {outcome.parity.evaluation.images} held-out images"))
     gate = outcome.parity.gate
     for line in what_it_proves(outcome.parity.rungs, gate.max_top1_drop, gate.rule):

@@ -23,6 +23,27 @@ class Calibration(StrictRecord):
     fingerprint: str = Field(description="SHA-256 over the preprocessed calibration tensors, in order")
 
 
+class WalkedPoint(StrictRecord):
+    """One plan that was tried on the way to the largest reduction, as it answers on the calibration images."""
+
+    reduction: float = Field(description="the fraction asked for")
+    macs: Annotated[int, Field(ge=0, le=1 << 53)]
+    top1: float | None = Field(description="percent; null without labels")
+    agreement: float = Field(description="percent of the images answered as the dense model does")
+    drop: float = Field(description="points of top-1 lost; without labels percent of the answers changed")
+    interval: tuple[float, float] = Field(description="95 % confidence interval of the drop")
+    within: bool = Field(description="whether the drop is within the margin")
+
+
+class Walk(StrictRecord):
+    """How the largest reduction within a margin was found: the plans that were tried, by reduction."""
+
+    margin: float = Field(description="points that a plan may lose")
+    images: Annotated[int, Field(ge=0, le=1 << 53)]
+    dense_top1: float | None = Field(description="percent; null without labels, where the drop is in answers changed")
+    points: list[WalkedPoint] = Field(max_length=1024)
+
+
 class Origin(StrictRecord):
     """How the plan was found."""
 
@@ -39,6 +60,7 @@ class Origin(StrictRecord):
         default=None,
         description="the blocks that tokens go in, and why these; null: a ramp over all blocks was asked for",
     )
+    walk: Walk | None = Field(default=None, description="how the value was found, where the largest one was asked for")
     errors: list[float] = Field(
         default=[], description="E above each block's cut before any fit but sgd, first to last; 0 where the cut is exact"
     )

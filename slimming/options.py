@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from patchslim.choices import Fit, Layout, Mode, ScoreName
+from patchslim.choices import Criterion, Fit, Layout, Mode, ScoreName
 from patchslim.errors import UsageError
 from slimming.fitting.recipe import Recipe
 from slimming.inputs import check_data, check_file, check_weights
@@ -21,6 +21,8 @@ from slimming.search.request import PlanRequest
 
 #: Of the MACs, where no budget is given.
 DEFAULT_REDUCTION = 0.45
+#: Points of top-1 that a slimmed model may lose, where nothing else is said.
+DEFAULT_MARGIN = 0.2
 _BUDGETS = ("macs-reduction", "tolerance", "tokens", "latency-reduction", "latency-budget-ms")
 
 
@@ -70,22 +72,23 @@ class ImageGroup:
 class BudgetGroup:
     """How much is dropped, and which tokens go."""
 
-    macs_reduction: float | None = None
-    """Fraction of the model's multiply-accumulates to remove. Default: 0.45, where none of the next four is given."""
+    macs_reduction: float | Literal["max"] | None = None
+    """Fraction of the model's multiply-accumulates to remove. Default: 0.45, where none of the next four is given. max: the
+    most that loses up to --max-top1-drop points on the calibration images (without labels: that changes so many answers)."""
     tolerance: float | None = None
     """Instead of --macs-reduction: the relative error that each cut may cause in the block above (the paper: 0.01, 0.02)."""
     tokens: str | None = None
     """Instead: how many tokens each block outputs, first to last, as 197,197,160,...; the scores choose which."""
-    latency_reduction: float | None = None
-    """Instead: fraction of the engine's measured latency to remove; export.run measures, or give --latency-table."""
+    latency_reduction: float | Literal["max"] | None = None
+    """Instead: fraction of the engine's measured latency to remove, or max; export.run measures, or give --latency-table."""
     latency_budget_ms: float | None = None
     """Instead: milliseconds that one batch may take, on the same table."""
     latency_table: Path | None = None
     """A latency_table.json that an earlier export.run measured (it is in its bundle)."""
     merge_blocks: Annotated[str | None, tyro.conf.arg(metavar="auto|ramp|N|B,B,...")] = None
     """Where tokens go: a ramp over all blocks, N blocks whose places are searched, or these blocks, counted from 1 ("7,": block
-    7 alone). auto takes the better on the calibration images; for trt, where each merging block costs kernels, few blocks that
-    diverge by up to 5 % more than the ramp. Default: ramp."""
+    7 alone). auto takes the better on the calibration images; for trt, where each merging block costs kernels, two that
+    diverge by up to 5 % more than the ramp. Default: auto for trt, else ramp."""
     snap: int = 1
     """Round token counts to multiples of this, within the budget; 8 suits most GPUs."""
     score: ScoreName = "auto"
@@ -148,11 +151,22 @@ class ModelOptions(FittingGroup, BudgetGroup, ImageGroup, ModelGroup):
             except ValueError as error:
                 raise UsageError(f"--tokens {self.tokens}: must be whole numbers with commas between") from error
             return Budget("tokens", tokens=counts, snap=self.snap)
-        for name in ("tolerance", "latency-reduction", "latency-budget-ms"):
+        names: tuple[Criterion, ...] = ("tolerance", "latency-reduction", "latency-budget-ms")
+        for name in names:
             if (value := getattr(self, name.replace("-", "_"))) is not None:
-                return Budget(name, value, snap=self.snap)
+                return self._reduction(name, value)
         asked = DEFAULT_REDUCTION if self.macs_reduction is None else self.macs_reduction
-        return Budget("macs-reduction", asked, snap=self.snap)
+        return self._reduction("macs-reduction", asked)
+
+    def _reduction(self, criterion: Criterion, value: float | Literal["max"]) -> Budget:
+        if value == "max":
+            return Budget(criterion, 0.0, snap=self.snap, within=self.margin)
+        return Budget(criterion, value, snap=self.snap)
+
+    @property
+    def margin(self) -> float:
+        """Points of top-1 that a largest reduction may lose."""
+        return DEFAULT_MARGIN
 
     @property
     def given_budgets(self) -> list[str]:

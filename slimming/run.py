@@ -26,7 +26,7 @@ from patchslim.plan import FILE_NAME, SlimPlan
 from slimming.inputs import check_file
 from slimming.models.abilities import check_abilities
 from slimming.onnx_models.abilities import GRAPH_REFUSALS
-from slimming.options import ModelOptions
+from slimming.options import DEFAULT_MARGIN, ModelOptions
 from slimming.search.budget import LATENCY
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ class MeasureGroup:
     """Also search at these MAC reductions, as 0.2,0.3,0.4, and draw accuracy against MACs on the page."""
     eval_images: int | None = None
     """Held-out images to measure the plan and the sweep on. Default: 1,000 for a sweep, none without."""
+    max_top1_drop: float | None = None
+    """Points of top-1 that the plan of --macs-reduction max may lose on the calibration images. Default: 0.2."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,11 @@ class OutputGroup:
 @dataclass(frozen=True)
 class SlimmingOptions(OutputGroup, MeasureGroup, GraphGroup, ModelOptions):
     """Find a slim plan for a Vision Transformer: which tokens each block keeps, from the last block down."""
+
+    @property
+    def margin(self) -> float:
+        """``--max-top1-drop``, or its default."""
+        return DEFAULT_MARGIN if self.max_top1_drop is None else self.max_top1_drop
 
     @property
     def reductions(self) -> list[float]:
@@ -120,6 +127,8 @@ class SlimmingOptions(OutputGroup, MeasureGroup, GraphGroup, ModelOptions):
         if self.onnx is not None:
             self._check_graph(self.onnx)
         assert self.reductions is not None
+        if self.max_top1_drop is not None and self.budget.within is None:
+            raise UsageError("--max-top1-drop goes with --macs-reduction max, or --latency-reduction max: pass one of them")
         if self.eval_images is not None and self.eval_images < 0:
             raise UsageError(f"--eval-images {self.eval_images}: must be at least 0")
         if self.budget.criterion in LATENCY and self.latency_table is None:
@@ -171,6 +180,7 @@ def summarise(plan: SlimPlan, layout: Layout) -> dict[str, object]:
     return {
         "tokens_per_block": plan.counts,
         "merge_blocks": plan.origin.merge_blocks,
+        "walk": plan.origin.walk and plan.origin.walk.model_dump(mode="json"),
         "macs": {"dense": dense, "slim": slim, "reduction": 1 - slim / dense, "layout": layout},
         "tolerance": plan.origin.tolerance,
         "errors": plan.origin.errors,
@@ -189,10 +199,12 @@ def _print(saved: SavedPlan, options: SlimmingOptions) -> None:
         print(json.dumps(summary))
         return
     from patchslim.console import Console
-    from slimming.report.tables import plan_table, sweep_table
+    from slimming.report.tables import plan_table, sweep_table, walk_table
 
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(plan_table(plan))
+    if plan.origin.walk is not None:
+        console.print(walk_table(plan.origin.walk, plan.dense_macs()))
     if saved.sweep is not None and options.sweep is not None:
         console.print(sweep_table(saved.sweep.points, saved.sweep.dense_top1))
     dense, slim = plan.dense_macs(), plan.macs(options.layout)

@@ -14,6 +14,7 @@ from patchslim.choices import Layout
 from patchslim.errors import InputRejected, Unavailable
 from patchslim.progress import Reporter, StageProgress
 from slimming.models.vit_reader import LoadedVit
+from slimming.most import MostSearch
 from slimming.options import ModelOptions
 from slimming.search.distillation import check_distilled
 
@@ -136,6 +137,18 @@ def calibration_images(options: ModelOptions) -> ImageSet:
     return images
 
 
+def calibration_is_labelled(options: ModelOptions, session: SlimmingSession[LoadedVit]) -> bool:
+    """Return whether the calibration images' classes are the model's, in the order of its answers."""
+    from slimming.onnx_models.loading import LoadedGraph
+
+    labels = session.calibration.labels
+    try:
+        names = class_names(options, lambda note: None, graph=isinstance(session.loaded, LoadedGraph))
+    except InputRejected:
+        return False
+    return bool(labels) and list(labels) == list(names)
+
+
 def evaluation_images(options: ModelOptions, count: int | None, classes: Sequence[str] = ()) -> ImageSet:
     """Return ``count`` held-out images (None: all), of all of ``--data`` where plans are made from other images.
 
@@ -208,7 +221,12 @@ def search(
     """
     used = finder or open_finder(options, session, progress)
     try:
-        found = used.find_plan(options.request(layout), cost, checkpoint=checkpoint)
+        request = options.request(layout)
+        if request.budget.within is None:
+            found = used.find_plan(request, cost, checkpoint=checkpoint)
+        else:
+            most = MostSearch(used, session.loaded, calibration_is_labelled(options, session))
+            found = most.find_plan(request, cost, checkpoint=checkpoint)
     finally:
         if finder is None:
             used.close()

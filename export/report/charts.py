@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from patchslim.plan import Walk
 from validate.latency_sheet import LatencySheet
 from validate.manifest import ClassChange, ParityReport
 
@@ -66,6 +67,26 @@ def accuracy_chart(report: ParityReport) -> str:
         axes.set_ylabel("top-1, %")
 
     return _svg(draw, 2.7, "Top-1 against multiply-accumulates, original and slim, with the 95 % interval and the gate")
+
+
+def walk_chart(walk: Walk | None, dense_macs: int) -> str:
+    """What was tried on the way to the largest reduction; "" where none was looked for."""
+    if walk is None or not walk.points:
+        return ""
+    labelled = walk.dense_top1 is not None
+
+    def draw(axes: Axes) -> None:
+        for point in walk.points:
+            at = 100 * (1 - point.macs / dense_macs)
+            axes.plot([at, at], point.interval, color=_FIRST, linewidth=2, solid_capstyle="butt")
+            axes.plot([at], [point.drop], "o", color=_FIRST if point.within else _QUIET, markersize=6)
+        axes.axhline(0, color=_RULE, linewidth=1)
+        axes.axhline(walk.margin, color=_SECOND, linewidth=1.5, linestyle=(0, (5, 3)))
+        axes.set_xlabel("MACs removed, %")
+        axes.set_ylabel("points of top-1 lost" if labelled else "answers changed, %")
+
+    lost = "Points of top-1 lost" if labelled else "Answers changed"
+    return _svg(draw, 2.7, f"{lost} against MACs removed, on the calibration images, with 95 % intervals and the margin")
 
 
 def latency_chart(sheet: LatencySheet) -> str:

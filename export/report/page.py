@@ -11,7 +11,7 @@ from typing import Any
 
 from export.cache import tool_versions
 from export.engines.base import EngineResult
-from export.report.charts import accuracy_chart, class_chart, ladder_chart, latency_chart, name_of
+from export.report.charts import accuracy_chart, class_chart, ladder_chart, latency_chart, name_of, walk_chart
 from patchslim.packages import wheel_command
 from patchslim.plan import SlimPlan
 from validate.explain import verdict_of, what_it_proves
@@ -57,6 +57,7 @@ def report_html(facts: ReportFacts, read: Callable[[Path], bytes] = Path.read_by
         "accuracy": accuracy_chart(parity),
         "classes": class_chart(parity.comparison.classes, facts.labels) if parity.comparison else "",
         "latency": latency_chart(sheet) if sheet else "",
+        "walk": walk_chart(facts.plan.origin.walk, parity.macs.dense),
     }
     helpers: dict[str, Any] = {
         "percent": lambda value: "" if value is None else f"{value:.2f}\N{NARROW NO-BREAK SPACE}%",

@@ -112,6 +112,8 @@ def write_page(path: Path, page: PlanPage) -> None:
             "top1": curve(points, "top1", reduction, page.dense_top1),
             "agreement": curve(points, "agreement", reduction),
         },
+        walk=plan.origin.walk,
+        walk_curve=walk_curve(plan, reduction),
         narrow=NARROW,
         top1=TOP1,
         size=(WIDTH, HEIGHT),
@@ -120,6 +122,28 @@ def write_page(path: Path, page: PlanPage) -> None:
     with atomic_path(path) as part:
         # A command line may hold bytes that are no UTF-8 (lone surrogates in Python): shown as such rather than a failure.
         part.write_bytes(text.encode("utf-8", "backslashreplace"))
+
+
+def walk_curve(plan: SlimPlan, reduction: float) -> dict[str, Any] | None:
+    """Geometry of what was tried on the way to the largest reduction; None where none was looked for."""
+    walk = plan.origin.walk
+    if walk is None or not walk.points:
+        return None
+    points = [
+        SweepPoint(
+            reduction=1 - point.macs / plan.dense_macs(),
+            macs=point.macs,
+            counts=[],
+            top1=point.top1,
+            agreement=point.agreement,
+            errors=[],
+            images=walk.images,
+            drop_interval=point.interval if walk.dense_top1 is not None else None,
+            agreement_interval=None if walk.dense_top1 is not None else (100 - point.interval[1], 100 - point.interval[0]),
+        )
+        for point in walk.points
+    ]
+    return curve(distinct_points(points), "agreement" if walk.dense_top1 is None else "top1", reduction, walk.dense_top1)
 
 
 def block_macs(plan: SlimPlan, layout: Layout, counts: Sequence[int] | None = None) -> list[int]:

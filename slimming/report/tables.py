@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from patchslim.plan import SlimPlan
+from patchslim.plan import SlimPlan, Walk
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -42,6 +42,26 @@ def sweep_table(points: Sequence[SweepPoint], dense_top1: float | None) -> Table
             _percent(point.top1),
             "-" if loss is None else f"{loss:+.2f}",
             _percent(point.agreement),
+        )
+    return table
+
+
+def walk_table(walk: Walk, dense_macs: int) -> Table:
+    """Return a row for each plan that was tried on the way to the largest reduction, from the smallest on."""
+    from rich.table import Table
+
+    what = "points lost" if walk.dense_top1 is not None else "answers changed, %"
+    title = f"the way to the largest reduction: at most {walk.margin:g} {what}, on {walk.images} calibration images"
+    table = Table("asked", "MACs removed", "GMACs", "top-1", what, "95 % interval", "within", title=title)
+    for point in walk.points:
+        table.add_row(
+            f"{point.reduction:.0%}",
+            f"{1 - point.macs / dense_macs:.1%}",
+            f"{point.macs / 1e9:.3f}",
+            _percent(point.top1),
+            f"{point.drop:.2f}",
+            f"{point.interval[0]:.2f} to {point.interval[1]:.2f}",
+            "yes" if point.within else "no",
         )
     return table
 

@@ -16,16 +16,22 @@ LATENCY: tuple[Criterion, ...] = ("latency-reduction", "latency-budget-ms")
 
 @dataclass(frozen=True)
 class Budget:
-    """One criterion and its value; ``tokens`` (one count per block) go with the criterion ``tokens`` alone."""
+    """One criterion and its value; ``tokens`` (one count per block) go with the criterion ``tokens`` alone.
+
+    With ``within`` the value is not given but found: the largest one whose plan loses at most so many points of top-1.
+    """
 
     criterion: Criterion = "macs-reduction"
     value: float = 0.45
     tokens: tuple[int, ...] = ()
     snap: int = 1
+    within: float | None = None
 
     def check(self) -> None:
         """Raise ``UsageError`` for values that no search could use."""
         option = f"--{self.criterion}"
+        if self.within is not None and not 0 <= self.within <= 100:
+            raise UsageError(f"--max-top1-drop {self.within}: must be from 0 to 100 points")
         if self.snap < 1:
             raise UsageError(f"--snap {self.snap}: must be at least 1")
         if self.criterion == "tokens" and (not self.tokens or min(self.tokens) < 1):

@@ -39,7 +39,7 @@ _EVEN = 2
 TRIALS = 8
 #: Few blocks may diverge so much more than the ramp on an engine that pays for every merging block.
 KERNELS_WORTH = 1.05
-#: Merging blocks that ``auto`` compares, the cheapest for a GPU first.
+#: Merging blocks that ``auto`` compares; for a GPU the first number alone.
 AUTO = (2, 3)
 
 
@@ -189,12 +189,12 @@ class FewBlocks:
         return self._auto(best_profile(evaluator, self.cost, self.limit, self.multiple), kernels=kernels)
 
     def _auto(self, ramp: Profile, *, kernels: bool) -> Choice:
-        """The better of the ramp and few blocks; for an engine that pays for kernels the fewest blocks that are as good."""
+        """The better of the ramp and few blocks; for an engine that pays for kernels two blocks that are nearly as good."""
         evaluator = self.evaluator
         if ramp.divergence is None:
             return Choice(ramp.counts)
         worth = KERNELS_WORTH if kernels else 1.0
-        sizes = [size for size in AUTO if size <= free_blocks(evaluator)]
+        sizes = [size for size in (AUTO[:1] if kernels else AUTO) if size <= free_blocks(evaluator)]
         if not kernels:  # one size is searched: the better of the first guesses
             guesses = {size: counts for size in sizes if (counts := self.counts(self.start(size))) is not None}
             sizes = sorted(guesses, key=lambda size: evaluator.quick_divergence(guesses[size]))[:1]

@@ -32,7 +32,7 @@ class PlanRequest:
     layout: Layout = "split"
     summary: bool = False
     distillation: Distillation = Distillation()  # noqa: RUF009 - frozen
-    merge_blocks: MergeBlocks | None = None  # where tokens go; None: a ramp
+    merge_blocks: MergeBlocks | None = None  # where tokens go; None: as suits the layout
 
     def check(self) -> None:
         """Raise ``UsageError`` for values that no search could use, and for those that contradict each other on any model."""
@@ -101,10 +101,10 @@ class PlanRequest:
 
     @property
     def where(self) -> MergeBlocks:
-        """``merge_blocks``, or a ramp; ask it of a request ``for_model``."""
+        """``merge_blocks``, or the layout's default; ask it of a request ``for_model``."""
         if self.merge_blocks is not None:
             return self.merge_blocks
-        return "ramp"
+        return "auto" if self.pays_for_kernels else "ramp"
 
     @property
     def merges(self) -> bool:

@@ -73,7 +73,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_page_has_its_commands_and_says_that_none_was_executed() -> None:
-    assert len(COMMANDS) == 5
+    assert len(COMMANDS) == 6
     assert "**Not executed.**" in PAGE
 
 
@@ -106,6 +106,11 @@ def test_a_command_of_the_page_runs_small(number: int, folder: Path, monkeypatch
         trained = "--finetune-epochs" in words or "distill" in words
         assert (plan["weights"]["finetune"] is not None) == trained
         assert output.with_name(plan["weights"]["file"]).is_file()
+        walk = plan["origin"]["walk"]
+        assert (walk is not None) == ("max" in words)
+        if walk is not None:
+            assert walk["dense_top1"] is not None
+            assert "The way to the largest reduction" in output.with_suffix(".html").read_text(encoding="utf-8")
         assert not output.with_suffix(".checkpoint").exists()
     else:
         manifest = json.loads((output / "manifest.json").read_text())
