@@ -13,9 +13,9 @@ from torch import nn
 
 from patchslim.errors import BudgetUnreachable
 from patchslim.plan import Walk, WalkedPoint
+from slimming.accuracy import evaluate
 from slimming.api import FoundPlan, PlanFinder
 from slimming.models.vit_reader import LoadedVit
-from slimming.report.accuracy import evaluate
 from slimming.search.costs import Cost
 from slimming.search.request import PlanRequest
 

@@ -14,7 +14,6 @@ from patchslim.choices import Layout
 from patchslim.errors import InputRejected, Unavailable
 from patchslim.progress import Reporter, StageProgress
 from slimming.models.vit_reader import LoadedVit
-from slimming.most import MostSearch
 from slimming.options import ModelOptions
 from slimming.search.distillation import check_distilled
 
@@ -225,6 +224,8 @@ def search(
         if request.budget.within is None:
             found = used.find_plan(request, cost, checkpoint=checkpoint)
         else:
+            from slimming.most import MostSearch
+
             most = MostSearch(used, session.loaded, calibration_is_labelled(options, session))
             found = most.find_plan(request, cost, checkpoint=checkpoint)
     finally:

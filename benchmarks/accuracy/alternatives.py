@@ -185,7 +185,7 @@ class Alternatives:
 
     def resolution(self, budget: float) -> tuple[nn.Module, Row]:
         """The dense model on smaller images, at the side whose cost is nearest to the budget."""
-        from benchmarks.gpu.untrained_rows import at_resolution, macs_at
+        from benchmarks.accuracy.resolution import at_resolution, macs_at
 
         patch = int(self.bench.model.patch_embed.patch_size[0])  # type: ignore[index, union-attr]
         whole = int(self.bench.session.loaded.data_config["input_size"][-1])

@@ -7,17 +7,14 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
+from benchmarks.accuracy.resolution import at_resolution, macs_at
 from benchmarks.accuracy.rows import Case
 from benchmarks.gpu.headline_run import Headline
-from patchslim.macs import macs_of
-from slimming.models.reader import reader_of
 from slimming.models.slim_vit import SlimViT
 
 if TYPE_CHECKING:
-    from benchmarks.accuracy.bench import Bench
     from slimming.api import FoundPlan
 
 #: What makes a model to train: a fresh copy with the weights it starts from, and how many of the MACs it saves.
@@ -73,32 +70,3 @@ def plans(run: Headline) -> dict[str, tuple[FoundPlan, float]]:
 def lower_sides(size: int, tiny: bool) -> list[int]:
     """Sides of images that save about 41, 52 and 61 % of ViT-Ti's MACs at 224 px."""
     return [32] if tiny else [side for side in (176, 160, 144) if side < size]
-
-
-class AtResolution(nn.Module):
-    """A model at another resolution, for the same images."""
-
-    def __init__(self, inner: Any, side: int) -> None:
-        super().__init__()
-        self.model, self.side = inner, side
-        self.num_classes = inner.num_classes
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (b, 3, h, w) -> logits (b, classes)."""
-        result: Tensor = self.model(functional.interpolate(images, (self.side, self.side), mode="bicubic", antialias=True))
-        return result
-
-
-def at_resolution(model: Any, side: int) -> nn.Module:
-    """The model behind a resize of its images to ``side`` pixels, its position embedding resampled as timm does it."""
-    inner = copy.deepcopy(model)
-    inner.set_input_size(img_size=(side, side))
-    return AtResolution(inner, side).to(next(model.parameters()).device)
-
-
-def macs_at(bench: Bench, side: int) -> int:
-    """Multiply-accumulates of the dense model on images of ``side`` pixels."""
-    inner = copy.deepcopy(bench.model)
-    inner.set_input_size(img_size=(side, side))  # type: ignore[operator]
-    reader = reader_of(inner, bench.options.model)
-    return macs_of([reader.tokens] * len(reader.blocks), reader.tokens, reader.geometry())

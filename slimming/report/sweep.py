@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from patchslim.choices import Layout
 from patchslim.errors import BudgetUnreachable
 from patchslim.progress import StageProgress
+from slimming.accuracy import Accuracy, evaluate
 from slimming.api import FoundPlan, PlanFinder
 from slimming.data.source import ImageSet
 from slimming.distributed import ProcessGroup
 from slimming.models.vit_reader import LoadedVit
-from slimming.report.accuracy import Accuracy, evaluate
 from slimming.report.points import SweepPoint
 from slimming.search.budget import Budget
 from slimming.search.request import PlanRequest

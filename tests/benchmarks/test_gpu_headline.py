@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 from timm.models.vision_transformer import checkpoint_filter_fn
 
+from benchmarks.accuracy.resolution import at_resolution
 from benchmarks.gpu.few_blocks import few_block_counts, ramp_counts
 from benchmarks.gpu.headline import measure_headline
 from benchmarks.gpu.headline_run import HeadlineOptions, found_rows
 from benchmarks.gpu.images import ResidentImages, blended, shifted
 from benchmarks.gpu.sizes import SizesOptions, measure_sizes, plan_of_counts
 from benchmarks.gpu.trained_rows import order_of
-from benchmarks.gpu.untrained_rows import at_resolution
 from benchmarks.training.train_cifar10 import CLASSES, MEAN, STD
 from patchslim.errors import BudgetUnreachable, InputRejected, UsageError
 from patchslim.macs import macs_of

@@ -14,12 +14,12 @@ from export.options import ExportOptions
 from export.report.charts import walk_chart
 from patchslim.errors import BudgetUnreachable, UsageError
 from patchslim.plan import load_plan
+from slimming.accuracy import evaluate
 from slimming.api import FinderSettings, FoundPlan, PlanFinder
 from slimming.data.source import ImageSet
 from slimming.models.loading import LoadedModel
 from slimming.models.reader import reader_of
 from slimming.most import END, MostSearch
-from slimming.report.accuracy import evaluate
 from slimming.report.page import PlanPage, write_page
 from slimming.report.tables import walk_table
 from slimming.run import SlimmingOptions

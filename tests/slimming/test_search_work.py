@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from timm.data import create_transform
 
+from slimming.accuracy import evaluate
 from slimming.api import FinderSettings, PlanFinder
 from slimming.models.reader import reader_of
-from slimming.report.accuracy import evaluate
 from slimming.search.budget import Budget
 from slimming.search.request import PlanRequest
 from slimming.search.work import SearchWork

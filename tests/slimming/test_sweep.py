@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from patchslim.intervals import drop_interval, proportion_interval
+from slimming.accuracy import evaluate
 from slimming.api import FoundPlan
 from slimming.data.source import ImageSet
 from slimming.distributed import SINGLE_PROCESS
-from slimming.report.accuracy import evaluate
 from slimming.report.sweep import measure_plans
 from tests.helpers.timm_models import build, random_plan
 
