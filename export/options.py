@@ -77,6 +77,8 @@ class GateGroup:
     images can tell neither way, confidence says undecided (exit code 5), and how many images would settle it."""
     require_executed: bool = False
     """Exit code 5 and no bundle where the engine did not run here, as one for another machine's GPU."""
+    require_fused_attention: bool = False
+    """Exit code 5 and no bundle where TensorRT did not make one kernel of every attention, in every engine."""
     bisect: bool = False
     """Compare the ONNX stages block by block as well, and name the first block that is too far off. Done without being asked
     where a stage's logits are."""
@@ -131,6 +133,8 @@ class ExportOptions(OutputGroup, GateGroup, EngineGroup, PlanGroup, ModelOptions
             raise UsageError("export.run is one process: run slimming.run under torchrun, then export.run with its --plan")
         if self.target and self.engine != "trt":
             raise UsageError("--target needs --engine trt")
+        if self.require_fused_attention and self.engine != "trt":
+            raise UsageError("--require-fused-attention needs --engine trt: other engines do not say what they fused")
         check_precision(self.engine, self.engine_precision)
         if self.precision == "auto" and self.engine != "openvino":
             able = ", ".join(ENGINES[self.engine].precisions)

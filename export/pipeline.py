@@ -49,6 +49,8 @@ from validate.explain import verdict_of
 from validate.latency_sheet import LatencySheet
 from validate.manifest import LatencyRecord, Macs, ParityReport, PrecisionTrial
 
+#: The least share of the tensors between the kernels of an FP16 engine that must have 16 bits; those built so far have 0.8.
+_LEAST_NARROW = 0.5
 #: Stages of one run that may be found damaged and made anew.
 _REPAIRS = 3
 
@@ -140,7 +142,7 @@ def _export(options: ExportOptions, request: EngineRequest, source: ExportSource
         kept_parts=list(found.kept),
         trials=list(found.trials),
     )
-    missed = unexecuted(options, engine)
+    missed = missed_by(options, engine)
     passed = parity.passed and not missed
     folder = options.bundle if passed else options.work_folder / f"{options.bundle.name}.failed"
     publish(functools.partial(write_contents, contents), folder, options.sign if passed else None)
@@ -167,7 +169,7 @@ def _export(options: ExportOptions, request: EngineRequest, source: ExportSource
         trials=found.trials,
     )
     if not passed:
-        faults = "; ".join(filter(None, [verdict_of(parity.rungs), missed]))
+        faults = "; ".join(filter(None, [verdict_of(parity.rungs), *missed]))
         old = f"; {options.bundle} is an earlier one" if options.bundle.exists() else ""
         raise GateFailed(f"the bundle is not published{old}: {faults}. It stays, marked failed, in {folder}", outcome)
     return outcome
@@ -178,6 +180,22 @@ def unexecuted(options: ExportOptions, engine: EngineResult) -> str:
     if engine.executed or not options.require_executed:
         return ""
     return f"engine: {engine.status}{f' ({engine.reason})' if engine.reason else ''}, and --require-executed asks for that"
+
+
+def missed_by(options: ExportOptions, engine: EngineResult) -> list[str]:
+    """What of the engine itself fails a gate: that it did not run, that attentions are not fused, that FP16 is none."""
+    faults = [unexecuted(options, engine)]
+    if options.require_fused_attention and (engine.fused_attentions or 0) < engine.attentions:
+        found = (
+            "it is not known which" if engine.fused_attentions is None else f"{engine.fused_attentions} of {engine.attentions}"
+        )
+        faults.append(f"engine: {found} attentions are one kernel each, and --require-fused-attention asks for all")
+    share = engine.narrow_share
+    if engine.precision != "fp32" and share is not None and share < _LEAST_NARROW:
+        faults.append(
+            f"engine: {share:.0%} of the tensors between its kernels have 16 bits: it is no {engine.precision} engine"
+        )
+    return [fault for fault in faults if fault]
 
 
 def describe(options: ExportOptions) -> dict[str, object]:

@@ -190,6 +190,10 @@ class EngineRecord(StrictRecord):
     precision: _Name
     fused_attentions: _Count | None = Field(default=None, description="null where the backend does not say")
     attentions: _Count | None = Field(default=None, description="attentions in the graph")
+    narrow_share: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        default=None,
+        description="share of the tensors between kernels with at most 16 bits; null where that is not known",
+    )
     files: list[PlainPath] = Field(default_factory=list, description="the engine's files in the bundle")
     settings: dict[str, JsonValue] = Field(default_factory=dict, description="what the engine was told, in its own words")
     status: Status = Field(description="whether it ran the evaluation images here, and how that ended")

@@ -149,8 +149,9 @@ class EngineResult:
     """What was built, by what and for what, and whether it ran here.
 
     ``fused_attentions`` is the smallest count over the targets, of ``attentions`` in the ONNX graph; None where the backend
-    does not tell (ONNX Runtime, OpenVINO). ``kernels``, ``fused`` and ``seconds`` map each target to its own numbers.
-    ``settings`` are what the engine is told, in its own words.
+    does not tell (ONNX Runtime, OpenVINO). ``kernels``, ``fused``, ``narrow`` (the share of the tensors between kernels that
+    has at most 16 bits) and ``seconds`` map each target to its own numbers. ``settings`` are what the engine is told, in its
+    own words.
     """
 
     backend: BackendName
@@ -165,12 +166,18 @@ class EngineResult:
     reason: str = ""
     kernels: dict[str, int] = field(default_factory=dict)
     fused: dict[str, int] = field(default_factory=dict)
+    narrow: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def fused_attentions(self) -> int | None:
         return min(self.fused.values()) if len(self.fused) == len(self.targets) else None
+
+    @property
+    def narrow_share(self) -> float | None:
+        """The smallest of ``narrow``; None where some target does not tell."""
+        return min(self.narrow.values()) if self.narrow and len(self.narrow) == len(self.targets) else None
 
     @property
     def status(self) -> Literal["executed", "built, not executed"]:
@@ -195,6 +202,7 @@ class EngineResult:
             precision=self.precision,
             fused_attentions=self.fused_attentions,
             attentions=self.attentions,
+            narrow_share=self.narrow_share,
             files=files,
             settings=self.settings,
             status=status,

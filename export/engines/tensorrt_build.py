@@ -97,6 +97,7 @@ def build(onnx_path: Path, output_dir: Path, facts: OnnxFacts, options: BuildOpt
         reason=reason,
         kernels={target: outcome["kernels"] for target, outcome in done.items() if "kernels" in outcome},
         fused={target: outcome["fused_attentions"] for target, outcome in done.items() if "fused_attentions" in outcome},
+        narrow={target: outcome["narrow_share"] for target, outcome in done.items() if outcome.get("narrow_share") is not None},
         seconds={target: round(outcome["seconds"], 2) for target, outcome in done.items()},
     )
 

@@ -18,6 +18,9 @@ _TENSOR = re.compile(r"\{ Name: (?P<name>.*?), Dimensions: \[(?P<shape>[^\]]*)\]
 _FUSED = re.compile(r"_+(?:[a-z]+_)?f?mha(?:_|$)")  # from the start: a kernel may also bear the name of an ONNX node called mha
 _ORIGIN = re.compile(r"\[ONNX Layer: (.*?)\](?=\[|$|\s)")
 
+#: Types of tensors, as TensorRT spells them.
+_NARROW, _WIDE = ("Half", "BFloat16", "FP8", "Int8"), ("Float",)
+
 Kernel = dict[str, Any]
 """One kernel: ``name``, ``type``, ``tactic``, ``onnx_nodes`` (names), ``inputs`` and ``outputs``.
 
@@ -59,6 +62,21 @@ def parse_layers(message: str) -> list[Kernel]:
 def count_kernels(kernels: Iterable[Kernel]) -> int:
     """Return how many kernels run on the GPU; a ``shape_call`` only computes shapes on the host."""
     return sum(kernel["type"] != "shape_call" for kernel in kernels)
+
+
+def narrow_share(kernels: Iterable[Kernel]) -> float | None:
+    """Which fraction of the floating-point tensors between kernels has at most 16 bits; None where there is none.
+
+    Constants are not counted, nor what a kernel computes inside.
+    """
+    kinds = [
+        tensor["dtype"]
+        for kernel in kernels
+        if kernel["type"] != "shape_call"
+        for tensor in (*kernel["inputs"], *kernel["outputs"])
+        if tensor["dtype"] in (*_NARROW, *_WIDE)
+    ]
+    return sum(kind in _NARROW for kind in kinds) / len(kinds) if kinds else None
 
 
 def count_fused_attentions(kernels: Iterable[Kernel], attentions: Iterable[str]) -> int:

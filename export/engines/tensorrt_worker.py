@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from export.engines.tensorrt_layers import LAYERS_PREFIX, count_fused_attentions, count_kernels, parse_layers
+from export.engines.tensorrt_layers import LAYERS_PREFIX, count_fused_attentions, count_kernels, narrow_share, parse_layers
 from patchslim.targets import PORTABLE
 
 _STEP_INTERVAL = 0.05  # seconds, at least, between two reported steps: a ViT-Ti takes TensorRT about 1,500 steps
@@ -86,7 +86,7 @@ def build(request: BuildRequest, reports: TextIO) -> dict[str, Any]:
     """Build the engine, and write it and its list of layers to the paths of ``request``.
 
     Returns the fields of the ``done`` event: ``version`` of the backend, ``seconds`` of the build and, where the layers could
-    be read, ``kernels`` and ``fused_attentions``. Raises ``BuildFailed``.
+    be read, ``kernels``, ``fused_attentions`` and ``narrow_share``. Raises ``BuildFailed``.
     """
     try:
         trt: Any = importlib.import_module(request.backend)
@@ -162,9 +162,10 @@ def _write_layers(request: BuildRequest, message: str) -> dict[str, Any]:
         print(f"kernels not listed: {error}", file=sys.stderr)
         return {}
     fused = count_fused_attentions(kernels, request.attentions)
-    layers = {"kernels": kernels, "fused_attentions": fused, "attentions": len(request.attentions)}
+    share = narrow_share(kernels)
+    layers = {"kernels": kernels, "fused_attentions": fused, "attentions": len(request.attentions), "narrow_share": share}
     Path(request.layers).write_text(json.dumps(layers))
-    return {"kernels": count_kernels(kernels), "fused_attentions": fused}
+    return {"kernels": count_kernels(kernels), "fused_attentions": fused, "narrow_share": share}
 
 
 def _make_logger(trt: Any) -> Any:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from export.engines.tensorrt_layers import count_fused_attentions, count_kernels, parse_layers
+from export.engines.tensorrt_layers import count_fused_attentions, count_kernels, narrow_share, parse_layers
 
 RECORDED = (Path(__file__).parents[1] / "fixtures" / "tensorrt_rtx_layers.txt").read_text()
 
@@ -20,6 +20,15 @@ def test_recorded_message_is_read_in_full() -> None:
     assert [tensor["shape"] for tensor in attention["inputs"]] == [[-1, 17, 32], [-1, 32, 17], [-1, 17, 32]]
     assert attention["outputs"] == [{"name": "__mye32235_myl0", "shape": [-1, 17, 32], "dtype": "Half"}]
     assert all(kernel["outputs"] for kernel in kernels[1:])
+
+
+def test_the_share_of_tensors_of_16_bits() -> None:
+    kernels = parse_layers(RECORDED)
+    tensors = [tensor["dtype"] for kernel in kernels for tensor in (*kernel["inputs"], *kernel["outputs"])]
+    assert narrow_share(kernels) == tensors.count("Half") / len(tensors) > 0.8
+    wide = [{**kernel, "inputs": [{**one, "dtype": "Float"} for one in kernel["inputs"]], "outputs": []} for kernel in kernels]
+    assert narrow_share(wide) == 0
+    assert narrow_share(kernels[:1]) is None  # what is computed on the host
 
 
 def test_an_attention_counts_once_however_many_kernels_carry_it() -> None:

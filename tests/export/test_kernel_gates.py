@@ -1,0 +1,49 @@
+"""Gates on what an engine says of itself: every attention fused where that is asked for, and FP16 that is FP16."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from export import export_bundle
+from export.pipeline import GateFailed, missed_by
+from patchslim.errors import UsageError
+from tests.helpers.exports import DEPTH, read, tiny
+
+if TYPE_CHECKING:
+    from export.pipeline import Outcome
+
+
+def test_what_the_kernels_show_is_in_the_manifest(trt_export: Outcome) -> None:
+    engine = read(trt_export.bundle / "manifest.json")["engine"]
+    assert engine["fused_attentions"] == DEPTH
+    assert engine["narrow_share"] == trt_export.engine.narrow["sm89"] > 0.8
+    assert missed_by(tiny(Path("work"), engine="trt", require_fused_attention=True), trt_export.engine) == []
+
+
+def test_attentions_that_are_not_fused_fail_where_that_is_asked_for(export_work: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    asked = tiny(export_work, "unfused", engine="trt", target=("sm89",), precision="fp32", require_fused_attention=True)
+    with pytest.raises(GateFailed, match=f"0 of {DEPTH} attentions are one kernel each") as caught:
+        export_bundle(asked)
+    assert caught.value.exit_code == 5
+    assert not asked.bundle.exists()
+
+
+def test_what_is_not_known_or_not_fp16_fails(trt_export: Outcome) -> None:
+    options = tiny(Path("work"), engine="trt", require_fused_attention=True)
+    silent = dataclasses.replace(trt_export.engine, fused={}, narrow={})
+    assert missed_by(options, silent) == [
+        "engine: it is not known which attentions are one kernel each, and --require-fused-attention asks for all"
+    ]
+    assert missed_by(tiny(Path("work"), engine="trt"), silent) == []
+    wide = dataclasses.replace(trt_export.engine, narrow={"sm89": 0.1})
+    assert missed_by(options, wide) == ["engine: 10% of the tensors between its kernels have 16 bits: it is no fp16 engine"]
+
+
+def test_other_engines_do_not_say_what_they_fused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--require-fused-attention needs --engine trt"):
+        export_bundle(tiny(tmp_path / "work", require_fused_attention=True))
