@@ -65,18 +65,19 @@ class ContenderMaker:
         yield self.onnx(PLAIN, TODAY, plain, macs)
         yield self.onnx("ONNX Runtime's transformer optimiser", TODAY, self.optimised(plain), macs)
         yield from self.torch("PyTorch", TODAY, model, macs, compiled=compiled)
-        yield self.onnx("timm export in ONNX Runtime, int8", TODAY, self.quantised(plain), macs, multiplies="int8")
-        yield from self.openvino("timm export in OpenVINO", TODAY, plain, macs)
+        yield self.onnx("timm export in ONNX Runtime, int8", TODAY, self.quantised(plain, plain), macs, multiplies="int8")
+        yield from self.openvino("timm export in OpenVINO", TODAY, plain, plain, macs)
         for budget in self.subject.slims:
             yield from self.lower_resolution(budget)
             yield from self.baselines(budget)
         for budget, (plan, fitted) in self.subject.slims.items():
             name = f"ours, -{budget:.0%}"
-            file = self.cut(f"slim-{budget}", plan, fitted)
+            dense = self.exported(f"slim-{budget}-dense", fitted)
+            file = self.cut(f"slim-{budget}", plan, dense)
             yield from self.torch(f"{name}, in PyTorch", OURS, slim_module(plan, fitted), plan.macs(), compiled=compiled)
             yield self.onnx(f"{name}, in ONNX Runtime", OURS, file, plan.macs())
-            yield self.onnx(f"{name}, in ONNX Runtime, int8", OURS, self.quantised(file), plan.macs(), multiplies="int8")
-            yield from self.openvino(f"{name}, in OpenVINO", OURS, file, plan.macs())
+            yield self.onnx(f"{name}, in ONNX Runtime, int8", OURS, self.quantised(file, dense), plan.macs(), multiplies="int8")
+            yield from self.openvino(f"{name}, in OpenVINO", OURS, file, dense, plan.macs())
 
     def lower_resolution(self, budget: float) -> Iterator[Contender]:
         """The dense model on smaller images, the largest that remove ``budget`` of its MACs; positions resampled by timm."""
@@ -96,7 +97,9 @@ class ContenderMaker:
         images = self._images(resized(self.subject.images, side), f"images-{side}")
         yield self.onnx(f"at {side} px in ONNX Runtime", SAME_MACS, file, macs, images=images)
         calibration = resized(self.subject.calibration, side)
-        yield from self.openvino(f"at {side} px in OpenVINO", SAME_MACS, file, macs, images=images, calibration=calibration)
+        yield from self.openvino(
+            f"at {side} px in OpenVINO", SAME_MACS, file, file, macs, images=images, calibration=calibration
+        )
 
     def baselines(self, budget: float) -> Iterator[Contender]:
         """ToMe and EViT at the MACs that ``budget`` leaves, the last block cut as ours is, where the budget can be met."""
@@ -114,30 +117,33 @@ class ContenderMaker:
             yield from self.torch(f"{title}, in PyTorch", SAME_MACS, baseline, macs, compiled=False)
             file = self.exported(f"{name}-{budget}", lean(baseline).eval())
             yield self.onnx(f"{title}, in ONNX Runtime", SAME_MACS, file, macs)
-            yield from self.openvino(f"{title}, in OpenVINO", SAME_MACS, file, macs)
+            yield from self.openvino(f"{title}, in OpenVINO", SAME_MACS, file, None, macs)
 
     def onnx(self, name: str, group: str, file: Path, macs: int, *, images: str = "", multiplies: str = "fp32") -> Contender:
         """``file`` in ONNX Runtime."""
         return self._contender(name, group, "onnxruntime", self._fixed(file), macs, images=images, multiplies=multiplies)
 
     def openvino(
-        self, name: str, group: str, file: Path, macs: int, *, images: str = "", calibration: Array | None = None
+        self,
+        name: str,
+        group: str,
+        file: Path,
+        dense: Path | None,
+        macs: int,
+        *,
+        images: str = "",
+        calibration: Array | None = None,
     ) -> Iterator[Contender]:
-        """``file`` in OpenVINO, in each precision; what chooses tokens at run time has no int8, which would choose others."""
+        """``file`` in OpenVINO, in each precision; in int8 where ``dense``, what it was cut from, says which its blocks are.
+
+        What chooses tokens at run time has no int8: it would choose others.
+        """
         for multiplies, precision in OPENVINO.items():
-            if multiplies == "int8" and name.startswith(("ToMe", "EViT")):
+            if multiplies == "int8" and dense is None:
                 continue
-            read = self.quantised(file, calibration) if multiplies == "int8" else file
-            yield self._contender(
-                f"{name}, {multiplies}",
-                group,
-                "openvino",
-                self._fixed(read),
-                macs,
-                images=images,
-                precision=precision,
-                multiplies=multiplies,
-            )
+            read = file if multiplies != "int8" or dense is None else self.quantised(file, dense, calibration)
+            more: dict[str, Any] = {"images": images, "precision": precision, "multiplies": multiplies}
+            yield self._contender(f"{name}, {multiplies}", group, "openvino", self._fixed(read), macs, **more)
 
     def torch(self, name: str, group: str, module: nn.Module, macs: int, *, compiled: bool) -> Iterator[Contender]:
         """``module`` in PyTorch as it is, and through ``torch.compile``."""
@@ -160,19 +166,24 @@ class ContenderMaker:
         shape = (channels, *(size or (height, width)))
         return self._made(f"{name}.onnx", lambda part: export_dense(module.eval(), shape, part))
 
-    def cut(self, name: str, plan: SlimPlan, fitted: nn.Module) -> Path:
-        """What our passes make of the export of ``fitted``, cuts laid for a CPU."""
+    def cut(self, name: str, plan: SlimPlan, dense: Path) -> Path:
+        """What our passes make of ``dense``, cuts laid for a CPU."""
         from graph_passes import load_model, save_model, slim
 
-        dense = self.exported(f"{name}-dense", fitted)
         return self._made(f"{name}.onnx", lambda part: save_model(slim(load_model(dense), plan, layout="split").model, part))
 
-    def quantised(self, file: Path, calibration: Array | None = None) -> Path:
-        """``file`` in INT8 as ``--precision int8`` makes it."""
-        from export.quantization import quantize, read, write
+    def quantised(self, file: Path, dense: Path, calibration: Array | None = None) -> Path:
+        """``file``, cut from ``dense``, as ``--precision int8`` makes it: all but the patch embedding."""
+        from export.bisect import stream_names
+        from export.quantization import EMBEDDING, parts_of, quantize, read, write
 
         images = self.subject.calibration if calibration is None else calibration
-        return self._made(f"{file.stem}-int8.onnx", lambda part: write(quantize(read(file), images), part))
+
+        def make(part: Path) -> None:
+            model = read(file)
+            write(quantize(model, images, parts_of(model, stream_names(dense))[EMBEDDING]), part)
+
+        return self._made(f"{file.stem}-int8.onnx", make)
 
     def optimised(self, file: Path) -> Path:
         """``file`` after ONNX Runtime's own offline optimiser for transformers."""

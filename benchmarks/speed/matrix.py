@@ -122,8 +122,7 @@ def measure_matrix(options: MatrixOptions) -> dict[str, Any]:
         for number, make in enumerate(subjects):
             folder = place / str(number)
             folder.mkdir(parents=True, exist_ok=True)
-            with reporter.alive():
-                subject = kept_subject(folder / "subject.pt", make)
+            subject = kept_subject(folder / "subject.pt", make)
             reporter.say(f"{subject.name}: making what is timed")
             maker = ContenderMaker(subject, folder, batches=options.batches, threads=options.threads)
             with reporter.alive():
