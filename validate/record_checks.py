@@ -45,7 +45,7 @@ def check_records(folder: Path, manifest: Manifest, say: Callable[[str], None]) 
         except InputRejected as error:
             yield failed("engine", name, error)
     yield from _check_recipe(folder, manifest)
-    yield from _check_sbom(folder, manifest)
+    yield from check_sbom(folder, manifest)
     path = folder / files.PARITY
     try:
         report = read_parity(folder, manifest)
@@ -122,7 +122,7 @@ class _Sbom(StrictRecord):
     components: list[_Component]
 
 
-def _check_sbom(folder: Path, manifest: Manifest) -> Iterator[Check]:
+def check_sbom(folder: Path, manifest: Manifest) -> Iterator[Check]:
     """``sbom.cdx.json`` names every tool of the manifest in its version."""
     if files.SBOM not in [file.path for file in manifest.files]:
         return

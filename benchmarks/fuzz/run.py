@@ -1,6 +1,7 @@
 """``python -m benchmarks.fuzz``: mutated files over every reader of files that may come from a stranger, counted by outcome.
 
     python -m benchmarks.fuzz --inputs 1000000 --seed 0
+    python -m benchmarks.fuzz --inputs 40000 --only recipe.json SHA256SUMS
     python -m benchmarks.fuzz --replay results.bad/plan.json-17
 
 Each input is a valid file with faults, drawn from its number and ``--seed`` alone. A reader may read it, or refuse it by an
@@ -19,6 +20,7 @@ import json
 import os
 import re
 import selectors
+import shlex
 import shutil
 import struct
 import subprocess
@@ -53,6 +55,8 @@ class FuzzOptions:
     """How many inputs, over all readers."""
     seed: int = 0
     """What they are drawn from."""
+    only: tuple[str, ...] = ()
+    """These readers alone, by name; the rows of others stay in the table."""
     output: Path = Path("benchmarks/fuzz/results.json")
     """The table as JSON."""
     workers: int = os.cpu_count() or 1
@@ -141,11 +145,14 @@ def fuzz(options: FuzzOptions, reporter: Reporter) -> dict[str, Any]:
     if options.inputs < 1 or options.workers < 1 or options.timeout <= 0 or options.memory < 1:
         raise UsageError("--inputs, --workers, --timeout and --memory must be positive")
     targets = targets_of(options.targets)
-    wanted = counts(tuple(targets.values()), options.inputs)
+    if unknown := [name for name in options.only if name not in targets]:
+        raise UsageError(f"--only {unknown[0]}: not one of {', '.join(targets)}")
+    wanted = counts(tuple(targets[name] for name in options.only or targets), options.inputs)
     kept, journal = (options.output.with_suffix(suffix) for suffix in (".bad", ".part"))
     started = {
         "inputs": options.inputs,
         "seed": options.seed,
+        "only": list(options.only),
         "timeout": options.timeout,
         "memory": options.memory,
         "code": _code(options),
@@ -330,8 +337,10 @@ def replay(folder: Path) -> int:
 def _table(options: FuzzOptions, rows: dict[str, _Row]) -> dict[str, Any]:
     from importlib.metadata import version
 
-    readers = [
-        {
+    command = " ".join(["python -m benchmarks.fuzz", f"--inputs {options.inputs}", f"--seed {options.seed}"])
+    named = {"command": shlex.join([*command.split(), "--only", *options.only])} if options.only else {}
+    found = {
+        name: {
             "reader": name,
             "inputs": row.inputs,
             **{kind: row.counts[kind] for kind in KINDS},
@@ -339,11 +348,14 @@ def _table(options: FuzzOptions, rows: dict[str, _Row]) -> dict[str, Any]:
             "peak_mib": row.peak_mib,
             "seconds": round(row.seconds, 1),
             **({"errors": dict(row.errors.most_common(10))} if row.errors else {}),
+            **named,
         }
         for name, row in rows.items()
-    ]
+    }
+    earlier = _earlier(options) if options.only else {}
+    readers = [*({row["reader"]: row for row in earlier.get("readers", ())} | found).values()]
     return {
-        "command": f"python -m benchmarks.fuzz --inputs {options.inputs} --seed {options.seed}",
+        "command": earlier.get("command", command),
         "timeout_s": options.timeout,
         "memory_mib": options.memory,
         "python": sys.version.split()[0],
@@ -351,6 +363,15 @@ def _table(options: FuzzOptions, rows: dict[str, _Row]) -> dict[str, Any]:
         "total": {key: sum(reader[key] for reader in readers) for key in ("inputs", *KINDS)},
         "readers": readers,
     }
+
+
+def _earlier(options: FuzzOptions) -> dict[str, Any]:
+    """The table that is there; empty where there is none."""
+    try:
+        found: dict[str, Any] = json.loads(options.output.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found
 
 
 def _shown(table: dict[str, Any]) -> Iterator[str]:

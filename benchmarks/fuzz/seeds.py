@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -20,34 +21,11 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from patchslim.files import digest
+from benchmarks.fuzz.bundles import MODEL, SIZE, make_bundle
 from patchslim.latency_table import LatencyPoint, LatencyTable
 from patchslim.macs import Geometry
 from patchslim.plan import Calibration, FittedWeights, Origin, SlimPlan
-from validate import parity
-from validate.bundle import record_files, write_manifest, write_parity
-from validate.golden import Golden, write_golden
-from validate.images import preprocess
-from validate.manifest import (
-    CalibrationRecord,
-    EngineRecord,
-    Evaluation,
-    Gate,
-    GoldenImage,
-    Macs,
-    Manifest,
-    OnnxRecord,
-    ParityReport,
-    TensorSpec,
-    Weights,
-)
-from validate.preprocessing import Preprocessing
 
-SIDE, CLASSES, IMAGES = 8, 6, 4
-MODEL = "vit_tiny_patch16_224"
-PREPROCESSING = Preprocessing(
-    input_size=(3, SIDE, SIDE), interpolation="bicubic", crop_pct=0.9, crop_mode="center", mean=[0.5] * 3, std=[0.25] * 3
-).with_rule()
 GEOMETRY = Geometry(embed_dim=8, mlp_hidden_dim=16, patch_macs=100, head_macs=48)
 _VIT = """
 vit (float[batch, 3, 8, 8] images) => (float[batch, 3] logits) {
@@ -112,90 +90,33 @@ def latency_table() -> LatencyTable:
 def bundle() -> dict[str, bytes]:
     """The files of a bundle that passes every check."""
     with tempfile.TemporaryDirectory() as folder:
-        _write_bundle(Path(folder))
-        paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+        made = make_bundle(
+            Path(folder) / "bundle",
+            model_args={"img_size": SIZE},
+            target={"device": "cpu"},
+        )
+        return files_of(made)
 
 
-def _write_bundle(folder: Path) -> None:
-    rng = np.random.default_rng(1)
-    weight = rng.standard_normal((3 * SIDE * SIDE, CLASSES)).astype(np.float32) / 14
-    pictures = [Image.fromarray(rng.integers(0, 256, (12, 10, 3), dtype=np.uint8)) for _ in range(IMAGES)]
-    inputs = np.stack([preprocess(picture, PREPROCESSING) for picture in pictures])
-    (folder / "golden").mkdir()
-    pictures[0].save(folder / "golden" / "0.png")
-    original = inputs.reshape(IMAGES, -1) @ weight
-    slim, labels = original + np.float32(1e-5), original.argmax(axis=1)
-    p = plan().model_copy(update={"weights": None})
-    p.save(folder / "plan.json")
-    tensor = numpy_helper.from_array(weight, "weight")
-    graph = helper.make_graph(
-        [helper.make_node("Flatten", ["image"], ["flat"]), helper.make_node("MatMul", ["flat", "weight"], ["logits"])],
-        "classifier",
-        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", 3, SIDE, SIDE])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", CLASSES])],
-        [tensor],
-    )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), folder / "model.onnx")
-    write_golden(folder / "golden.npz", Golden(inputs, labels, original, slim))
-    rungs, passed = parity.gate(
-        [
-            parity.rung("pytorch", original, labels),
-            parity.rung("pytorch-slim", slim, labels, original, original, compared_to="pytorch"),
-            parity.rung("onnx-slim", original, labels, original, slim, compared_to="pytorch-slim", tolerance=2e-4),
-            parity.not_executed("engine", "no GPU on this machine"),
-        ],
-        0.2,
-    )
-    engine = EngineRecord(
-        backend="onnxruntime",
-        version="1",
-        targets=["cpu"],
-        precision="fp32",
-        fused_attentions=None,
-        files=["model.onnx"],
-        status="not executed",
-    )
-    results: dict[str, Any] = {
-        "macs": Macs(dense=p.dense_macs(), slim=p.macs(), reduction=1 - p.macs() / p.dense_macs(), layout="split"),
-        "rungs": rungs,
-        "engine": engine,
-        "evaluation": Evaluation(data="digits", split="test", images=IMAGES, fingerprint="0" * 64),
-    }
-    write_parity(folder, ParityReport(gate=Gate(), passed=passed, **results))
-    manifest = Manifest(
-        name="tiny",
-        model=MODEL,
-        model_args={"img_size": 8},
-        weights=Weights(source="random"),
-        plan_digest=digest(folder / "plan.json"),
-        tools={"onnx": onnx.__version__},
-        target={"device": "cpu"},
-        precision="fp32",
-        inputs=[TensorSpec(name="image", dtype="float32", shape=["batch", 3, SIDE, SIDE])],
-        outputs=[TensorSpec(name="logits", dtype="float32", shape=["batch", CLASSES])],
-        preprocessing=PREPROCESSING,
-        golden_images=[GoldenImage(path="golden/0.png", row=0)],
-        labels=[f"class {number}" for number in range(CLASSES)],
-        calibration=CalibrationRecord(data="digits", images=4, fingerprint="0" * 64),
-        tokens_per_block=p.counts,
-        onnx=[OnnxRecord(path="model.onnx", stage="onnx-slim", max_error=2e-4)],
-        files=record_files(folder),
-        **results,
-    )
-    write_manifest(folder, manifest)
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Relative paths and bytes of everything in a folder."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def sealed(files: dict[str, bytes]) -> dict[str, bytes]:
     """A bundle's files with a manifest whose sizes and digests are theirs, as one who tampers carefully leaves them."""
     manifest = json.loads(files["manifest.json"])
+    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # a recipe that was tampered with past mending
+        recipe = json.loads(files["recipe.json"])
+        recipe["onnx"] |= _record(recipe["onnx"]["path"], files[recipe["onnx"]["path"]])
+        files = files | {"recipe.json": json.dumps(recipe).encode()}
     manifest["plan_digest"] = hashlib.sha256(files["plan.json"]).hexdigest()
-    manifest["files"] = [
-        {"path": name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        for name, data in sorted(files.items())
-        if name != "manifest.json"
-    ]
+    manifest["files"] = [_record(name, data) for name, data in sorted(files.items()) if name != "manifest.json"]
     return files | {"manifest.json": json.dumps(manifest).encode()}
+
+
+def _record(name: str, data: bytes) -> dict[str, Any]:
+    return {"path": name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 @cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from benchmarks.fuzz.readers import arrays, datasets, finetuning, folders, graphs, records, weights
+from benchmarks.fuzz.readers import arrays, datasets, finetuning, folders, graphs, handover, records, weights
 from benchmarks.fuzz.target import Target
 
 TARGETS: tuple[Target, ...] = (
@@ -15,6 +15,7 @@ TARGETS: tuple[Target, ...] = (
     *finetuning.TARGETS,
     *datasets.TARGETS,
     *folders.TARGETS,
+    *handover.TARGETS,
 )
 
 

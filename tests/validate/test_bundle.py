@@ -74,7 +74,7 @@ def test_calibration_is_the_plans(bundle: Path) -> None:
     calibration = {"data": "digits (train)", "images": 100, "fingerprint": "0" * 64}
     stated = CalibrationRecord(**calibration, share=0.2)  # type: ignore[arg-type]
     reseal(bundle, calibration=stated)
-    refused(bundle, 3, "plan.json", "calibration of the plan: None")
+    refused(bundle, 3, "plan.json", "calibration of the plan: ('digits', 4")
     edit(bundle / "plan.json", lambda p: p["origin"].update(calibration=calibration))
     reseal(bundle, calibration=stated)
     assert check_bundle(bundle).exit_code == 0

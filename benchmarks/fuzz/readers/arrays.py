@@ -9,6 +9,7 @@ from pathlib import Path
 from random import Random
 
 from benchmarks.fuzz import seeds
+from benchmarks.fuzz.bundles import CLASSES, SIZE
 from benchmarks.fuzz.mutators import mutate_bytes
 from benchmarks.fuzz.target import Files, Target
 
@@ -16,7 +17,7 @@ from benchmarks.fuzz.target import Files, Target
 def _golden(folder: Path) -> object:
     from validate.golden import read_golden
 
-    return read_golden(folder / "golden.npz", (3, seeds.SIDE, seeds.SIDE), seeds.CLASSES)
+    return read_golden(folder / "golden.npz", (3, SIZE, SIZE), CLASSES)
 
 
 def _mutated_zip(rng: Random, data: bytes, mutate: Callable[[bytes], bytes]) -> bytes:

@@ -9,6 +9,7 @@ from pathlib import Path
 from random import Random
 
 from benchmarks.fuzz import seeds
+from benchmarks.fuzz.bundles import PREPROCESSING
 from benchmarks.fuzz.mutators import mutate_bytes, mutate_json
 from benchmarks.fuzz.target import Files, Target
 
@@ -135,7 +136,7 @@ def _read_image(folder: Path) -> object:
     from validate.images import batches
 
     (path,) = (folder / "images").iterdir()
-    return list(batches([(path, 0)], seeds.PREPROCESSING, 1))
+    return list(batches([(path, 0)], PREPROCESSING, 1))
 
 
 def _read_sample(folder: Path) -> object:

@@ -24,7 +24,7 @@ def _bundle(rng: Random) -> Files:
         return files | {name: mutate_json(rng, files[name].decode())}
     if name == "golden.npz":
         changed = rng.choice((mutated_archive, mutated_arrays))(rng)[name]
-    elif name == "model.onnx":
+    elif name.endswith(".onnx"):
         changed = mutated_onnx(rng, files[name])
     elif name.endswith(".png"):
         changed = mutate_bytes(rng, files[name])

@@ -63,8 +63,8 @@ def _facts(folder: Path) -> object:
 
 
 @dataclass(frozen=True)
-class _Record:
-    """A record: its file, what it is, a valid one as JSON, and its reader."""
+class RecordFile:
+    """A file that is a record: its name, what it is, a valid one as JSON, and its reader."""
 
     file: str
     kind: type[BaseModel]
@@ -87,17 +87,17 @@ class _Record:
 
 
 @cache
-def _drawing(record: _Record) -> Callable[[Random], str]:
+def _drawing(record: RecordFile) -> Callable[[Random], str]:
     from benchmarks.fuzz.strategies import drawn_records
 
     return drawn_records(record.kind, json.loads(record.text()))
 
 
 _RECORDS = (
-    _Record("plan.json", SlimPlan, lambda: _text(seeds.plan), _plan),
-    _Record("latency_table.json", LatencyTable, lambda: _text(seeds.latency_table), _latency_table),
-    _Record("manifest.json", Manifest, lambda: seeds.bundle()["manifest.json"].decode(), _manifest),
-    _Record("parity.json", ParityReport, lambda: seeds.bundle()["parity.json"].decode(), _parity),
+    RecordFile("plan.json", SlimPlan, lambda: _text(seeds.plan), _plan),
+    RecordFile("latency_table.json", LatencyTable, lambda: _text(seeds.latency_table), _latency_table),
+    RecordFile("manifest.json", Manifest, lambda: seeds.bundle()["manifest.json"].decode(), _manifest),
+    RecordFile("parity.json", ParityReport, lambda: seeds.bundle()["parity.json"].decode(), _parity),
 )
 _VALID_FACT = json.dumps({"value": {"digest": "0" * 64, "sizes": [1, 2, 3], "share": 0.5}})
 
