@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -39,10 +40,9 @@ class OpenVinoModel:
         cache: Path | None = None,
     ) -> None:
         self.name = name or (str(model) if isinstance(model, Path) else "the model")
-        ov = _openvino()
+        core = _core()
         if isinstance(model, Path) and not model.is_file():
             raise InputRejected(f"{self.name}: is not a file")
-        core = ov.Core()
         settings: dict[str, object] = dict(settings_of(precision))
         if threads:
             settings["INFERENCE_NUM_THREADS"] = threads
@@ -130,7 +130,7 @@ def settings_of(precision: InferencePrecision) -> dict[str, str]:
 
 def computes_bfloat16() -> bool:
     """Whether this CPU multiplies in bfloat16, as OpenVINO sees it; raises ``Unavailable`` without OpenVINO."""
-    return "BF16" in _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def save_ir(onnx: Path, xml: Path) -> None:
@@ -138,21 +138,32 @@ def save_ir(onnx: Path, xml: Path) -> None:
 
     Raises ``Unavailable`` without OpenVINO, ``InputRejected`` where it cannot read the model.
     """
-    ov = _openvino()
+    core = _core()
     try:
-        graph = ov.Core().read_model(model=str(onnx))
+        graph = core.read_model(model=str(onnx))
     except Exception as error:
         raise InputRejected(f"{onnx}: OpenVINO cannot load it: {_last_line(error)}") from error
     for number, op in enumerate(graph.get_ordered_ops()):
         kind, _, counted = op.get_friendly_name().rpartition("_")
         if kind == op.get_type_name() and counted.isdecimal():  # OpenVINO counts what it names through the whole process
             op.set_friendly_name(f"{kind}_{number}")
-    ov.save_model(graph, str(xml), compress_to_fp16=False)
+    _openvino().save_model(graph, str(xml), compress_to_fp16=False)
 
 
 def openvino_version() -> str:
     """The installed OpenVINO's version; raises ``Unavailable`` without one."""
     return str(_openvino().__version__).partition("-")[0]
+
+
+@functools.cache
+def _core() -> Any:
+    """OpenVINO's one ``Core`` of this process, which stays to its end; raises ``Unavailable`` without OpenVINO.
+
+    Each ``Core`` that compiles for a CPU gives the thread a stack for signals (2026.4), and takes back the one before at its
+    end. Where they end in the order in which they began, the thread is left with one that is freed, and dies at its next
+    signal: that of a child that ends, say.
+    """
+    return _openvino().Core()
 
 
 def _openvino() -> Any:

@@ -100,6 +100,22 @@ def test_what_is_no_classifier_is_refused(tmp_path: Path) -> None:
         OpenVinoRunner(tmp_path / "free.onnx")
 
 
+def test_signals_are_survived_when_models_end_in_the_order_in_which_they_began(tmp_path: Path) -> None:
+    """With a ``Core`` each the process dies of the signal: see ``patchslim.openvino_runner``."""
+    write_onnx(tmp_path / "model.onnx", weight())
+    code = (
+        "import gc, os, pathlib, signal, sys\n"
+        "from patchslim.openvino_runner import OpenVinoRunner\n"
+        "signal.signal(signal.SIGCHLD, lambda *_: None)\n"
+        "open_one = lambda: OpenVinoRunner(pathlib.Path(sys.argv[1]), threads=1)\n"
+        "first, second = open_one(), open_one()\n"
+        "del first; gc.collect(); del second; gc.collect()\n"
+        "os.kill(os.getpid(), signal.SIGCHLD); print('alive')"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "model.onnx"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
+
+
 def test_without_openvino_it_says_what_to_install() -> None:
     code = (
         "import sys; sys.modules['openvino'] = None\n"
