@@ -1,6 +1,6 @@
 """What finding a plan costs, in dense forward passes over the same images.
 
-    python -m benchmarks.search_cost --images 64 128 256
+    python -m benchmarks.speed.search_cost --images 64 128 256
 
 Both run in this process on one thread, dense passes before and after each search, at the batch of the search. Images are
 decoded beforehand and counted in neither. CPU time counts, which stands still while others have the core; wall time is told.
@@ -48,7 +48,9 @@ def taken(work: Callable[[], object]) -> Times:
     return time.process_time() - cpu, time.perf_counter() - wall
 
 
-def measure_search(model: str, images: int, rounds: int, reduction: float) -> dict[str, float | int]:
+def measure_search(
+    model: str, images: int, rounds: int, reduction: float, merge_blocks: str | None = None
+) -> dict[str, float | int]:
     """Medians over ``rounds`` of the time of a search, and of one with its closed-form fit, over that of a dense pass."""
     import dataclasses
 
@@ -57,8 +59,10 @@ def measure_search(model: str, images: int, rounds: int, reduction: float) -> di
 
     from slimming import Budget, PlanRequest, calibration_set, find_plan, load_model
     from slimming.data.source import load_tensors
+    from slimming.search.few_blocks import parse_merge_blocks
 
     torch.set_num_threads(1)
+    where = None if merge_blocks is None else parse_merge_blocks(merge_blocks)
     loaded = load_model(model, weights="bundled" if model == "vit_ti" else "random")
     transform = create_transform(**loaded.data_config)
     calibration = calibration_set("digits", images)
@@ -72,7 +76,11 @@ def measure_search(model: str, images: int, rounds: int, reduction: float) -> di
 
     def search(fit: Fit) -> None:
         find_plan(
-            loaded.module, ready, name=model, transform=None, request=PlanRequest(Budget("macs-reduction", reduction), fit=fit)
+            loaded.module,
+            ready,
+            name=model,
+            transform=None,
+            request=PlanRequest(Budget("macs-reduction", reduction), fit=fit, merge_blocks=where),
         )
 
     dense()  # the first pass is slow
@@ -96,9 +104,10 @@ def main() -> int:
     parser.add_argument("--images", type=int, nargs="+", default=[128, 256], help="calibration images (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=1, help="times that each is measured (default: %(default)s)")
     parser.add_argument("--macs-reduction", type=float, default=0.45)
+    parser.add_argument("--merge-blocks", help="as of slimming.run")
     args = parser.parse_args()
     for images in args.images:
-        print(json.dumps(measure_search(args.model, images, args.rounds, args.macs_reduction)), flush=True)
+        print(json.dumps(measure_search(args.model, images, args.rounds, args.macs_reduction, args.merge_blocks)), flush=True)
     return 0
 
 

@@ -50,6 +50,21 @@ def test_there_are_three_of_them_with_ours_and_both_references() -> None:
         assert {"similarity, closed-form", "ToMe", "ToMe, last block cut", "EViT, best form"} <= set(table(text))
 
 
+def test_the_alternatives_are_what_their_file_says() -> None:
+    ((text, command),) = re.findall(r"<!-- alternatives -->\n(\|.*?)\n\n```sh\nuv run (.*?)\n```", PAGE, flags=re.DOTALL)
+    results = json.loads((ROOT / "benchmarks" / "results" / "cifar10-alternatives.json").read_text(encoding="utf-8"))
+    assert results["command"] == command
+    cells = [cell for row in table(text).values() for cell in row.values() if cell]
+    wanted = [
+        f"{100 * row['top1']:.2f}, {row['kl']:.4f} (-{100 * row['reduction']:.1f} %)"
+        for row in results["rows"]
+        if row["row"] != "dense"
+    ]
+    assert sorted(cells) == sorted(wanted)
+    assert "2,000 held-out images (78.15 % dense)" in PAGE
+    assert (results["evaluation"]["images"], f"{100 * results['model']['top1']:.2f}") == (2000, "78.15")
+
+
 def test_the_fine_tuned_rows_are_what_the_results_say() -> None:
     (text,) = re.findall(r"<!-- fine-tuned -->\n(\|.*?)\n\n", PAGE, flags=re.DOTALL)
     small, ti = shown("cifar10"), shown("cifar10-vit_ti")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from patchslim.choices import Fit
 from patchslim.errors import InputRejected, UsageError
 from slimming.data.source import ImageSet
 from slimming.distributed import SINGLE_PROCESS, ProcessGroup
@@ -21,6 +23,7 @@ from slimming.search.distillation import Distillation
 from tests.helpers.finetuning import CLASSES, equal, models, state, stop_after
 from tests.helpers.forks import run_in_two_processes
 
+ROOT = Path(__file__).parents[2]
 RECIPE = Distillation(steps=6, batch_size=16, lr=1e-3)
 #: Share of the way learnt by which weights may differ: gradients are added in another order, and of one near zero Adam takes
 #: the sign.
@@ -159,3 +162,31 @@ def test_what_it_cannot_do_is_refused_before_anything_is_loaded(given: dict[str,
 def test_too_few_images_are_refused() -> None:
     with pytest.raises(InputRejected, match="smooth: has 63 calibration images, and --fit distill needs at least 64"):
         run(*models(), images=images(0, 63))
+
+
+@pytest.mark.slow
+def test_a_trained_model_comes_closer_than_by_the_closed_form() -> None:
+    """The committed CIFAR-10 model on digits, whose classes it does not have: labels are not looked at."""
+    from timm.data import create_transform
+
+    from slimming import Budget, PlanFinder, PlanRequest, SlimViT, calibration_set, evaluation_set, load_model, reader_of
+    from slimming.data.source import load_tensors
+    from slimming.models.loading import parse_arguments
+
+    arguments = ("img_size=32", "patch_size=4", "embed_dim=128", "depth=8", "num_heads=4", "num_classes=10")
+    weights = str(ROOT / "benchmarks" / "accuracy" / "cifar10_vit.safetensors")
+    loaded = load_model("vit_tiny_patch16_224", weights=weights, arguments=parse_arguments(arguments))
+    transform = create_transform(**loaded.data_config)
+    held_out = torch.cat([batch for batch, _ in load_tensors(evaluation_set("digits", 300), transform, 50)])
+    request = PlanRequest(Budget("macs-reduction", 0.6), distillation=Distillation(steps=50, batch_size=64, lr=2e-4))
+    found = {}
+    with PlanFinder(reader_of(loaded.module), calibration_set("digits", 256), name="vit", transform=transform) as finder:
+        fits: tuple[Fit, ...] = ("closed-form", "distill")
+        for fit in fits:
+            plan = finder.find_plan(replace(request, fit=fit))
+            assert plan.fit == fit
+            assert (plan.finetune is not None) == (fit == "distill")
+            with torch.inference_mode():
+                dense, slim = (module(held_out).log_softmax(-1) for module in (loaded.module, SlimViT(plan.model, plan.plan)))
+            found[fit] = float((dense.exp() * (dense - slim)).sum(-1).mean())
+    assert found["distill"] < 0.95 * found["closed-form"], found

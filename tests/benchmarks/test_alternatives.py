@@ -1,0 +1,68 @@
+"""Other ways to spend the same MACs: every row is measured, costs what it says, and is not measured twice."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from benchmarks.accuracy.alternatives import DIFFRATE, AlternativeOptions, Alternatives, diffrate_counts
+from patchslim.errors import InputRejected, UsageError
+
+TINY = ("img_size=48", "patch_size=8", "embed_dim=48", "depth=6", "num_heads=3", "num_classes=10")
+
+
+def options(output: Path, seed: int = 0) -> AlternativeOptions:
+    return AlternativeOptions(
+        name="tiny",
+        model="vit_tiny_patch16_224",
+        model_arg=TINY,
+        weights="random",
+        eval_images=12,
+        calibration_images=16,
+        budgets=(0.4, 0.95),
+        merge_blocks=(2,),
+        seed=seed,
+        output=output,
+    )
+
+
+@pytest.mark.slow
+def test_every_row_is_measured_once_and_costs_what_it_says(tmp_path: Path) -> None:
+    output = tmp_path / "alternatives.json"
+    result = Alternatives(options(output)).measure()
+    assert json.loads(output.read_text(encoding="utf-8"))["rows"] == result["rows"]
+    rows = {row["row"]: row for row in result["rows"]}
+    names = ["resolution", "ramp", "blocks-2", "DiffRate", "radial"]
+    assert list(rows) == ["dense", *(f"{name} {budget}" for budget in ("40%", "95%") for name in names)]
+    for name in names[1:]:
+        assert 0.4 <= rows[f"{name} 40%"]["reduction"] < 0.5
+    assert "cannot" in rows["blocks-2 95%"]["refused"]
+    assert rows["resolution 40%"]["side"] in (32, 40)
+    assert len(set(rows["blocks-2 40%"]["counts"][:-1])) <= 3
+    assert rows["radial 40%"]["counts"] == rows["ramp 40%"]["counts"]
+    assert rows["dense"]["kl"] == 0
+    before = output.stat().st_mtime_ns
+    again = Alternatives(options(output)).measure()
+    assert again["rows"] == result["rows"]
+    assert output.stat().st_mtime_ns != before  # written again, whole
+    output.write_text(output.read_text(encoding="utf-8").replace(result["model"]["weights_sha256"], "0" * 64))
+    with pytest.raises(InputRejected, match="holds results of another model or other images"):
+        Alternatives(options(output))
+
+
+def test_diffrates_counts_are_its_own_on_its_own_model_and_fit_others() -> None:
+    assert diffrate_counts(197, 12, 1.0) == list(DIFFRATE)
+    assert diffrate_counts(197, 12, 0.0) == [197] * 11
+    small = diffrate_counts(65, 8, 1.0)
+    assert len(small) == 7
+    assert all(after <= before for before, after in pairwise([65, *small]))
+    assert small[-1] == round(65 * DIFFRATE[-1] / 197)
+    assert min(diffrate_counts(65, 8, 9.0)) == 2
+
+
+def test_what_it_does_not_take() -> None:
+    with pytest.raises(UsageError, match="--distill-steps must not be negative"):
+        AlternativeOptions(distill_steps=-1).check()
