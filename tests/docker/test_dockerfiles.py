@@ -85,7 +85,7 @@ def test_the_edge_image_installs_what_is_locked_without_torch_and_checks_a_bundl
     assert (packages / "validate" / "run.py").is_file()
     assert not [path.name for path in packages.iterdir() if path.name.split("-")[0] in ("torch", "timm", "torchvision")]
     size = sum(path.stat().st_size for path in packages.rglob("*") if path.is_file() and not path.is_symlink())
-    assert size < 300e6
+    assert size < 330e6  # a third of it is SciPy, another ONNX and ONNX Runtime
     bundle = bundle_with_serving(tmp_path / "bundle")
     done = subprocess.run([environment / "bin" / "patchslim", "validate", bundle], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
