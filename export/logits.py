@@ -15,9 +15,10 @@ import numpy as np
 from export.engines.base import EngineResult
 from export.engines.onnx_runtime import open_runner
 from export.source import ExportSource, LazyModule
-from export.stages import Workspace, onnxruntime_providers
+from export.stages import ONNX_STAGES, Workspace, onnxruntime_providers
 from patchslim import cuda
 from patchslim.arrays import Array
+from patchslim.packages import missing
 from patchslim.plan import SlimPlan
 from patchslim.runner import infer_in_batches
 from validate.parity import logit_errors
@@ -63,6 +64,10 @@ def answering_stages(
         PYTORCH_SLIM: AnsweringStage(plan.model_dump(mode="json", include={"kept", "mode", "merged_into", "weights"}), slimmed),
     }
     for stage, path in graphs.items():
+        if stage == ONNX_STAGES["bf16"]:  # ONNX Runtime has no kernels of it on a CPU
+            if not missing(["openvino"]):
+                stages[stage] = AnsweringStage([work.facts.digest(path), "openvino"], functools.partial(_open_bf16, path, work))
+            continue
         stages[stage] = AnsweringStage(work.facts.digest(path), functools.partial(_open_graph, path, work))
     if engine.executed and engine.files:
         key = [*(work.facts.digest(file) for file in engine.files), engine.settings]
@@ -79,6 +84,12 @@ def slimmed_module(source: ExportSource, plan: SlimPlan, fitted: LazyModule) -> 
 
 def _open_graph(path: Path, work: Workspace) -> Runner:
     return open_runner(work.cache.verified(path))
+
+
+def _open_bf16(path: Path, work: Workspace) -> Runner:
+    from patchslim.openvino_runner import OpenVinoRunner
+
+    return OpenVinoRunner(work.cache.verified(path))
 
 
 def _open_engine(engine: EngineResult, work: Workspace) -> Runner:
@@ -120,13 +131,13 @@ def measured_logits(stages: Mapping[str, AnsweringStage], source: ExportSource, 
         "batches": BATCH_SIZES,
     }
     folders = {name: work.cache.path("logits", key=stage.key, **shared) for name, stage in stages.items()}
-    missing = [name for name, folder in folders.items() if not work.cache.has(folder)]
-    if missing:
+    absent = [name for name, folder in folders.items() if not work.cache.has(folder)]
+    if absent:
         from export.inference import infer_all
 
-        runners = {name: stages[name].open() for name in missing}
+        runners = {name: stages[name].open() for name in absent}
         images = source.evaluation_images
-        work.reporter.say(f"measuring {', '.join(missing)} on {len(images)} held-out images")
+        work.reporter.say(f"measuring {', '.join(absent)} on {len(images)} held-out images")
         with work.reporter.bar("parity") as progress:
             answers = infer_all(
                 runners, images, source.session.transform, batch_size=batch_size, keep=GOLDEN_IMAGES, progress=progress

@@ -67,6 +67,8 @@ def _rungs(measured: Measured, engine: EngineResult) -> list[schema.Rung]:
     for stage, before, tolerance in chain:
         rungs.append(rung(stage, logits[stage], targets, original, logits[before], compared_to=before, tolerance=tolerance))
     source = chain[-1][0]
+    if engine.precision == "bf16" and engine.backend in ("tensorrt", "tensorrt_rtx") and ONNX_STAGES["bf16"] not in logits:
+        rungs.append(not_executed(ONNX_STAGES["bf16"], "ONNX Runtime has no bfloat16 on a CPU, and OpenVINO is not installed"))
     if engine.backend == "onnxruntime":
         note = f"ONNX Runtime on {', '.join(engine.targets)} is the engine: the same run as {source}"
         rungs.append(

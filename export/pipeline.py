@@ -27,6 +27,7 @@ from export.source import ExportSource
 from export.speed import measured_speed
 from export.stages import (
     ONNX_SLIM,
+    ONNX_STAGES,
     EngineRequest,
     Workspace,
     dense_onnx,
@@ -153,7 +154,8 @@ def _export(options: ExportOptions, request: EngineRequest, source: ExportSource
     if options.bisect or any(one.tolerance is not None and (one.max_error or 0) > one.tolerance for one in parity.rungs):
         work.reporter.say("comparing the stages block by block")
         slimmed = functools.partial(slimmed_module, source, plan, fitted)
-        bisections = bisect(dense, graphs, slimmed, measured.inputs)
+        runnable = {stage: path for stage, path in graphs.items() if stage != ONNX_STAGES["bf16"]}  # in ONNX Runtime
+        bisections = bisect(dense, runnable, slimmed, measured.inputs)
     outcome = Outcome(
         bundle=folder,
         plan=plan,

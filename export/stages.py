@@ -41,7 +41,12 @@ if TYPE_CHECKING:
 
 ONNX_SLIM = "onnx-slim"
 #: The stages that are ONNX files, by precision.
-ONNX_STAGES: dict[Precision, str] = {"fp32": ONNX_SLIM, "fp16": "onnx-slim-fp16", "int8": "onnx-slim-int8"}
+ONNX_STAGES: dict[Precision, str] = {
+    "fp32": ONNX_SLIM,
+    "fp16": "onnx-slim-fp16",
+    "bf16": "onnx-slim-bf16",
+    "int8": "onnx-slim-int8",
+}
 #: The INT8 graph's file, in the work folder and in a bundle.
 INT8_FILE = "model.int8.onnx"
 
@@ -305,17 +310,19 @@ def slim_onnx(dense: Path, plan: SlimPlan, layout: Layout, precision: Precision,
 
     def build(part: Path) -> None:
         from graph_passes import load_model, save_model, slim, to_fp16
+        from graph_passes.bfloat16 import to_bf16
 
         work.reporter.say(f"cutting tokens out of the graph ({layout} qkv)")
         result = slim(load_model(work.cache.verified(dense)), plan, layout=layout)
         save_model(result.model, part / "model.onnx")
-        if precision == "fp16":
-            save_model(to_fp16(result.model), part / "model.fp16.onnx")
+        if precision != "fp32":
+            typed = {"fp16": to_fp16, "bf16": to_bf16}[precision]
+            save_model(typed(result.model), part / f"model.{precision}.onnx")
 
     work.cache.make(folder, build)
     files = {ONNX_SLIM: folder / "model.onnx"}
-    if precision == "fp16":
-        files[ONNX_STAGES[precision]] = folder / "model.fp16.onnx"
+    if precision != "fp32":
+        files[ONNX_STAGES[precision]] = folder / f"model.{precision}.onnx"
     return files
 
 

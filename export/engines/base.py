@@ -45,13 +45,13 @@ ENGINES: dict[EngineName, EngineTraits] = {
     # A packed qkv keeps TensorRT's kernels few.
     "trt": EngineTraits(
         {
-            PORTABLE: ("fp16", "fp32"),
+            PORTABLE: ("fp16", "bf16", "fp32"),
             "sm75": ("fp16",),  # Turing has no fp32 and no bfloat16 matrix product in TensorRT-RTX
-            "sm80": ("fp16", "fp32"),
-            "sm86": ("fp16", "fp32"),
-            "sm89": ("fp16", "fp32"),
-            "sm120": ("fp16", "fp32"),
-            "sm121": ("fp16", "fp32"),
+            "sm80": ("fp16", "bf16", "fp32"),
+            "sm86": ("fp16", "bf16", "fp32"),
+            "sm89": ("fp16", "bf16", "fp32"),
+            "sm120": ("fp16", "bf16", "fp32"),
+            "sm121": ("fp16", "bf16", "fp32"),
         },
         "packed",
         default="fp16",

@@ -51,25 +51,25 @@ def read_onnx(path: Path) -> OnnxFacts:
         raise InputRejected(
             f"{path}: expected one input (batch, channels, height, width), only batch dynamic; found {found} {shape or ''}"
         )
-    sizes = {onnx.TensorProto.FLOAT: 0, onnx.TensorProto.FLOAT16: 0}
+    sizes = {onnx.TensorProto.FLOAT: 0, onnx.TensorProto.FLOAT16: 0, onnx.TensorProto.BFLOAT16: 0}
     for tensor in graph.initializer:
         if tensor.data_type in sizes:
             sizes[tensor.data_type] += _product(tensor.dims)
-    full, half = sizes[onnx.TensorProto.FLOAT], sizes[onnx.TensorProto.FLOAT16]
     return OnnxFacts(
         input_name=inputs[0].name,
         image_shape=(shape[1], shape[2], shape[3]),
         fixed_batch=shape[0] or None,
         attentions=[node.name for node in graph.node if node.op_type in ("Softmax", "Attention")],
-        precision=_precision(graph.node, full, half),
+        precision=_precision(graph.node, *sizes.values()),
     )
 
 
-def _precision(nodes: Iterable[Any], full: int, half: int) -> Precision | None:
-    """The precision of a graph with so many weights in float32 and in float16; int8 where values are quantised."""
+def _precision(nodes: Iterable[Any], full: int, half: int, brain: int) -> Precision | None:
+    """The precision of a graph with so many weights in float32, float16 and bfloat16; int8 where values are quantised."""
     if any(node.op_type == "DequantizeLinear" for node in nodes):
         return "int8"
-    return None if full + half == 0 else "fp16" if half > full else "fp32"
+    most = max(full, half, brain)
+    return None if not most else "fp32" if most == full else "fp16" if most == half else "bf16"
 
 
 def _product(dims: Sequence[int]) -> int:

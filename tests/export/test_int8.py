@@ -172,7 +172,7 @@ def test_the_fastest_precision_that_passes_is_taken(export_work: Path, monkeypat
 def test_what_cannot_be_is_refused_before_anything_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work = tmp_path / "work"
     for changes, named in (
-        ({"engine": "trt", "precision": "int8"}, "--precision int8: trt takes fp16, fp32"),
+        ({"engine": "trt", "precision": "int8"}, "--precision int8: trt takes fp16, bf16, fp32"),
         ({"engine": "ort", "precision": "auto"}, "--precision auto is for --engine openvino"),
         ({"engine": "ort", "keep_fp32": ("x",)}, "--keep-fp32 is for --precision int8"),
         ({"engine": "ort", "precision": "int8", "keep_fp32": ("(",)}, r"--keep-fp32 \(: is no regular expression"),
