@@ -25,6 +25,7 @@ from slimming.report.tables import walk_table
 from slimming.run import SlimmingOptions
 from slimming.search.budget import Budget
 from slimming.search.request import PlanRequest
+from tests.helpers.made_evaluators import Milliseconds
 from tests.helpers.timm_models import build
 
 IMAGES = 32
@@ -158,3 +159,16 @@ def test_what_max_means_to_the_options() -> None:
 def test_what_does_not_go_with_it(given: dict[str, Any], named: str) -> None:
     with pytest.raises(UsageError, match=named):
         SlimmingOptions(**given).check()
+
+
+def test_a_largest_reduction_of_latency_is_found_on_its_table() -> None:
+    finder = search().finder
+    table = Milliseconds(finder.reader.tokens, (1.0, 1.0, 2.0, 1.0))
+    asked = PlanRequest(Budget("latency-reduction", 0.0, within=6.0), score="similarity")
+    found = search().find_plan(asked, table)
+    origin = found.plan.origin
+    assert origin.criterion == "latency-reduction"
+    assert origin.walk is not None
+    assert origin.value == max((point.reduction for point in origin.walk.points if point.within), default=0.0)
+    assert table.of(found.plan.counts) <= (1 - origin.value) * table.dense()
+    assert losses(found)[0] <= 6.0 + 1e-6
