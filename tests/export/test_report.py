@@ -72,6 +72,8 @@ def test_the_page_says_what_the_records_say(ort_export: Outcome, page: str) -> N
     assert parity.evaluation.fingerprint in text
     assert "passed" in text
     assert "Not measured where this bundle was built" in text
+    assert "Two points, both measured" in text
+    assert "Then serve it: serving/README.md in the bundle" in text
 
 
 def test_the_page_asks_for_nothing_and_runs_nothing(page: str) -> None:
@@ -146,6 +148,7 @@ def test_a_page_of_a_failed_gate_says_so(ort_export: Outcome, export_work: Path,
     text = (caught.value.outcome.bundle / "report.html").read_text(encoding="utf-8")
     assert "not passed" in text
     assert "is not to be served" in text
+    assert "Then serve it" not in text
     assert "top-1 drops by" in text
 
 
