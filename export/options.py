@@ -10,13 +10,16 @@ from typing import Annotated, Literal
 
 import tyro
 
-from export.engines.base import ENGINES, check_precision
+from export.engines.base import DEFAULT_BATCH, ENGINES, Batch, check_precision
 from patchslim.choices import EngineName, Layout, Precision
 from patchslim.environment import processes
 from patchslim.errors import UsageError
 from slimming.options import DEFAULT_MARGIN, ModelOptions
 from slimming.search.budget import LATENCY
 from validate.manifest import GateRule
+
+#: Of a batch in a build recipe.
+_LARGEST_BATCH = 1 << 16
 
 
 def default_work() -> Path:
@@ -57,6 +60,8 @@ class EngineGroup:
     precision: Precision | Literal["auto"] | None = None
     """Type of the engine's weights and activations. int8 is quantised by NNCF on the calibration images; in openvino the rest
     is bf16. auto, the default of openvino: the fastest here that passes the gate. Default: fp16 for trt, fp32 for ort."""
+    batch: Annotated[str, tyro.conf.arg(metavar="MIN:USUAL:MAX")] = "1:8:32"
+    """Batch sizes that a TensorRT engine takes, the one that it is fastest at in the middle; one number for all three."""
     mixed: Literal["auto", "none"] = "auto"
     """Where int8 fails the gate: keep as few blocks as need be in higher precision, those that lose most first, and say which;
     or keep none, and fail."""
@@ -136,6 +141,8 @@ class ExportOptions(OutputGroup, GateGroup, EngineGroup, PlanGroup, ModelOptions
         if self.require_fused_attention and self.engine != "trt":
             raise UsageError("--require-fused-attention needs --engine trt: other engines do not say what they fused")
         check_precision(self.engine, self.engine_precision)
+        if self.batch_profile != DEFAULT_BATCH and self.engine != "trt":
+            raise UsageError(f"--batch {self.batch} needs --engine trt: the others take any batch")
         if self.precision == "auto" and self.engine != "openvino":
             able = ", ".join(ENGINES[self.engine].precisions)
             raise UsageError(f"--precision auto is for --engine openvino; {self.engine} takes {able}")
@@ -146,7 +153,7 @@ class ExportOptions(OutputGroup, GateGroup, EngineGroup, PlanGroup, ModelOptions
                 re.compile(pattern)
             except re.error as error:
                 raise UsageError(f"--keep-fp32 {pattern}: is no regular expression: {error}") from error
-        if self.engine_precision == "int8" and self.given_budgets and self.budget.criterion in LATENCY:
+        if self.precision in ("int8", "auto") and self.given_budgets and self.budget.criterion in LATENCY:
             raise UsageError(
                 "a latency budget is timed on single blocks, which int8 is not made for", next_step="use --precision bf16"
             )
@@ -175,6 +182,19 @@ class ExportOptions(OutputGroup, GateGroup, EngineGroup, PlanGroup, ModelOptions
         return self.max_top1_drop
 
     @property
+    def batch_profile(self) -> Batch:
+        """``--batch``: the smallest, most usual and largest batch. Raises ``UsageError`` for what is none."""
+        try:
+            smallest, usual, largest = (
+                int(size) for size in (self.batch.split(":") if ":" in self.batch else [self.batch] * 3)
+            )
+        except ValueError:
+            raise UsageError(f"--batch {self.batch}: must be MIN:USUAL:MAX, as 1:8:32, or one number") from None
+        if not 1 <= smallest <= usual <= largest <= _LARGEST_BATCH:
+            raise UsageError(f"--batch {self.batch}: needs 1 <= MIN <= USUAL <= MAX <= {_LARGEST_BATCH}")
+        return smallest, usual, largest
+
+    @property
     def layout(self) -> Layout:
         """How cuts are laid, as suits the engine."""
         return ENGINES[self.engine].layout
@@ -187,7 +207,8 @@ class ExportOptions(OutputGroup, GateGroup, EngineGroup, PlanGroup, ModelOptions
     @property
     def chooses_precision(self) -> bool:
         """Whether the fastest precision that passes is taken."""
-        return self.precision == "auto" or (self.precision is None and self.engine == "openvino")
+        unsaid = self.precision is None and self.engine == "openvino" and self.budget.criterion not in LATENCY
+        return unsaid or self.precision == "auto"
 
     @property
     def bundle(self) -> Path:

@@ -246,5 +246,5 @@ def begin(options: ExportOptions) -> tuple[EngineRequest, ExportSource, Workspac
             f"--require-executed: an engine for {', '.join(backend.targets)} cannot run on this machine; "
             "run this command on one with such a GPU, or leave the option out here and give it to validate.run there"
         )
-    request = EngineRequest(options.engine, backend, options.engine_precision)
+    request = EngineRequest(options.engine, backend, options.engine_precision, options.batch_profile)
     return request, ExportSource(options, work.facts, reporter.say), work

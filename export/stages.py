@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from export.cache import FactStore, StageCache
-from export.engines.base import ENGINES, Backend, BuildProgress, EngineResult
+from export.engines.base import DEFAULT_BATCH, ENGINES, Backend, Batch, BuildProgress, EngineResult
 from export.latency.conditions import TimingConditions
 from export.source import ExportSource, LazyModule, ModelFacts
 from patchslim import cuda
@@ -66,11 +66,12 @@ class Workspace:
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """The engine to build: by which backend, for which targets, of which precision."""
+    """The engine to build: by which backend, for which targets, of which precision, for which batches."""
 
     engine: EngineName
     backend: Backend
     precision: Precision
+    batch: Batch = DEFAULT_BATCH
 
     @property
     def graph(self) -> Precision:
@@ -334,6 +335,7 @@ def built_engine(onnx: Path, request: EngineRequest, work: Workspace) -> EngineR
         engine=request.engine,
         backend=dataclasses.asdict(request.backend),
         precision=request.precision,
+        batch=request.batch,
         here=(cuda.local_target(), onnxruntime_providers(work.facts)),
     )
 
@@ -353,6 +355,7 @@ def built_engine(onnx: Path, request: EngineRequest, work: Workspace) -> EngineR
                 part,
                 targets=request.backend.targets,
                 precision=request.precision,
+                batch=request.batch,
                 progress=progress,
             )
         result.save(part)

@@ -18,6 +18,10 @@ CPU: Final = "CPUExecutionProvider"
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
 
 
+#: What every session is told. Threads that spin between runs would disturb whatever runs next in the same process.
+SETTINGS: Final = {"session.intra_op.allow_spinning": "0"}
+
+
 class TensorInfo(NamedTuple):
     """An input or output of a model: ``type`` in ONNX Runtime's words; an axis of free length is ``'batch'``."""
 
@@ -139,7 +143,8 @@ def _open(model: Path | bytes, name: str, provider: str, threads: int) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4  # its errors are raised, not logged as well
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    for key, value in SETTINGS.items():
+        options.add_session_config_entry(key, value)
     source = str(model) if isinstance(model, Path) else model
     try:
         # Left to itself ONNX Runtime answers a provider that fails to start by running on the CPU.

@@ -85,6 +85,8 @@ def check_precision(engine: EngineName, precision: Precision, targets: Iterable[
 Batch = tuple[int, int, int]
 """Smallest, most usual and largest batch of the optimisation profile."""
 
+DEFAULT_BATCH: Batch = (1, 8, 32)
+
 
 @dataclass(frozen=True)
 class BuildProgress:

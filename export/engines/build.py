@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from export.engines import onnx_runtime, openvino_build, tensorrt_build
-from export.engines.base import ENGINES, Backend, Batch, BuildOptions, BuildProgressCallback, EngineResult
+from export.engines.base import DEFAULT_BATCH, ENGINES, Backend, Batch, BuildOptions, BuildProgressCallback, EngineResult
 from export.engines.onnx_info import OnnxFacts, read_onnx
 from patchslim.choices import EngineName, Precision
 from patchslim.errors import InputRejected, UsageError
@@ -44,7 +44,7 @@ def build_engine(
     *,
     targets: Sequence[str] | None = None,
     precision: Precision = "fp16",
-    batch: Batch = (1, 8, 32),
+    batch: Batch = DEFAULT_BATCH,
     progress: BuildProgressCallback | None = None,
 ) -> EngineResult:
     """Make ``onnx_path`` ready to run and say what was made.

@@ -12,7 +12,7 @@ from export.engines.onnx_info import OnnxFacts
 from patchslim import cuda
 from patchslim.choices import Precision
 from patchslim.errors import Unavailable
-from patchslim.ort_runner import CPU, OrtRunner
+from patchslim.ort_runner import CPU, SETTINGS, OrtRunner
 from patchslim.packages import install_command
 
 _CUDA = "CUDAExecutionProvider"
@@ -53,6 +53,7 @@ def build(onnx_path: Path, output_dir: Path, facts: OnnxFacts, options: BuildOpt
         layers_file=None,
         attentions=len(facts.attentions),
         executed=True,
+        settings=dict(SETTINGS),
     )
 
 

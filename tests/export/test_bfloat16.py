@@ -26,7 +26,7 @@ BF16 = TensorProto.BFLOAT16
 @pytest.fixture(scope="module")
 def outcome(export_work: Path) -> Outcome:
     pytest.importorskip("tensorrt_rtx")
-    return export_bundle(tiny(export_work, "bf16", engine="trt", target=("sm89",), precision="bf16"))
+    return export_bundle(tiny(export_work, "bf16", engine="trt", target=("sm89",), precision="bf16", batch="1:2:4"))
 
 
 def test_the_bundle_says_what_it_is(outcome: Outcome) -> None:
@@ -40,6 +40,8 @@ def test_the_bundle_says_what_it_is(outcome: Outcome) -> None:
     assert record["engine"]["fused_attentions"] == DEPTH
     assert record["engine"]["narrow_share"] > 0.7
     recipe = read(outcome.bundle / "recipe.json")
+    assert recipe["profiles"] == [{"min": 1, "opt": 2, "max": 4}]
+    assert record["target"]["batch"] == [1, 2, 4]
     assert (recipe["onnx"]["path"], recipe["expected"]["precision"]) == ("model.bf16.onnx", "bf16")
     verdict = check_bundle(outcome.bundle)
     assert verdict.exit_code == 0, verdict.faults

@@ -177,6 +177,10 @@ def test_what_cannot_be_is_refused_before_anything_slow(tmp_path: Path, monkeypa
         ({"engine": "ort", "keep_fp32": ("x",)}, "--keep-fp32 is for --precision int8"),
         ({"engine": "ort", "precision": "int8", "keep_fp32": ("(",)}, r"--keep-fp32 \(: is no regular expression"),
         ({"engine": "ort", "precision": "int8", "latency_reduction": 0.2}, "a latency budget is timed on single blocks"),
+        ({"engine": "openvino", "precision": "auto", "latency_reduction": 0.2}, "a latency budget is timed on single blocks"),
+        ({"engine": "openvino", "batch": "1:4:8"}, "--batch 1:4:8 needs --engine trt"),
+        ({"engine": "trt", "batch": "4:2:8"}, "--batch 4:2:8: needs 1 <= MIN <= USUAL <= MAX"),
+        ({"engine": "trt", "batch": "many"}, "--batch many: must be MIN:USUAL:MAX"),
     ):
         with pytest.raises(UsageError, match=named):
             export_bundle(tiny(work, **changes))
