@@ -28,7 +28,12 @@ class Sweep:
 
 
 def plans_at(finder: PlanFinder, request: PlanRequest, reductions: Iterable[float]) -> list[FoundPlan]:
-    """Return a plan for each MAC reduction (a fraction) that can be reached, otherwise as ``request``."""
+    """Return a plan for each MAC reduction (a fraction) that can be reached, otherwise as ``request``.
+
+    None is distilled, as none is fine-tuned: each would take as long as the plan itself.
+    """
+    if request.fit == "distill":
+        request = replace(request, fit="closed-form")
     found = []
     for reduction in reductions:
         budget = Budget("macs-reduction", reduction, snap=request.budget.snap)

@@ -21,6 +21,7 @@ from slimming.models.loading import LoadedModel
 from slimming.models.reader import reader_of
 from slimming.most import END, MostSearch
 from slimming.report.page import PlanPage, write_page
+from slimming.report.sweep import plans_at
 from slimming.report.tables import walk_table
 from slimming.run import SlimmingOptions
 from slimming.search.budget import Budget
@@ -134,6 +135,11 @@ def test_the_curve_is_kept_printed_and_drawn(tmp_path: Path) -> None:
     chart = walk_chart(walk, plan.dense_macs())
     assert "Points of top-1 lost against MACs removed" in chart
     assert walk_chart(None, plan.dense_macs()) == ""
+
+
+def test_a_sweep_beside_a_distilled_plan_is_not_distilled() -> None:
+    plans = plans_at(search().finder, PlanRequest(score="similarity", fit="distill"), [0.3, 0.5])
+    assert [(plan.fit, plan.finetune) for plan in plans] == [("closed-form", None)] * 2
 
 
 def test_what_max_means_to_the_options() -> None:
