@@ -46,6 +46,9 @@ def find_all(folder: Path, group: ProcessGroup) -> None:
         run(f"{score}-{mode}-tolerance", 20, Budget("tolerance", 0.01), score=score, mode=mode)
     run("pooled", 20, Budget("tolerance", 0.05), build(**MODEL, global_pool="map"), fit="closed-form")
     run("merged", 20, Budget("macs-reduction", 0.5), score="similarity", fit="closed-form")
+    budget = Budget("macs-reduction", 0.4)
+    run("few-blocks", 20, budget, build(patch_size=8, depth=5), score="similarity", merge_blocks=2, fit="closed-form")
+    run("auto", 20, budget, build(patch_size=8, depth=5), score="similarity", merge_blocks="auto", layout="packed")
     run("random", 20, Budget("macs-reduction", 0.5), build(depth=3), score="random")
     run("one-batch", 7, Budget("macs-reduction", 0.5), build(depth=3), fit="closed-form")
     run("sgd", 50, Budget("macs-reduction", 0.5), build(depth=3), fit="sgd")
@@ -81,11 +84,12 @@ def answer(folder: Path, size: int, rank: int) -> dict[str, Any]:
 def test_two_processes_find_the_plans_of_one(answers: Path, rank: int) -> None:
     """To the last bit, errors and fingerprint of the calibration images included."""
     alone, shared = answer(answers, 1, 0), answer(answers, 2, rank)
-    assert len(alone) == 13
+    assert len(alone) == 15
     for label in alone:
         assert shared[label] == alone[label], label
         assert len(alone[label]["origin"]["calibration"]["fingerprint"]) == 64
         assert min(len(kept) for kept in alone[label]["kept"][:-1]) < alone[label]["tokens"]
+    assert "KL " in alone["auto"]["origin"]["merge_blocks"]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -101,7 +105,7 @@ def test_two_processes_refit_to_the_weights_of_one(answers: Path, rank: int) -> 
         for name, value in alone.items():
             torch.testing.assert_close(shared[name], value, rtol=1e-5, atol=1e-5, msg=f"{path.name}: {name}")
         compared += 1
-    assert compared == 13
+    assert compared == 15
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
