@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from export.engines.base import EngineResult
 from export.engines.build import choose_backend
 from export.golden import golden_images
 from export.int8 import ensure_nncf
-from export.logits import slimmed_module
+from export.logits import Measured, slimmed_module
 from export.options import ExportOptions
 from export.places import check_places
 from export.precision import Slimmed, attempt
@@ -143,7 +144,7 @@ def _export(options: ExportOptions, request: EngineRequest, source: ExportSource
         kept_parts=list(found.kept),
         trials=list(found.trials),
     )
-    missed = missed_by(options, engine)
+    missed = [*missed_by(options, engine), *overflow(graphs, measured, work)]
     passed = parity.passed and not missed
     folder = options.bundle if passed else options.work_folder / f"{options.bundle.name}.failed"
     publish(functools.partial(write_contents, contents), folder, options.sign if passed else None)
@@ -198,6 +199,27 @@ def missed_by(options: ExportOptions, engine: EngineResult) -> list[str]:
             f"engine: {share:.0%} of the tensors between its kernels have 16 bits: it is no {engine.precision} engine"
         )
     return [fault for fault in faults if fault]
+
+
+def overflow(graphs: Mapping[str, Path], measured: Measured, work: Workspace) -> list[str]:
+    """Where a hidden value leaves FP16's range on the golden images, in a graph typed so: the layer, and what to do.
+
+    The rung does not show it on a CPU: there ONNX Runtime computes FP16 in float32, and a GPU does not.
+    """
+    if ONNX_STAGES["fp16"] not in graphs:
+        return []
+
+    def find_out() -> str:
+        from graph_passes import load_model
+        from graph_passes.fp16_range import fp16_range
+
+        work.reporter.say("looking for values that FP16 cannot hold")
+        found = fp16_range(load_model(work.cache.verified(graphs[ONNX_SLIM])), measured.inputs, "the golden")
+        return f"{found.described()}: use --precision bf16 or fp32" if found.fits is False else ""
+
+    images = hashlib.sha256(measured.inputs.tobytes()).hexdigest()
+    said = str(work.facts.recall("fp16-range", find_out, files=[graphs[ONNX_SLIM]], images=images))
+    return [said] if said else []
 
 
 def describe(options: ExportOptions) -> dict[str, object]:

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import timm
+import torch
 
 from export import export_bundle
 from export.pipeline import GateFailed, missed_by
 from patchslim.errors import UsageError
-from tests.helpers.exports import DEPTH, read, tiny
+from tests.helpers.exports import ARGUMENTS, DEPTH, MODEL, read, tiny
 
 if TYPE_CHECKING:
     from export.pipeline import Outcome
@@ -42,6 +44,18 @@ def test_what_is_not_known_or_not_fp16_fails(trt_export: Outcome) -> None:
     assert missed_by(tiny(Path("work"), engine="trt"), silent) == []
     wide = dataclasses.replace(trt_export.engine, narrow={"sm89": 0.1})
     assert missed_by(options, wide) == ["engine: 10% of the tensors between its kernels have 16 bits: it is no fp16 engine"]
+
+
+def test_an_fp16_overflow_is_named(export_work: Path, tmp_path: Path) -> None:
+    arguments = {key: int(value) for key, _, value in (pair.partition("=") for pair in ARGUMENTS)}
+    model = timm.create_model(MODEL, num_classes=10, **arguments)
+    weights = model.state_dict()
+    weights["blocks.1.mlp.fc1.weight"] *= 6e5  # what it gives is beyond 65504, and itself is not
+    weights["blocks.1.mlp.fc2.weight"] *= 2e-6
+    torch.save(weights, tmp_path / "weights.pth")
+    options = tiny(export_work, "overflow", weights=str(tmp_path / "weights.pth"), precision="fp16", dense=True)
+    with pytest.raises(GateFailed, match=r"node '.*' gives \d.* on the golden images; float16 ends at 65504.*--precision bf16"):
+        export_bundle(options)
 
 
 def test_other_engines_do_not_say_what_they_fused(tmp_path: Path) -> None:
