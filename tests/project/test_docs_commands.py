@@ -137,6 +137,12 @@ _ELSEWHERE = {
     "--output benchmarks/accuracy/results/digits.json": (
         "tests/benchmarks/test_accuracy_tables.py::test_every_method_has_its_rows_within_the_budget"
     ),
+    "uv run python -m benchmarks.accuracy.alternatives --name cifar10-alternatives --model vit_tiny_patch16_224 "
+    "--model-arg img_size=32 patch_size=4 embed_dim=128 depth=8 num_heads=4 "
+    "--weights benchmarks/accuracy/cifar10_vit.safetensors --data cifar10-test.tar --calibration-data cifar10-train.tar --calibration-images 1024 --budgets 0.45 0.6 "
+    "--distill-steps 200 --output benchmarks/results/cifar10-alternatives.json": (
+        "tests/benchmarks/test_alternatives.py::test_every_row_is_measured_once_and_costs_what_it_says"
+    ),
     "uv run python -m benchmarks.gpu.headline --data cifar10-test.tar --train-data cifar10-train.tar --minutes 8 "
     "--output headline.json": "tests/benchmarks/test_gpu_headline.py::test_every_row_is_measured_and_a_second_call_goes_on",
     "uv run python -m benchmarks.gpu.sizes --minutes 4 --output sizes.json": (
@@ -155,7 +161,7 @@ _EXCEPTED = {
     "docker compose -f docker/compose.yaml up --build --exit-code-from load": _NO_CONTAINERS,
 }
 _EXCEPTED_PAGES = {"imagenet.md": _NO_IMAGENET}
-#: Python of the pages that is run here; ``preprocess`` is the reader's own function.
+#: Python of the pages that is not run here, by its first words, and why.
 _PYTHON_FIRST_WORDS = {
     "from export import ExportOptions": "the whole export at its defaults: tests/export runs the same call with small options",
     "import torch\nfrom transformers import": "run by test_docs.py, with the commands of its section",
@@ -251,11 +257,16 @@ def test_the_commands_work_one_after_the_other(tmp_path: Path) -> None:
 
 
 def run_examples(folder: Path) -> None:
-    """The Python of the pages, in the folder that the commands have filled; each in a process of its own."""
+    """The Python of the pages, in the folder that the commands have filled, each in a process of its own.
+
+    ``preprocess`` and ``images`` are what the reader has.
+    """
     given = (
-        "from pathlib import Path\nfrom validate import images, load_manifest\nfrom PIL import Image\n"
+        "from pathlib import Path\nimport numpy\nfrom validate import load_manifest\n"
+        "from validate.images import preprocess as replay\n"
         "rule = load_manifest(Path('bundles/vit_ti-trt')).preprocessing\n"
-        "def preprocess(picture): return images.preprocess(picture, rule)\n"
+        "def preprocess(picture): return replay(picture, rule)\n"
+        "images = numpy.zeros((1, 3, 224, 224), numpy.float32)\n"
     )
     (folder / "model.onnx").symlink_to(folder / "bundles/vit_ti-ort/model.onnx")
     ran = 0
