@@ -79,7 +79,7 @@ _RUN = (
         makes="steps",
     ),
     Small("uv run python -m graph_passes.run --explain my_pass", instead=(("my_pass", "cut_last_block"),)),
-    Small("uv run python -m benchmarks.search_cost --images 256", instead=(("256", "4"),)),
+    Small("uv run python -m benchmarks.speed.search_cost --images 256", instead=(("256", "4"),)),
     Small(
         "uv run python -m export.run --model vit_ti --weights checkpoint.pth.tar --data pets --eval-images all "
         "--mean 0.4914 0.4822 0.4465 --std 0.247 0.2435 0.2616 --crop-pct 1",
@@ -139,7 +139,8 @@ _ELSEWHERE = {
     ),
     "uv run python -m benchmarks.accuracy.alternatives --name cifar10-alternatives --model vit_tiny_patch16_224 "
     "--model-arg img_size=32 patch_size=4 embed_dim=128 depth=8 num_heads=4 "
-    "--weights benchmarks/accuracy/cifar10_vit.safetensors --data cifar10-test.tar --calibration-data cifar10-train.tar --calibration-images 1024 --budgets 0.45 0.6 "
+    "--weights benchmarks/accuracy/cifar10_vit.safetensors --data cifar10-test.tar "
+    "--calibration-data cifar10-train.tar --calibration-images 1024 --budgets 0.45 0.6 "
     "--distill-steps 200 --output benchmarks/results/cifar10-alternatives.json": (
         "tests/benchmarks/test_alternatives.py::test_every_row_is_measured_once_and_costs_what_it_says"
     ),
