@@ -1,6 +1,6 @@
 """What finding a plan costs, in dense forward passes over the same images.
 
-    python -m benchmarks.speed.search_cost --images 64 128 256
+    python -m benchmarks.search_cost --images 64 128 256
 
 Both run in this process on one thread, dense passes before and after each search, at the batch of the search. Images are
 decoded beforehand and counted in neither. CPU time counts, which stands still while others have the core; wall time is told.

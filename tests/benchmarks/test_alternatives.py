@@ -21,7 +21,9 @@ def options(output: Path, seed: int = 0) -> AlternativeOptions:
         model_arg=TINY,
         weights="random",
         eval_images=12,
-        calibration_images=16,
+        calibration_images=64,
+        distill_steps=2,
+        distill_budgets=(0.4,),
         budgets=(0.4, 0.95),
         merge_blocks=(2,),
         seed=seed,
@@ -36,7 +38,9 @@ def test_every_row_is_measured_once_and_costs_what_it_says(tmp_path: Path) -> No
     assert json.loads(output.read_text(encoding="utf-8"))["rows"] == result["rows"]
     rows = {row["row"]: row for row in result["rows"]}
     names = ["resolution", "ramp", "blocks-2", "DiffRate", "radial"]
-    assert list(rows) == ["dense", *(f"{name} {budget}" for budget in ("40%", "95%") for name in names)]
+    measured = [[f"{name} {budget}" for name in names] for budget in ("40%", "95%")]
+    assert list(rows) == ["dense", *measured[0], "distilled 40%", *measured[1]]
+    assert rows["distilled 40%"]["distilled"]["steps"] == 2
     for name in names[1:]:
         assert 0.4 <= rows[f"{name} 40%"]["reduction"] < 0.5
     assert "cannot" in rows["blocks-2 95%"]["refused"]
