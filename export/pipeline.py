@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,17 +210,21 @@ def overflow(graphs: Mapping[str, Path], measured: Measured, work: Workspace) ->
     if ONNX_STAGES["fp16"] not in graphs:
         return []
 
-    def find_out() -> str:
+    slim, images = graphs[ONNX_SLIM], hashlib.sha256(measured.inputs.tobytes()).hexdigest()
+    folder = work.cache.path("range", slim=work.facts.digest(slim), images=images)
+
+    def build(part: Path) -> None:
         from graph_passes import load_model
         from graph_passes.fp16_range import fp16_range
 
         work.reporter.say("looking for values that FP16 cannot hold")
-        found = fp16_range(load_model(work.cache.verified(graphs[ONNX_SLIM])), measured.inputs, "the golden")
-        return f"{found.described()}: use --precision bf16 or fp32" if found.fits is False else ""
+        found = fp16_range(load_model(work.cache.verified(slim)), measured.inputs, "the golden")
+        said = [f"{found.described()}: use --precision bf16 or fp32"] if found.fits is False else []
+        (part / "range.json").write_text(json.dumps(said), encoding="utf-8")
 
-    images = hashlib.sha256(measured.inputs.tobytes()).hexdigest()
-    said = str(work.facts.recall("fp16-range", find_out, files=[graphs[ONNX_SLIM]], images=images))
-    return [said] if said else []
+    work.cache.make(folder, build)
+    faults: list[str] = json.loads(work.cache.read(folder / "range.json"))
+    return faults
 
 
 def describe(options: ExportOptions) -> dict[str, object]:
