@@ -74,7 +74,7 @@ class ContenderMaker:
             name = f"ours, -{budget:.0%}"
             dense = self.exported(f"slim-{budget}-dense", fitted)
             file = self.cut(f"slim-{budget}", plan, dense)
-            yield from self.torch(f"{name}, in PyTorch", OURS, slim_module(plan, fitted), plan.macs(), compiled=compiled)
+            yield from self.torch(f"{name}, in PyTorch", OURS, slim_module(plan, fitted), plan.macs(), compiled=False)
             yield self.onnx(f"{name}, in ONNX Runtime", OURS, file, plan.macs())
             yield self.onnx(f"{name}, in ONNX Runtime, int8", OURS, self.quantised(file, dense), plan.macs(), multiplies="int8")
             yield from self.openvino(f"{name}, in OpenVINO", OURS, file, dense, plan.macs())

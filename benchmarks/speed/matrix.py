@@ -130,8 +130,10 @@ def measure_matrix(options: MatrixOptions) -> dict[str, Any]:
             with Race(contenders, options, reporter) as race:
                 if subject.labels is not None:
                     race.add_top1(subject.labels, folder / "top1.json")
-                for batch in () if options.prepare else options.batches:
-                    race.add_speeds(batch)
+                for batch in options.batches:
+                    race.run_once(batch)
+                    if not options.prepare:
+                        race.add_speeds(batch)
                 facts = {"model": subject.name, "dense_macs": maker.dense_macs, "gemm_gflops": race.gemm}
             result["models"].append(facts | {"rows": race.rows})
             if not options.prepare:
@@ -219,11 +221,14 @@ class Race:
                     row |= found[row["name"]]
                 update(index + 1, len(self.rows))
 
-    def add_speeds(self, batch: int) -> None:
-        """Time all in turn; a first run of each, which compiles and finds out what does not run, is not counted."""
+    def run_once(self, batch: int) -> None:
+        """Find out what runs; what compiles does it now, and keeps what it made for a second call."""
         for index in sorted(self.works):
             with self._failing(index):
                 self.processes[index].seconds(batch)
+
+    def add_speeds(self, batch: int) -> None:
+        """Time in turn all that works."""
         order = sorted(self.works)
         with self.reporter.bar(f"batch {batch}", unit="rounds") as update:
             runs = [partial(self.processes[index].seconds, batch) for index in order]

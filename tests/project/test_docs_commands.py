@@ -116,6 +116,7 @@ _RUN = (
         "benchmarks/accuracy/results/cifar10-vit_ti.json",
         folder=str(ROOT),
     ),
+    Small("uv run python -m benchmarks.speed.matrix --show benchmarks/speed/matrix.json", folder=str(ROOT)),
     Small(
         "uv run python -m benchmarks.training.train_digits --output vit_ti_digits.safetensors",
         "--stages 6:1:2 --images 4 --eval-images 2",
@@ -143,6 +144,10 @@ _ELSEWHERE = {
     "--calibration-data cifar10-train.tar --calibration-images 1024 --budgets 0.45 0.6 "
     "--distill-steps 200 --output benchmarks/results/cifar10-alternatives.json": (
         "tests/benchmarks/test_alternatives.py::test_every_row_is_measured_once_and_costs_what_it_says"
+    ),
+    "uv run python -m benchmarks.speed.matrix --data cifar10-test.tar --calibration-data cifar10-train.tar "
+    "--output matrix.json": (
+        "tests/benchmarks/test_speed_matrix.py::test_the_whole_matrix_at_tiny_size"
     ),
     "uv run python -m benchmarks.gpu.headline --data cifar10-test.tar --train-data cifar10-train.tar --minutes 8 "
     "--output headline.json": "tests/benchmarks/test_gpu_headline.py::test_every_row_is_measured_and_a_second_call_goes_on",
