@@ -146,9 +146,7 @@ _ELSEWHERE = {
         "tests/benchmarks/test_alternatives.py::test_every_row_is_measured_once_and_costs_what_it_says"
     ),
     "uv run python -m benchmarks.speed.matrix --data cifar10-test.tar --calibration-data cifar10-train.tar "
-    "--output matrix.json": (
-        "tests/benchmarks/test_speed_matrix.py::test_the_whole_matrix_at_tiny_size"
-    ),
+    "--output matrix.json": ("tests/benchmarks/test_speed_matrix.py::test_the_whole_matrix_at_tiny_size"),
     "uv run python -m benchmarks.gpu.headline --data cifar10-test.tar --train-data cifar10-train.tar --minutes 8 "
     "--output headline.json": "tests/benchmarks/test_gpu_headline.py::test_every_row_is_measured_and_a_second_call_goes_on",
     "uv run python -m benchmarks.gpu.sizes --minutes 4 --output sizes.json": (
