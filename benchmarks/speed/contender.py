@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -45,7 +45,7 @@ class Contender:
     name: str
     group: str
     kind: Kind
-    files: dict[int, str] = field(default_factory=dict)
+    files: dict[int, str] = field(default_factory=dict, hash=False)
     images: str = ""
     threads: int = 1
     macs: int = 0
@@ -132,23 +132,50 @@ def opened(contender: Contender, batch: int) -> Answer:
 
 
 def gemm_seconds(contender: Contender) -> float:
-    """Seconds per multiply-accumulate of a square matrix product: the best of a few sizes, in float32 of two libraries."""
-    import torch
-
-    torch.set_num_threads(contender.threads)
+    """Seconds per multiply-accumulate of a square matrix product: the best of a few sizes and of every library here."""
     found = []
     for side in _GEMM_SIDES:
-        dtype = torch.bfloat16 if contender.multiplies == "bf16" else torch.float32
-        factors = [torch.randn(side, side, dtype=dtype) for _ in range(2)]
-        products: list[Callable[[], object]] = [partial(torch.matmul, *factors)]
-        if contender.multiplies == "fp32":
-            products.append(partial(np.matmul, *(factor.numpy() for factor in factors)))
-        for product in products:
+        for product in _products(contender, side):
             product()
             start = time.perf_counter()
             product()
             found.append((time.perf_counter() - start) / side**3)
     return min(found)
+
+
+@cache
+def _products(contender: Contender, side: int) -> list[Callable[[], object]]:
+    """Products of two matrices of ``side``, one of them a constant where a library packs those in advance."""
+    import torch
+
+    from patchslim.openvino_runner import OpenVinoModel
+    from patchslim.ort_runner import OrtModel
+
+    torch.set_num_threads(contender.threads)
+    left, right = (np.random.default_rng(seed).standard_normal((side, side), dtype=np.float32) for seed in (0, 1))
+    dtype = torch.bfloat16 if contender.multiplies == "bf16" else torch.float32
+    products: list[Callable[[], object]] = [
+        partial(torch.matmul, *(torch.from_numpy(factor).to(dtype) for factor in (left, right))),
+        partial(
+            OpenVinoModel(_product_model(right), threads=contender.threads, precision=contender.precision, name="GEMM").run,
+            left,
+        ),
+    ]
+    if contender.multiplies == "fp32":
+        products.append(partial(np.matmul, left, right))
+        products.append(partial(OrtModel(model, threads=threads, name="GEMM").run, {"x": left}))
+    return products
+
+
+def _product_model(right: Array) -> bytes:
+    """An ONNX model that multiplies ``x`` by a constant."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    node, shape = helper.make_node("MatMul", ["x", "right"], ["y"]), list(right.shape)
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in "xy"]
+    graph = helper.make_graph([node], "product", ends[:1], ends[1:], [numpy_helper.from_array(right, "right")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    return bytes(model.SerializeToString())
 
 
 def serve() -> None:

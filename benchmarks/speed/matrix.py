@@ -27,7 +27,7 @@ import numpy as np
 
 from benchmarks.accuracy.rows import Case, SubjectOptions, TableOptions
 from benchmarks.speed.contender import Contender, ContenderProcess
-from benchmarks.speed.contenders import ContenderMaker, SpeedSubject
+from benchmarks.speed.contenders import OPENVINO, ContenderMaker, SpeedSubject
 from benchmarks.speed.matrix_report import draw, markdown, read, write
 from export.quantization import CALIBRATION_IMAGES
 from patchslim.arrays import Array
@@ -195,7 +195,8 @@ class Race:
 
     def __init__(self, contenders: Sequence[Contender], options: MatrixOptions, reporter: Reporter) -> None:
         limits = [
-            Contender(f"GEMM {kind}", "limit", "gemm", threads=options.threads, multiplies=kind) for kind in ("fp32", "bf16")
+            Contender(f"GEMM {kind}", "limit", "gemm", threads=options.threads, multiplies=kind, precision=OPENVINO[kind])
+            for kind in ("fp32", "bf16")
         ]
         self.options, self.reporter = options, reporter
         self._stack = contextlib.ExitStack()
@@ -294,6 +295,8 @@ def machine(options: MatrixOptions) -> dict[str, Any]:
 def main(options: MatrixOptions) -> int:
     """Measure, or show what was measured; the results as Markdown on stdout."""
     results = [read(path) for path in options.show] or [measure_matrix(options)]
+    if options.prepare:
+        return 0
     print("\n".join(markdown(result) for result in results))
     if options.figure:
         draw(results[0], options.figure)
