@@ -154,12 +154,10 @@ def _products(contender: Contender, side: int) -> list[Callable[[], object]]:
     torch.set_num_threads(contender.threads)
     left, right = (np.random.default_rng(seed).standard_normal((side, side), dtype=np.float32) for seed in (0, 1))
     dtype = torch.bfloat16 if contender.multiplies == "bf16" else torch.float32
+    model, threads = _product_model(right), contender.threads
     products: list[Callable[[], object]] = [
         partial(torch.matmul, *(torch.from_numpy(factor).to(dtype) for factor in (left, right))),
-        partial(
-            OpenVinoModel(_product_model(right), threads=contender.threads, precision=contender.precision, name="GEMM").run,
-            left,
-        ),
+        partial(OpenVinoModel(model, threads=threads, precision=contender.precision, name="GEMM").run, left),
     ]
     if contender.multiplies == "fp32":
         products.append(partial(np.matmul, left, right))
