@@ -14,6 +14,8 @@ from benchmarks.speed.matrix import MatrixOptions, measure_matrix, speed_of
 from benchmarks.speed.matrix_report import draw, markdown, read
 from patchslim.errors import InputRejected, UsageError
 
+ROOT = Path(__file__).parents[2]
+
 
 def test_a_speed_is_the_median_of_ratios_and_not_the_ratio_of_medians() -> None:
     plain, own = np.array([1.0, 2.0, 30.0]), np.array([0.5, 2.0, 10.0])
@@ -62,6 +64,33 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text('{"models": [{"rows": [{"group": "theirs"}]}]}')
     with pytest.raises(InputRejected, match="not a results file"):
         read(tmp_path / "other.json")
+
+
+@pytest.mark.parametrize("page", ["docs/speed.md", "README.md"])
+def test_every_row_of_the_pages_is_in_the_results(page: str) -> None:
+    (model,) = read(ROOT / "benchmarks/speed/matrix.json")["models"]
+    known = {tuple(_cells(row)) for row in model["rows"]}
+    text = (ROOT / page).read_text(encoding="utf-8")
+    table = text.partition("| batch 1 | batch 8 | batch 32 | top-1")[2].partition("\n\n")[0]
+    shown = [line.strip("| ").split(" | ")[-4:] for line in table.splitlines()[2:]]
+    assert len(shown) >= 5
+    assert [cells for cells in shown if tuple(cells) not in known] == []
+    if page == "docs/speed.md":
+        assert f"All {len(model['rows'])} rows" in text
+        for name, backend in (("ONNX Runtime, FP32", "in ONNX Runtime"), ("OpenVINO, bfloat16", "in OpenVINO, bf16")):
+            assert f"| {name} | {' | '.join(_shares(model, backend))} |" in text
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    return [*(f"{row['speed'][batch]['speedup']:.2f}" for batch in ("1", "8", "32")), f"{100 * row['top1']:.1f}"]
+
+
+def _shares(model: dict[str, Any], backend: str) -> list[str]:
+    rows = {row["name"]: row for row in model["rows"]}
+    dense, slim = rows[f"timm export {backend}"], rows[f"ours, -45%, {backend}"]
+    ratio = model["dense_macs"] / slim["macs"]
+    speeds = [[row["speed"][batch]["speedup"] for row in (slim, dense)] for batch in ("1", "8", "32")]
+    return [f"{fast / slow / ratio:.2f}" for fast, slow in speeds]
 
 
 @pytest.mark.slow

@@ -72,9 +72,8 @@ def reference(found: Outcome) -> SlimViT:
     from slimming.session import open_session
 
     options = tiny(found.dense_onnx.parents[1])
-    path = next(found.dense_onnx.parents[1].glob("plan-*/plan.json"))
-    plan = load_plan(path)
-    assert plan.kept == found.plan.kept
+    plans = {path: load_plan(path) for path in found.dense_onnx.parents[1].glob("plan-*/plan.json")}
+    path, plan = next((path, plan) for path, plan in plans.items() if plan == found.plan)
     return SlimViT(load_fitted(plan, path, open_session(options).loaded.module), plan).eval()
 
 
