@@ -12,9 +12,8 @@ import numpy as np
 from patchslim.arrays import Array
 from patchslim.choices import InferencePrecision
 from patchslim.errors import InputRejected, Unavailable
-from patchslim.ort_runner import TensorInfo
 from patchslim.packages import install_command
-from patchslim.runner import BatchLimits, ensure_logits
+from patchslim.runner import BatchLimits, TensorInfo, ensure_logits, image_input
 
 _TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "float64": "tensor(double)"}
 
@@ -102,16 +101,10 @@ class OpenVinoRunner(OpenVinoModel):
         cache: Path | None = None,
     ) -> None:
         super().__init__(model, weights=weights, name=name, threads=threads, precision=precision, cache=cache)
-        first = self.inputs[0] if len(self.inputs) == 1 else None
-        sizes = [] if first is None else [axis for axis in first.shape[1:] if isinstance(axis, int)]
-        if first is None or first.type not in _TYPES.values() or len(first.shape) != 4 or len(sizes) != 3:
-            found = "; ".join(map(str, self.inputs)) or "none"
-            wanted = "one floating-point input (batch, channels, height, width), only batch free"
-            raise InputRejected(f"{self.name}: expected {wanted}; found {found}")
-        batch = first.shape[0]
-        self.batch_limits: BatchLimits = (batch, batch) if isinstance(batch, int) else (1, None)
-        self.image_shape: tuple[int, int, int] = (sizes[0], sizes[1], sizes[2])
-        self.dtype = self.dtype_of(first)
+        first = image_input(self.inputs, _TYPES.values(), self.name)
+        self.batch_limits: BatchLimits = first.batch_limits
+        self.image_shape: tuple[int, int, int] = first.image_shape
+        self.dtype = self.dtype_of(self.inputs[0])
 
     def infer(self, images: Array) -> Array:
         """Return the first output, logits (b, classes) float32, for ``images`` (b, channels, height, width) of any float type.

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, Final, Self
 
 import numpy as np
 
 from patchslim.arrays import Array
 from patchslim.errors import InputRejected, Unavailable, did_you_mean
 from patchslim.packages import install_command
-from patchslim.runner import BatchLimits, ensure_logits
+from patchslim.runner import BatchLimits, TensorInfo, ensure_logits, image_input
 
 CPU: Final = "CPUExecutionProvider"
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
@@ -20,17 +20,6 @@ _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(d
 
 #: What every session is told. Threads that spin between runs would disturb whatever runs next in the same process.
 SETTINGS: Final = {"session.intra_op.allow_spinning": "0"}
-
-
-class TensorInfo(NamedTuple):
-    """An input or output of a model: ``type`` in ONNX Runtime's words; an axis of free length is ``'batch'``."""
-
-    name: str
-    type: str
-    shape: tuple[int | str, ...]
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.type} [{', '.join(map(str, self.shape))}]"
 
 
 class OrtModel:
@@ -101,16 +90,10 @@ class OrtRunner(OrtModel):
 
     def __init__(self, model: Path | bytes, *, name: str = "", provider: str = CPU, threads: int = 0) -> None:
         super().__init__(model, name=name, provider=provider, threads=threads)
-        first = self.inputs[0] if len(self.inputs) == 1 else None
-        sizes = [] if first is None else [axis for axis in first.shape[1:] if isinstance(axis, int)]
-        if first is None or first.type not in _DTYPES or len(first.shape) != 4 or len(sizes) != 3:
-            found = "; ".join(map(str, self.inputs)) or "none"
-            wanted = "one floating-point input (batch, channels, height, width), only batch free"
-            raise InputRejected(f"{self.name}: expected {wanted}; found {found}")
-        batch = first.shape[0]
-        self.batch_limits: BatchLimits = (batch, batch) if isinstance(batch, int) else (1, None)
-        self.image_shape: tuple[int, int, int] = (sizes[0], sizes[1], sizes[2])
-        self.dtype = self.dtype_of(first)
+        first = image_input(self.inputs, _DTYPES, self.name)
+        self.batch_limits: BatchLimits = first.batch_limits
+        self.image_shape: tuple[int, int, int] = first.image_shape
+        self.dtype = self.dtype_of(self.inputs[0])
 
     def infer(self, images: Array) -> Array:
         """Return the first output, logits (b, classes) float32, for ``images`` (b, channels, height, width) of any float type.

@@ -16,8 +16,7 @@ import numpy as np
 
 from patchslim import cuda
 from patchslim.errors import InputRejected, Unavailable
-from patchslim.ort_runner import TensorInfo
-from patchslim.runner import BatchLimits
+from patchslim.runner import BatchLimits, TensorInfo
 from patchslim.targets import target_for
 
 if TYPE_CHECKING:

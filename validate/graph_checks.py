@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from patchslim.errors import InputRejected
-from patchslim.ort_runner import CPU, TensorInfo, ensure_provider
+from patchslim.ort_runner import CPU, ensure_provider
 from patchslim.packages import missing
+from patchslim.runner import TensorInfo
 from validate.bundle import read_file
 from validate.engine_checks import Expected, Running, Trial, check_engines, judged
 from validate.engine_runs import EngineRun, Subject

@@ -20,8 +20,8 @@ import numpy as np
 from patchslim.arrays import Array
 from patchslim.choices import InferencePrecision
 from patchslim.errors import EXIT_UNAVAILABLE, InputRejected, Unavailable
-from patchslim.ort_runner import CPU, TensorInfo
-from patchslim.runner import BatchLimits
+from patchslim.ort_runner import CPU
+from patchslim.runner import BatchLimits, TensorInfo
 from validate.manifest import FileRecord
 from validate.worker import receive, send
 

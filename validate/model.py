@@ -11,7 +11,7 @@ from patchslim.errors import InputRejected
 from patchslim.runner import Runner
 
 if TYPE_CHECKING:
-    from patchslim.ort_runner import TensorInfo
+    from patchslim.runner import TensorInfo
 
 
 class Model(Runner, Protocol):

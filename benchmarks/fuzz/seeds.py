@@ -22,6 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from benchmarks.fuzz.bundles import MODEL, SIZE, make_bundle
+from benchmarks.fuzz.bundles import plan as bundle_plan
 from patchslim.latency_table import LatencyPoint, LatencyTable
 from patchslim.macs import Geometry
 from patchslim.plan import Calibration, FittedWeights, Origin, SlimPlan
@@ -39,28 +40,14 @@ vit (float[batch, 3, 8, 8] images) => (float[batch, 3] logits) {
 
 
 def plan() -> SlimPlan:
-    """A plan of three blocks that merges, with every optional field set."""
-    return SlimPlan(
-        model=MODEL,
-        tokens=5,
-        grid=(2, 2),
-        prefix_tokens=1,
-        pooling="token",
-        head_tokens=[0],
-        mode="compact",
-        kept=[[0, 1, 2, 3, 4], [0, 2, 3], [0]],
-        merged_into=[-1, 2, -1, -1, 3],
-        geometry=GEOMETRY,
-        origin=Origin(
-            score="paper",
-            criterion="manual",
-            value=0.0,
-            tolerance=0.1,
-            calibration=Calibration(data="digits", images=4, fingerprint="0" * 64),
-            errors=[0.0, 0.1, 0.2],
-        ),
-        weights=FittedWeights(file="w.safetensors", sha256="0" * 64, fit="sgd", finetune={"epochs": 1, "lr": 0.1, "a": "b"}),
+    """The plan of ``bundles``, but one that merges, with every optional field set."""
+    calibration = Calibration(data="digits", images=4, fingerprint="0" * 64)
+    origin = Origin(
+        score="paper", criterion="manual", value=0.0, tolerance=0.1, calibration=calibration, errors=[0.0, 0.1, 0.2]
     )
+    weights = FittedWeights(file="w.safetensors", sha256="0" * 64, fit="sgd", finetune={"epochs": 1, "lr": 0.1, "a": "b"})
+    more = {"merged_into": [-1, 2, -1, -1, 3], "origin": origin, "weights": weights}
+    return SlimPlan.model_validate({**dict(bundle_plan()), **more})
 
 
 def latency_table() -> LatencyTable:

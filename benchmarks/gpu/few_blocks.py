@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from patchslim.errors import BudgetUnreachable
 from slimming.models.reader import reader_of
 from slimming.search.costs import Cost, MacsCost
-from slimming.search.few_blocks import AUTO, FewBlocks
+from slimming.search.few_blocks import AUTO, spread_evenly, steps_within
 from slimming.search.profile import curve, highest_end
 
 #: Of the ramp ``N - (N - e) (l / L')^p``: what the search takes on the bundled model, or near it.
@@ -18,7 +17,7 @@ RAMP_POWER = 0.5
 
 @dataclass
 class Sizes:
-    """The sizes of a model whose head reads single tokens, for counts that are not judged: a ``ProfileEvaluator``."""
+    """The sizes of a model whose head reads single tokens: ``CountSizes``."""
 
     tokens: int
     depth: int
@@ -27,14 +26,6 @@ class Sizes:
     readable: int
     beside: int = 0
 
-    def divergence(self, counts: Sequence[int]) -> float:
-        """Refuse: there are no images."""
-        raise NotImplementedError("counts without images are not judged")
-
-    def quick_divergence(self, counts: Sequence[int]) -> float:
-        """Refuse: there are no images."""
-        return self.divergence(counts)
-
 
 def few_block_counts(model: Any, name: str, reduction: float) -> list[int]:
     """Counts that fall behind two evenly spread blocks, as the search for a GPU starts, and use the budget.
@@ -42,8 +33,7 @@ def few_block_counts(model: Any, name: str, reduction: float) -> list[int]:
     Raises ``BudgetUnreachable``.
     """
     sizes, cost, limit = _asked(model, name, reduction)
-    few = FewBlocks(sizes, cost, limit)
-    return _reached(few.counts(few.start(AUTO[0])), name, reduction)
+    return _reached(steps_within(spread_evenly(sizes, AUTO[0]), sizes, cost, limit), name, reduction)
 
 
 def ramp_counts(model: Any, name: str, reduction: float) -> list[int]:

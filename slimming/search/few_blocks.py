@@ -17,6 +17,7 @@ from typing import Literal, TypeAlias
 from patchslim.errors import BudgetUnreachable, UsageError
 from slimming.search.costs import Cost
 from slimming.search.profile import (
+    CountSizes,
     Profile,
     ProfileEvaluator,
     SnappedCost,
@@ -68,17 +69,17 @@ class Steps:
     places: tuple[int, ...]
     shape: int = _EVEN
 
-    def counts(self, evaluator: ProfileEvaluator, end: int) -> list[int]:
+    def counts(self, sizes: CountSizes, end: int) -> list[int]:
         """Return the counts of all blocks, prefix tokens included, that end at ``end``."""
-        falls = [sum(place <= block for place in self.places) for block in range(1, free_blocks(evaluator) + 1)]
+        falls = [sum(place <= block for place in self.places) for block in range(1, free_blocks(sizes) + 1)]
         shares = [(fall / len(self.places)) ** SHAPES[self.shape] for fall in falls]
-        tokens = evaluator.tokens
+        tokens = sizes.tokens
         # Patches fall to nothing where only prefix tokens stay: half a patch stands for none on a logarithmic scale.
-        patches, last = tokens - evaluator.prefix, max(end - evaluator.prefix, 0.5)
+        patches, last = tokens - sizes.prefix, max(end - sizes.prefix, 0.5)
         return with_head(
-            evaluator,
+            sizes,
             [
-                tokens if share == 0 else end if share == 1 else evaluator.prefix + round(patches * (last / patches) ** share)
+                tokens if share == 0 else end if share == 1 else sizes.prefix + round(patches * (last / patches) ** share)
                 for share in shares
             ],
         )
@@ -99,6 +100,20 @@ class Steps:
                     yield Steps(places, shape)
 
 
+def spread_evenly(sizes: CountSizes, blocks: int) -> Steps:
+    """Return ``blocks`` places evenly spread over a model. Raises ``UsageError`` where it has fewer blocks."""
+    free = free_blocks(sizes)
+    if blocks > free:
+        raise UsageError(f"--merge-blocks {blocks}: the model has {free} blocks that tokens can go in")
+    return Steps(tuple(max(1, round((index + 1) * (free + 1) / (blocks + 1))) for index in range(blocks)))
+
+
+def steps_within(steps: Steps, sizes: CountSizes, cost: Cost, limit: float, multiple: int = 1) -> list[int] | None:
+    """Return the counts of ``steps`` that keep as much as ``limit`` allows; None where they cannot meet it."""
+    end = highest_end(sizes, SnappedCost(cost, sizes, multiple), limit, lambda end: steps.counts(sizes, end))
+    return None if end is None else snapped(sizes, steps.counts(sizes, end), multiple, "down")
+
+
 @dataclass(frozen=True)
 class Choice:
     """Counts that meet a budget; ``reason`` says what they were chosen for, where there was more than one family."""
@@ -116,18 +131,9 @@ class FewBlocks:
     limit: float
     multiple: int = 1
 
-    def start(self, blocks: int) -> Steps:
-        """Return ``blocks`` places evenly spread. Raises ``UsageError`` where the model has fewer."""
-        free = free_blocks(self.evaluator)
-        if blocks > free:
-            raise UsageError(f"--merge-blocks {blocks}: the model has {free} blocks that tokens can go in")
-        return Steps(tuple(max(1, round((index + 1) * (free + 1) / (blocks + 1))) for index in range(blocks)))
-
     def counts(self, steps: Steps) -> list[int] | None:
         """Return the counts of ``steps`` that keep as much as the limit allows; None where they cannot meet it."""
-        evaluator, cost = self.evaluator, SnappedCost(self.cost, self.evaluator, self.multiple)
-        end = highest_end(evaluator, cost, self.limit, lambda end: steps.counts(evaluator, end))
-        return None if end is None else snapped(evaluator, steps.counts(evaluator, end), self.multiple, "down")
+        return steps_within(steps, self.evaluator, self.cost, self.limit, self.multiple)
 
     def climb(self, start: Steps, *, moves: bool = True) -> list[int]:
         """Return the best counts that ``TRIALS`` trials come to from ``start``; without ``moves`` its places stay.
@@ -184,7 +190,7 @@ class FewBlocks:
                 raise UsageError(f"--merge-blocks {','.join(map(str, where))}: tokens can go in the blocks 1 to {free}")
             return Choice(self.climb(Steps(where), moves=False), f"as asked, in {_named(where)}")
         if isinstance(where, int):
-            counts = self.climb(self.start(where))
+            counts = self.climb(spread_evenly(self.evaluator, where))
             return Choice(counts, f"{where} as asked; the best places tried are {_named(places_of(counts, evaluator))}")
         return self._auto(best_profile(evaluator, self.cost, self.limit, self.multiple), kernels=kernels)
 
@@ -196,12 +202,12 @@ class FewBlocks:
         worth = KERNELS_WORTH if kernels else 1.0
         sizes = [size for size in (AUTO[:1] if kernels else AUTO) if size <= free_blocks(evaluator)]
         if not kernels:  # one size is searched: the better of the first guesses
-            guesses = {size: counts for size in sizes if (counts := self.counts(self.start(size))) is not None}
+            guesses = {size: counts for size in sizes if (counts := self.counts(spread_evenly(evaluator, size))) is not None}
             sizes = sorted(guesses, key=lambda size: evaluator.quick_divergence(guesses[size]))[:1]
         told = []
         for size in sizes:
             try:
-                counts = self.climb(self.start(size))
+                counts = self.climb(spread_evenly(evaluator, size))
             except BudgetUnreachable:
                 continue
             divergence = evaluator.divergence(counts)
@@ -213,10 +219,10 @@ class FewBlocks:
         return Choice(ramp.counts, f"in every block: KL {ramp.divergence:.4f} before the fit{rest}")
 
 
-def places_of(counts: list[int], evaluator: ProfileEvaluator) -> tuple[int, ...]:
+def places_of(counts: list[int], sizes: CountSizes) -> tuple[int, ...]:
     """Return the blocks that have fewer tokens than the one before, from 1, but for a last one that the head fixes."""
-    before = [evaluator.tokens, *counts]
-    return tuple(block + 1 for block in range(free_blocks(evaluator)) if counts[block] < before[block])
+    before = [sizes.tokens, *counts]
+    return tuple(block + 1 for block in range(free_blocks(sizes)) if counts[block] < before[block])
 
 
 def _named(places: tuple[int, ...]) -> str:

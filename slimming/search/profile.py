@@ -24,8 +24,8 @@ _FIRST = 4
 Family = Callable[[int], list[int]]
 
 
-class ProfileEvaluator(Protocol):
-    """A search, as far as counts are chosen by it: the sizes of its model, and how far counts move the model's answers."""
+class CountSizes(Protocol):
+    """The sizes of a model that bound its counts: ``tokens`` of its input, ``depth`` in blocks, ``prefix`` tokens."""
 
     tokens: int
     depth: int
@@ -42,6 +42,10 @@ class ProfileEvaluator(Protocol):
     @property
     def beside(self) -> int:
         """How many tokens the last block keeps on top of its count: those that a head reads one by one beside its pool."""
+
+
+class ProfileEvaluator(CountSizes, Protocol):
+    """A search, as far as counts are chosen by it: the sizes of its model, and how far counts move the model's answers."""
 
     def divergence(self, counts: Sequence[int]) -> float:
         """Return how far a plan of these counts moves the answers: a mean KL divergence in nats."""
@@ -63,7 +67,7 @@ class SnappedCost:
     """What counts cost once they are snapped down, so that a limit still holds after snapping."""
 
     cost: Cost
-    evaluator: ProfileEvaluator
+    sizes: CountSizes
     multiple: int
 
     @property
@@ -71,7 +75,7 @@ class SnappedCost:
         return self.cost.unit
 
     def of(self, counts: Sequence[int]) -> float:
-        return self.cost.of(snapped(self.evaluator, counts, self.multiple, "down"))
+        return self.cost.of(snapped(self.sizes, counts, self.multiple, "down"))
 
     def dense(self) -> float:
         return self.cost.dense()
@@ -96,41 +100,41 @@ class PaidBeside:
         return self.cost.dense()
 
 
-def asked_counts(evaluator: ProfileEvaluator, budget: Budget) -> list[int]:
+def asked_counts(sizes: CountSizes, budget: Budget) -> list[int]:
     """Return the counts that a budget in tokens names, without what is kept beside the last one; raises ``UsageError``."""
-    counts = budget.counts(evaluator.tokens, evaluator.depth, evaluator.prefix)
-    beside = evaluator.beside
+    counts = budget.counts(sizes.tokens, sizes.depth, sizes.prefix)
+    beside = sizes.beside
     if counts[-1] <= beside:
         raise UsageError(f"--tokens: the last block keeps the {beside} prefix tokens and a patch, so at least {beside + 1}")
     counts[-1] -= beside
-    if evaluator.fixed_head is not None and counts[-1] != evaluator.fixed_head:
-        raise UsageError(f"--tokens: the last block keeps what the head reads, {evaluator.fixed_head}, not {counts[-1]}")
-    if evaluator.fixed_head is None and len(counts) > 1 and counts[-2] < counts[-1] + evaluator.prefix:
+    if sizes.fixed_head is not None and counts[-1] != sizes.fixed_head:
+        raise UsageError(f"--tokens: the last block keeps what the head reads, {sizes.fixed_head}, not {counts[-1]}")
+    if sizes.fixed_head is None and len(counts) > 1 and counts[-2] < counts[-1] + sizes.prefix:
         raise UsageError(
-            f"--tokens: the last block keeps no prefix tokens for a head that pools, the others keep all {evaluator.prefix}: "
-            f"{counts[-1]} in the last block need at least {counts[-1] + evaluator.prefix} in the one before"
+            f"--tokens: the last block keeps no prefix tokens for a head that pools, the others keep all {sizes.prefix}: "
+            f"{counts[-1]} in the last block need at least {counts[-1] + sizes.prefix} in the one before"
         )
     return counts
 
 
-def snapped(evaluator: ProfileEvaluator, counts: Sequence[int], multiple: int, rounding: Rounding = "nearest") -> list[int]:
+def snapped(sizes: CountSizes, counts: Sequence[int], multiple: int, rounding: Rounding = "nearest") -> list[int]:
     """Return ``counts`` rounded by ``slimming.search.costs.snap``.
 
     The last block of a head that pools needs no prefix tokens, but the blocks below keep them: it is rounded with them counted
     in, so that nesting adds nothing to the others.
     """
-    least = least_count(evaluator)
-    rounded = snap(list(counts), multiple, evaluator.tokens, least, rounding)
-    if evaluator.fixed_head is None and counts[-1] < evaluator.tokens - evaluator.prefix:
-        rounded[-1] = snap([counts[-1] + evaluator.prefix], multiple, evaluator.tokens, least, rounding)[0] - evaluator.prefix
-    elif evaluator.fixed_head is None:
+    least = least_count(sizes)
+    rounded = snap(list(counts), multiple, sizes.tokens, least, rounding)
+    if sizes.fixed_head is None and counts[-1] < sizes.tokens - sizes.prefix:
+        rounded[-1] = snap([counts[-1] + sizes.prefix], multiple, sizes.tokens, least, rounding)[0] - sizes.prefix
+    elif sizes.fixed_head is None:
         rounded[-1] = counts[-1]
     return rounded
 
 
-def check_reachable(evaluator: ProfileEvaluator, cost: Cost, limit: float) -> None:
+def check_reachable(sizes: CountSizes, cost: Cost, limit: float) -> None:
     """Raise ``BudgetUnreachable``, naming the nearest reachable point, where no counts at all cost at most ``limit``."""
-    dense, lowest = cost.dense(), cost.of(curve(evaluator, 0.0, least_count(evaluator)))
+    dense, lowest = cost.dense(), cost.of(curve(sizes, 0.0, least_count(sizes)))
     if lowest > limit:
         raise BudgetUnreachable(
             f"{1 - limit / dense:.1%} of the {cost.unit} cannot be removed: no patches at all remove {1 - lowest / dense:.1%} "
@@ -138,20 +142,20 @@ def check_reachable(evaluator: ProfileEvaluator, cost: Cost, limit: float) -> No
         )
 
 
-def least_count(evaluator: ProfileEvaluator) -> int:
+def least_count(sizes: CountSizes) -> int:
     """Return the fewest tokens that a block can keep: the prefix tokens, and a patch where the head pools."""
-    return evaluator.prefix + (evaluator.fixed_head is None)
+    return sizes.prefix + (sizes.fixed_head is None)
 
 
-def uniform_within(evaluator: ProfileEvaluator, cost: Cost, limit: float, multiple: int = 1) -> list[int]:
+def uniform_within(sizes: CountSizes, cost: Cost, limit: float, multiple: int = 1) -> list[int]:
     """Return one count for every block but the last, a multiple of ``multiple``, as large as ``limit`` allows.
 
     Raises ``BudgetUnreachable`` naming the nearest reachable point.
     """
-    cost = SnappedCost(cost, evaluator, multiple)
-    check_reachable(evaluator, cost, limit)
-    ends = [end for end in range(least_count(evaluator), evaluator.tokens + 1) if cost.of(curve(evaluator, 0.0, end)) <= limit]
-    return snapped(evaluator, curve(evaluator, 0.0, max(ends)), multiple, "down")
+    cost = SnappedCost(cost, sizes, multiple)
+    check_reachable(sizes, cost, limit)
+    ends = [end for end in range(least_count(sizes), sizes.tokens + 1) if cost.of(curve(sizes, 0.0, end)) <= limit]
+    return snapped(sizes, curve(sizes, 0.0, max(ends)), multiple, "down")
 
 
 def profile_within(evaluator: ProfileEvaluator, cost: Cost, limit: float, multiple: int = 1) -> list[int]:
@@ -194,30 +198,30 @@ def best_profile(evaluator: ProfileEvaluator, cost: Cost, limit: float, multiple
         best = better
 
 
-def curve(evaluator: ProfileEvaluator, power: float, end: int) -> list[int]:
+def curve(sizes: CountSizes, power: float, end: int) -> list[int]:
     """Return the token counts of one profile, prefix tokens included, that ends at ``end``."""
-    free = free_blocks(evaluator)
+    free = free_blocks(sizes)
     return with_head(
-        evaluator, [round(evaluator.tokens - (evaluator.tokens - end) * ((block + 1) / free) ** power) for block in range(free)]
+        sizes, [round(sizes.tokens - (sizes.tokens - end) * ((block + 1) / free) ** power) for block in range(free)]
     )
 
 
-def free_blocks(evaluator: ProfileEvaluator) -> int:
+def free_blocks(sizes: CountSizes) -> int:
     """Return how many blocks, from the first, have counts that the head does not fix."""
-    return evaluator.depth - (evaluator.fixed_head is not None)
+    return sizes.depth - (sizes.fixed_head is not None)
 
 
-def with_head(evaluator: ProfileEvaluator, counts: list[int]) -> list[int]:
+def with_head(sizes: CountSizes, counts: list[int]) -> list[int]:
     """Return the counts of all blocks from those of the free ones, prefix tokens included in all of them."""
-    if evaluator.fixed_head is not None:
-        return [*counts, evaluator.fixed_head]
+    if sizes.fixed_head is not None:
+        return [*counts, sizes.fixed_head]
     # Where the head pools, prefix tokens end with the block before, and are in its count.
-    return [*counts[:-1], evaluator.readable if counts[-1] == evaluator.tokens else max(1, counts[-1] - evaluator.prefix)]
+    return [*counts[:-1], sizes.readable if counts[-1] == sizes.tokens else max(1, counts[-1] - sizes.prefix)]
 
 
-def highest_end(evaluator: ProfileEvaluator, cost: Cost, limit: float, family: Family) -> int | None:
+def highest_end(sizes: CountSizes, cost: Cost, limit: float, family: Family) -> int | None:
     """Return the highest end of ``family`` whose counts cost at most ``limit``; None where no end is low enough."""
-    low, high = least_count(evaluator), evaluator.tokens
+    low, high = least_count(sizes), sizes.tokens
     if cost.of(family(low)) > limit:
         return None
     while low < high:
@@ -226,23 +230,23 @@ def highest_end(evaluator: ProfileEvaluator, cost: Cost, limit: float, family: F
     return low
 
 
-def _ending(evaluator: ProfileEvaluator, cost: Cost, limit: float, power: float) -> list[int] | None:
+def _ending(sizes: CountSizes, cost: Cost, limit: float, power: float) -> list[int] | None:
     """The profile of this power that ends as high as ``limit`` allows; None where no end is low enough."""
-    end = highest_end(evaluator, cost, limit, lambda end: curve(evaluator, power, end))
-    return None if end is None else _filled(curve(evaluator, power, end), evaluator, cost, limit)
+    end = highest_end(sizes, cost, limit, lambda end: curve(sizes, power, end))
+    return None if end is None else _filled(curve(sizes, power, end), sizes, cost, limit)
 
 
-def _filled(counts: list[int], evaluator: ProfileEvaluator, cost: Cost, limit: float) -> list[int]:
+def _filled(counts: list[int], sizes: CountSizes, cost: Cost, limit: float) -> list[int]:
     """What is left of the budget, spent token by token on the deepest block that it pays for."""
-    last = len(counts) - 1 - (evaluator.fixed_head is not None)
+    last = len(counts) - 1 - (sizes.fixed_head is not None)
     for block in range(last, -1, -1):
-        top = evaluator.tokens if block < len(counts) - 1 else evaluator.readable
+        top = sizes.tokens if block < len(counts) - 1 else sizes.readable
         while counts[block] < top:
             raised = list(counts)
             raised[block] += 1
             for index in range(block - 1, -1, -1):
-                room = evaluator.prefix if index + 2 == len(counts) and evaluator.fixed_head is None else 0
-                raised[index] = max(raised[index], min(raised[index + 1] + room, evaluator.tokens))
+                room = sizes.prefix if index + 2 == len(counts) and sizes.fixed_head is None else 0
+                raised[index] = max(raised[index], min(raised[index + 1] + room, sizes.tokens))
             if cost.of(raised) > limit:
                 break
             counts = raised

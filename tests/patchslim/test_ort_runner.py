@@ -16,8 +16,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from patchslim.errors import InputRejected, Unavailable
-from patchslim.ort_runner import CPU, OrtModel, OrtRunner, TensorInfo
-from patchslim.runner import Runner, infer_in_batches
+from patchslim.ort_runner import CPU, OrtModel, OrtRunner
+from patchslim.runner import Runner, TensorInfo, infer_in_batches
 from tests.helpers.bundles import CLASSES, SIZE, weight, write_onnx
 
 ROOT = Path(__file__).parents[2]

@@ -18,7 +18,16 @@ from patchslim.macs import check_counts
 from slimming.run import SlimmingOptions
 from slimming.search.budget import Budget
 from slimming.search.counts import counts_within
-from slimming.search.few_blocks import KERNELS_WORTH, TRIALS, FewBlocks, MergeBlocks, Steps, parse_merge_blocks, places_of
+from slimming.search.few_blocks import (
+    KERNELS_WORTH,
+    TRIALS,
+    FewBlocks,
+    MergeBlocks,
+    Steps,
+    parse_merge_blocks,
+    places_of,
+    spread_evenly,
+)
 from slimming.search.profile import profile_within
 from slimming.search.request import PlanRequest
 from tests.helpers.made_evaluators import Made, macs
@@ -99,7 +108,7 @@ def test_given_blocks_stay() -> None:
 def test_places_move_to_the_front_where_the_budget_asks_for_that() -> None:
     evaluator = Made(197, 12, 1)
     few = search(evaluator, 0.85)
-    assert few.counts(few.start(1)) is None
+    assert few.counts(spread_evenly(evaluator, 1)) is None
     counts = few.chosen(1, kernels=False).counts
     assert few.cost.of(counts) <= few.limit
     with pytest.raises(
