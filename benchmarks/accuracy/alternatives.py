@@ -185,11 +185,9 @@ class Alternatives:
 
     def resolution(self, budget: float) -> tuple[nn.Module, Row]:
         """The dense model on smaller images, at the side whose cost is nearest to the budget."""
-        from benchmarks.accuracy.resolution import at_resolution, macs_at
+        from benchmarks.accuracy.resolution import at_resolution, macs_by_side
 
-        patch = int(self.bench.model.patch_embed.patch_size[0])  # type: ignore[index, union-attr]
-        whole = int(self.bench.session.loaded.data_config["input_size"][-1])
-        costs = {side: macs_at(self.bench, side) for side in range(patch, whole, patch)}
+        costs = macs_by_side(self.bench.model, self.bench.options.model)
         side = min(costs, key=lambda side: abs(costs[side] - (1 - budget) * self.bench.dense_macs))
         return at_resolution(self.bench.model, side), {"macs": costs[side], "side": side}
 

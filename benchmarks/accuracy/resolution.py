@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
 
 from patchslim.macs import macs_of
 from slimming.models.reader import reader_of
-
-if TYPE_CHECKING:
-    from benchmarks.accuracy.bench import Bench
 
 
 class AtResolution(nn.Module):
@@ -25,20 +22,34 @@ class AtResolution(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (b, 3, h, w) -> logits (b, classes)."""
-        result: Tensor = self.model(functional.interpolate(images, (self.side, self.side), mode="bicubic", antialias=True))
+        result: Tensor = self.model(resized(images, self.side))
         return result
 
 
-def at_resolution(model: Any, side: int) -> nn.Module:
-    """The model behind a resize of its images to ``side`` pixels, its position embedding resampled as timm does it."""
-    inner = copy.deepcopy(model)
-    inner.set_input_size(img_size=(side, side))
-    return AtResolution(inner, side).to(next(model.parameters()).device)
+def resized(images: Tensor, side: int) -> Tensor:
+    """Images (b, 3, h, w), already normalised, at ``side`` pixels: (b, 3, side, side)."""
+    return functional.interpolate(images, (side, side), mode="bicubic", antialias=True)
 
 
-def macs_at(bench: Bench, side: int) -> int:
-    """Multiply-accumulates of the dense model on images of ``side`` pixels."""
-    inner = copy.deepcopy(bench.model)
+def resampled(model: Any, side: int) -> nn.Module:
+    """A copy of the model for images of ``side`` pixels, its position embedding resampled as timm does it."""
+    inner: nn.Module = copy.deepcopy(model)
     inner.set_input_size(img_size=(side, side))  # type: ignore[operator]
-    reader = reader_of(inner, bench.options.model)
+    return inner
+
+
+def at_resolution(model: Any, side: int) -> nn.Module:
+    """The model behind a resize of its images to ``side`` pixels."""
+    return AtResolution(resampled(model, side), side).to(next(model.parameters()).device)
+
+
+def dense_macs(model: nn.Module, name: str) -> int:
+    """Multiply-accumulates of a dense model."""
+    reader = reader_of(model, name)
     return macs_of([reader.tokens] * len(reader.blocks), reader.tokens, reader.geometry())
+
+
+def macs_by_side(model: Any, name: str) -> dict[int, int]:
+    """Multiply-accumulates of the dense model for each smaller side of its images that holds whole patches."""
+    patch, whole = int(model.patch_embed.patch_size[0]), int(model.patch_embed.img_size[0])
+    return {side: dense_macs(resampled(model, side), name) for side in range(patch, whole, patch)}

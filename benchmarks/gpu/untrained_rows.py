@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from benchmarks.accuracy.resolution import at_resolution, macs_at
+from benchmarks.accuracy.resolution import at_resolution, dense_macs, resampled
 from benchmarks.accuracy.rows import Case
 from benchmarks.gpu.headline_run import Headline
 from slimming.models.slim_vit import SlimViT
@@ -46,7 +46,7 @@ def training_free(run: Headline) -> dict[str, Student]:
                 run.add(name, module, reduction=round(1 - facts.pop("macs") / dense, 5), kind="training-free", **facts)
     for side in lower_sides(run.size, run.options.tiny):
         name = f"at-{side}px"
-        reduction = round(1 - macs_at(bench, side) / dense, 5)
+        reduction = round(1 - dense_macs(resampled(bench.model, side), bench.options.model) / dense, 5)
         students[name] = (lambda side=side: at_resolution(bench.model, side), reduction)  # type: ignore[misc]
         if name not in run.rows:
             run.add(name, students[name][0](), reduction=reduction, kind="training-free")

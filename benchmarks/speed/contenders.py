@@ -14,7 +14,6 @@ import numpy as np
 
 from benchmarks.speed.contender import Contender, Kind
 from patchslim.arrays import Array
-from patchslim.macs import macs_of
 from patchslim.records import atomic_path
 
 if TYPE_CHECKING:
@@ -53,9 +52,11 @@ class ContenderMaker:
     """
 
     def __init__(self, subject: SpeedSubject, folder: Path, *, batches: Sequence[int], threads: int) -> None:
+        from benchmarks.accuracy.resolution import dense_macs
+
         self.subject, self.folder, self.batches, self.threads = subject, folder, batches, threads
         folder.mkdir(parents=True, exist_ok=True)
-        self.dense_macs = dense_macs_of(subject.model, subject.name)
+        self.dense_macs = dense_macs(subject.model, subject.name)
         self.images = self._images(subject.images, "images")
 
     def all(self, *, compiled: bool) -> Iterator[Contender]:
@@ -81,18 +82,14 @@ class ContenderMaker:
 
     def lower_resolution(self, budget: float) -> Iterator[Contender]:
         """The dense model on smaller images, the largest that remove ``budget`` of its MACs; positions resampled by timm."""
-        model: Any = self.subject.model
-        patch, (height, width) = model.patch_embed.patch_size[0], model.patch_embed.img_size
-        if height != width:
+        from benchmarks.accuracy.resolution import macs_by_side, resampled
+
+        costs = macs_by_side(self.subject.model, self.subject.name)
+        fitting = [side for side, macs in costs.items() if macs <= (1 - budget) * self.dense_macs]
+        if not fitting:
             return
-        for side in range(height - patch, 0, -patch):
-            smaller = copy.deepcopy(model)
-            smaller.set_input_size(img_size=(side, side))
-            macs = dense_macs_of(smaller, self.subject.name)
-            if macs <= (1 - budget) * self.dense_macs:
-                break
-        else:
-            return
+        side = max(fitting)
+        macs, smaller = costs[side], resampled(self.subject.model, side)
         file = self.exported(f"side-{side}", smaller, (side, side))
         images = self._images(resized(self.subject.images, side), f"images-{side}")
         yield self.onnx(f"at {side} px in ONNX Runtime", SAME_MACS, file, macs, images=images)
@@ -231,14 +228,6 @@ class ContenderMaker:
         return path
 
 
-def dense_macs_of(model: nn.Module, name: str) -> int:
-    """Multiply-accumulates of a dense model."""
-    from slimming.models.reader import reader_of
-
-    reader = reader_of(model, name)
-    return macs_of([reader.tokens] * len(reader.blocks), reader.tokens, reader.geometry())
-
-
 def slim_module(plan: SlimPlan, fitted: nn.Module) -> nn.Module:
     """The slimmed model in PyTorch."""
     from slimming.models.slim_vit import SlimViT
@@ -247,10 +236,9 @@ def slim_module(plan: SlimPlan, fitted: nn.Module) -> nn.Module:
 
 
 def resized(images: Array, side: int) -> Array:
-    """``images`` (n, channels, h, w), already normalised, at ``side`` pixels, by bicubic interpolation with antialiasing."""
+    """``images`` (n, channels, h, w) at ``side`` pixels."""
     import torch
 
-    found = torch.nn.functional.interpolate(
-        torch.from_numpy(np.ascontiguousarray(images)), (side, side), mode="bicubic", antialias=True, align_corners=False
-    )
-    return np.asarray(found.numpy())
+    from benchmarks.accuracy import resolution
+
+    return np.asarray(resolution.resized(torch.from_numpy(np.ascontiguousarray(images)), side).numpy())

@@ -75,6 +75,11 @@ class ImageSet:
         """The share of an undivided data set that this is; None where the data set has splits of its own."""
         return None if self.share == "all" else float(self.share.partition("%")[0]) / 100
 
+    @property
+    def mirrored_alike(self) -> bool:
+        """Whether an image's mirror image is of its class; that of a digit is no digit."""
+        return self.address != "digits"
+
     def describe(self) -> dict[str, object]:
         """Return what a manifest records of it."""
         return {"data": self.address, "split": self.split, "share": self.share, "images": len(self)}

@@ -75,7 +75,7 @@ class BlendedImages:
         height, width = pixels.shape[-2:]
         padding = (width // _MOVED, height // _MOVED)
         moved: Tensor = transforms.RandomCrop((height, width), padding=padding, padding_mode="reflect")(pixels)
-        if self.images.address == "digits":  # whose mirror images are no digits
+        if not self.images.mirrored_alike:
             return moved
         mirrored: Tensor = transforms.RandomHorizontalFlip()(moved)
         return mirrored

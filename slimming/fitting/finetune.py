@@ -248,7 +248,7 @@ class _LoaderFeed:
     def __call__(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches of steps ``start`` to ``stop`` of the run."""
         images, recipe = self.run.images, self.run.recipe
-        hflip = recipe.hflip if recipe.hflip is not None else 0.0 if images.address == "digits" else 0.5
+        hflip = recipe.hflip if recipe.hflip is not None else 0.5 if images.mirrored_alike else 0.0
         transform = train_transform(self.run.data_config, hflip=hflip, auto_augment=recipe.auto_augment)
         draws = Draws(images, transform, count=stop * self.total, classes=self.classes, seed=recipe.seed)
         loader = loader_of(draws, recipe.batch_size, cuda=self.accelerator.device.type == "cuda")
