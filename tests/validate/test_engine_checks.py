@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,9 @@ def test_answers_that_are_too_far_are_exit_5(good: Path) -> None:
     found = trial.run(subject, Expected(1e-9, 100.0))
     check = judged("golden parity", subject, found)
     assert (runs, found.status, check.exit_code) == ([found], "failed", 5)
-    assert "max error 1e-05 of 1e-09 allowed" in check.detail
+    told = re.search(r"max error (\S+) of 1e-09 allowed", check.detail)
+    assert told is not None
+    assert float(told[1]) == pytest.approx(1e-5, abs=2e-6)  # ONNX Runtime's rounding on any processor is a part of it
 
 
 @pytest.mark.parametrize(
