@@ -12,7 +12,8 @@ from validate.attestation import attestation_schema
 from validate.build_recipe import recipe_schema
 from validate.built_engine import build_schema
 from validate.latency_sheet import latency_sheet_schema
-from validate.manifest import manifest_schema, parity_schema
+from validate.manifest import manifest_schema
+from validate.parity_records import parity_schema
 
 FOLDER = Path(__file__).parent / "schemas"
 SCHEMAS = {

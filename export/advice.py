@@ -18,7 +18,7 @@ from patchslim.errors import BudgetUnreachable, UsageError
 from patchslim.records import StrictRecord, load_record, save_record
 from slimming.search.budget import Budget
 from slimming.session import open_finder
-from validate.manifest import ParityReport
+from validate.parity_records import ParityReport
 
 #: Halvings of the reductions between none and the one that failed.
 _STEPS = 6

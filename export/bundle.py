@@ -25,6 +25,7 @@ from validate.build_recipe import BuildSettings as RecipeSettings
 from validate.bundle import record_files, write_parity
 from validate.golden import Golden, write_golden
 from validate.parity import MIN_AGREEMENT, logit_tolerance
+from validate.parity_records import ParityReport, PrecisionTrial
 
 #: The files of the ONNX stages.
 ONNX_FILES = {
@@ -55,7 +56,7 @@ class BundleContents:
     request: EngineRequest
     engine: EngineResult
     measured: Measured
-    parity: schema.ParityReport
+    parity: ParityReport
     picture: Path
     sbom: Path
     golden_images: dict[int, Path]
@@ -65,7 +66,7 @@ class BundleContents:
     speed: Path | None
     report: Path
     kept_parts: list[str]
-    trials: list[schema.PrecisionTrial]
+    trials: list[PrecisionTrial]
 
 
 def write_contents(contents: BundleContents, folder: Path) -> schema.Manifest:

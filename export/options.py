@@ -16,7 +16,7 @@ from patchslim.environment import processes
 from patchslim.errors import UsageError
 from slimming.options import DEFAULT_MARGIN, ModelOptions
 from slimming.search.budget import LATENCY
-from validate.manifest import GateRule
+from validate.fields import GateRule
 
 #: Of a batch in a build recipe.
 _LARGEST_BATCH = 1 << 16

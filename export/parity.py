@@ -9,26 +9,26 @@ from export.logits import BATCH_SIZES, ENGINE, PYTORCH, PYTORCH_SLIM, Measured
 from export.stages import ONNX_SLIM, ONNX_STAGES
 from patchslim.choices import Layout, Precision
 from patchslim.plan import SlimPlan
-from validate import manifest as schema
 from validate.comparison import compare
 from validate.parity import gate, logit_tolerance, not_executed, rung, stage_precision
+from validate.parity_records import BatchCheck, Comparison, Evaluation, Gate, Macs, ParityReport, Rung
 
 
 def parity_report(
     measured: Measured,
-    evaluation: schema.Evaluation,
+    evaluation: Evaluation,
     plan: SlimPlan,
     layout: Layout,
     engine: EngineResult,
-    asked: schema.Gate,
-) -> schema.ParityReport:
+    asked: Gate,
+) -> ParityReport:
     """Compare each stage with the one that it was made from, and judge it by the gate that is ``asked`` for."""
     judged, passed = gate(ladder(measured, engine), asked.max_top1_drop, asked.rule)
     dense, slim = plan.dense_macs(), plan.macs(layout)
-    return schema.ParityReport(
+    return ParityReport(
         gate=asked,
         comparison=comparison(measured),
-        macs=schema.Macs(dense=dense, slim=slim, reduction=1 - slim / dense, layout=layout),
+        macs=Macs(dense=dense, slim=slim, reduction=1 - slim / dense, layout=layout),
         rungs=judged,
         engine=engine.record([f"engine/{file.name}" for file in engine.files], judged[-1].status),
         evaluation=evaluation,
@@ -36,27 +36,27 @@ def parity_report(
     )
 
 
-def ladder(measured: Measured, engine: EngineResult) -> list[schema.Rung]:
+def ladder(measured: Measured, engine: EngineResult) -> list[Rung]:
     """The rungs, from the PyTorch original down to the engine, not judged yet."""
     return [_with_batches(one, measured, stage_precision(one.stage, engine.precision)) for one in _rungs(measured, engine)]
 
 
-def comparison(measured: Measured) -> schema.Comparison:
+def comparison(measured: Measured) -> Comparison:
     """Original and candidate, the last stage that answered."""
     stage = next(name for name in (ENGINE, *reversed(ONNX_STAGES.values()), PYTORCH_SLIM) if name in measured.logits)
     return compare(measured.logits[PYTORCH], measured.logits[stage], measured.targets, stages=(PYTORCH, stage))
 
 
-def _with_batches(one: schema.Rung, measured: Measured, precision: Precision) -> schema.Rung:
+def _with_batches(one: Rung, measured: Measured, precision: Precision) -> Rung:
     """``one`` with how far its answers depend on what is beside them in a batch."""
     if (error := measured.batch_errors.get(one.stage)) is None:
         return one
     tolerance = logit_tolerance(precision, measured.logits[one.stage])
-    found = schema.BatchCheck(sizes=list(BATCH_SIZES), max_error=None if math.isnan(error) else error, tolerance=tolerance)
+    found = BatchCheck(sizes=list(BATCH_SIZES), max_error=None if math.isnan(error) else error, tolerance=tolerance)
     return one.model_copy(update={"batches": found})
 
 
-def _rungs(measured: Measured, engine: EngineResult) -> list[schema.Rung]:
+def _rungs(measured: Measured, engine: EngineResult) -> list[Rung]:
     logits, targets = measured.logits, measured.targets
     original = logits[PYTORCH]
     rungs = [rung(PYTORCH, original, targets)]

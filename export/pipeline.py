@@ -50,7 +50,8 @@ from patchslim.records import load_record
 from patchslim.targets import target_for
 from validate.explain import verdict_of
 from validate.latency_sheet import LatencySheet
-from validate.manifest import LatencyRecord, Macs, ParityReport, PrecisionTrial
+from validate.manifest import LatencyRecord
+from validate.parity_records import Macs, ParityReport, PrecisionTrial
 
 #: The least share of the tensors between the kernels of an FP16 engine that must have 16 bits; those built so far have 0.8.
 _LEAST_NARROW = 0.5

@@ -27,7 +27,7 @@ from patchslim.errors import InputRejected, Unavailable
 from patchslim.plan import SlimPlan
 from patchslim.records import StrictRecord, load_record, save_record
 from patchslim.timing import interleaved, processor_name, timed
-from validate.manifest import Gate, ParityReport, PrecisionTrial
+from validate.parity_records import Gate, ParityReport, PrecisionTrial
 
 if TYPE_CHECKING:
     from export.options import ExportOptions

@@ -16,7 +16,7 @@ from patchslim import cuda
 from patchslim.plan import SlimPlan
 from slimming.models.loading import BUNDLED, bundled_weights
 from slimming.session import class_names, evaluation_images, open_session, training_images
-from validate.manifest import Evaluation
+from validate.parity_records import Evaluation
 
 if TYPE_CHECKING:
     from export.options import ExportOptions

@@ -8,7 +8,8 @@ from typing import Any
 
 from export.pipeline import Outcome
 from validate.explain import blame, compared, verdict_of, what_it_proves
-from validate.manifest import LatencyRecord, PrecisionTrial
+from validate.manifest import LatencyRecord
+from validate.parity_records import PrecisionTrial
 
 
 def as_json(outcome: Outcome) -> dict[str, Any]:

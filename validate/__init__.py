@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from validate.bundle_runner import BundleRunner, open_runner
     from validate.check import check_bundle
     from validate.latency import compare_latency
-    from validate.manifest import Manifest, ParityReport, Rung, manifest_schema, parity_schema
+    from validate.manifest import Manifest, manifest_schema
     from validate.parity import gate, rung
+    from validate.parity_records import ParityReport, Rung, parity_schema
 
 __all__ = [
     "BundleRunner",
@@ -37,8 +38,8 @@ __getattr__, __dir__ = lazy_names(
         "BundleRunner": "validate.bundle_runner",
         "BundleVerdict": "validate.verdict",
         "Manifest": "validate.manifest",
-        "ParityReport": "validate.manifest",
-        "Rung": "validate.manifest",
+        "ParityReport": "validate.parity_records",
+        "Rung": "validate.parity_records",
         "check_bundle": "validate.check",
         "compare_latency": "validate.latency",
         "gate": "validate.parity",
@@ -46,7 +47,7 @@ __getattr__, __dir__ = lazy_names(
         "load_parity": "validate.bundle",
         "manifest_schema": "validate.manifest",
         "open_runner": "validate.bundle_runner",
-        "parity_schema": "validate.manifest",
+        "parity_schema": "validate.parity_records",
         "rung": "validate.parity",
     },
 )

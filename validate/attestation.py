@@ -11,7 +11,9 @@ from patchslim.device import Device, device_versions, this_device
 from patchslim.errors import EXIT_PARITY, InputRejected
 from patchslim.records import StrictRecord, VersionOne, load_record
 from validate.engine_runs import ON_ONNX, EngineRun
-from validate.manifest import GateRule, Manifest, Rung
+from validate.fields import GateRule
+from validate.manifest import Manifest
+from validate.parity_records import Rung
 from validate.verdict import BundleVerdict, Check, failed
 
 _Count = Annotated[int, Field(ge=0, le=1 << 31)]

@@ -15,7 +15,8 @@ from patchslim.records import StrictRecord, VersionOne, parse_record
 from patchslim.targets import target_for
 from validate.bundle import list_files
 from validate.engine_file import check_engine
-from validate.manifest import EngineRecord, FileRecord
+from validate.manifest import FileRecord
+from validate.parity_records import EngineRecord
 
 BUILD = "build.json"
 _MAX_BYTES, _WHAT = 1 << 20, "record of a build"

@@ -10,7 +10,9 @@ from patchslim.errors import InputRejected
 from patchslim.files import digest, read_bounded, read_verified
 from patchslim.records import atomic_path, parse_record, save_record
 from patchslim.signatures import SIGNATURE
-from validate.manifest import FileRecord, Manifest, ParityReport, plain_path
+from validate.fields import plain_path
+from validate.manifest import FileRecord, Manifest
+from validate.parity_records import ParityReport
 
 MANIFEST = "manifest.json"
 PARITY = "parity.json"

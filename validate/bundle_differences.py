@@ -12,7 +12,8 @@ from patchslim.records import MAX_JSON_BYTES, StrictRecord, parse_record
 from validate.bundle import PLAN, read_file
 from validate.check import check_bundle
 from validate.engine_runs import EngineChoice
-from validate.manifest import EngineRecord, Manifest, Rung, TensorSpec
+from validate.manifest import Manifest, TensorSpec
+from validate.parity_records import EngineRecord, Rung
 
 _MOST_FILES = 20  # that are named; more are counted
 

@@ -16,9 +16,10 @@ from patchslim.runner import BatchLimits, infer_in_batches
 from patchslim.targets import target_for
 from validate.bundle import load_manifest
 from validate.engine_runs import BACKENDS, ON_ONNX, EngineKey, Subject, openvino_precision, why_not
-from validate.manifest import EngineRecord, Manifest
+from validate.manifest import Manifest
 from validate.model import Model, open_model
 from validate.parity import stage_precision
+from validate.parity_records import EngineRecord
 
 _CUDA = "CUDAExecutionProvider"
 #: Images of a call that go into the engine at once: on a CPU few are fastest.

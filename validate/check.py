@@ -17,7 +17,8 @@ from validate.engine_checks import Running
 from validate.engine_runs import EngineChoice, EngineRun
 from validate.graph_checks import check_graphs
 from validate.isolated import Limits
-from validate.manifest import Gate, Manifest
+from validate.manifest import Manifest
+from validate.parity_records import Gate
 from validate.record_checks import check_engine_ran, check_records, read_parity
 from validate.verdict import BundleVerdict, Check, failed
 

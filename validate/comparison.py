@@ -7,8 +7,8 @@ import math
 import numpy as np
 
 from patchslim.arrays import Array
-from validate.manifest import Answers, ClassChange, Comparison, Disagreement
 from validate.parity import target_rank, top1
+from validate.parity_records import Answers, ClassChange, Comparison, Disagreement
 
 #: Images that are listed of those on which the two differ most.
 WORST = 8

@@ -13,7 +13,9 @@ from patchslim.choices import InferencePrecision
 from patchslim.errors import Unavailable
 from patchslim.packages import PACKAGES, install_command, missing
 from patchslim.records import StrictRecord
-from validate.manifest import EngineRecord, FileRecord, PlainPath, Rung, Status
+from validate.fields import PlainPath, Status
+from validate.manifest import FileRecord
+from validate.parity_records import EngineRecord, Rung
 
 EngineKey = Literal["ort", "openvino", "trt", "rtx"]
 #: The module that runs each, which is also its name in manifests.

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 
 from patchslim.intervals import drop_interval, images_needed
-from validate.manifest import Comparison, GateRule, Rung
+from validate.fields import GateRule
+from validate.parity_records import Comparison, Rung
 
 
 def what_it_proves(rungs: Sequence[Rung], max_top1_drop: float, rule: GateRule = "point") -> list[str]:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from patchslim.choices import Precision
 from patchslim.intervals import drop_interval
 from validate.comparison import mcnemar
-from validate.manifest import Manifest, ParityReport, Rung
+from validate.manifest import Manifest
 from validate.parity import MIN_AGREEMENT, gate, logit_tolerance, rung, stage_precision
+from validate.parity_records import ParityReport, Rung
 
 if TYPE_CHECKING:
     from validate.golden import Golden

@@ -19,8 +19,9 @@ from validate.built_engine import read_build
 from validate.engine_checks import Running
 from validate.engine_runs import BACKENDS, EngineRun, Subject, openvino_precision
 from validate.images import batches, list_images
-from validate.manifest import Manifest, Rung
+from validate.manifest import Manifest
 from validate.parity import rung
+from validate.parity_records import Rung
 from validate.verdict import Check
 
 

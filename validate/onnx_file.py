@@ -8,7 +8,7 @@ from typing import Any
 
 from patchslim.errors import InputRejected
 from patchslim.files import read_bounded
-from validate.manifest import plain_path
+from validate.fields import plain_path
 
 #: A protobuf message cannot be larger; weights beyond that are in files beside it.
 MAX_ONNX_BYTES = (1 << 31) - 1

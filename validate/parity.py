@@ -10,7 +10,8 @@ import numpy as np
 from patchslim.arrays import Array
 from patchslim.choices import Precision
 from patchslim.intervals import drop_interval, images_needed
-from validate.manifest import GateRule, Rung, ladder_passed
+from validate.fields import GateRule
+from validate.parity_records import Rung, ladder_passed
 
 #: Largest difference of a logit that a stage may show, by its precision, as a fraction of the largest logit (of 1 where that
 #: is smaller). FP16 keeps 11 bits of each value, bfloat16 8: its rounding errors, and so its bound, are 2^3 times FP16's. INT8

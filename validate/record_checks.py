@@ -17,7 +17,8 @@ from validate import bundle as files
 from validate.build_recipe import MAX_RECIPE_BYTES, RECIPE, parse_recipe
 from validate.bundle import parse_parity, read_file
 from validate.engine_file import check_engine
-from validate.manifest import Manifest, ParityReport
+from validate.manifest import Manifest
+from validate.parity_records import ParityReport
 from validate.verdict import Check, failed, not_checked
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from rich.table import Table
 from patchslim.console import Console
 from validate.engine_runs import EngineRun
 from validate.explain import blame, what_it_proves
-from validate.manifest import Rung
+from validate.parity_records import Rung
 from validate.verdict import BundleVerdict
 
 _STYLES = {"passed": "green", "failed": "red", "undecided": "red", "not executed": "yellow"}

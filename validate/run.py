@@ -20,7 +20,7 @@ from validate.options import ValidateOptions
 
 if TYPE_CHECKING:
     from validate.attestation import DeviceImages
-    from validate.manifest import Rung
+    from validate.parity_records import Rung
     from validate.verdict import BundleVerdict
 
 EXAMPLES = (

@@ -17,7 +17,8 @@ from patchslim.errors import (
 )
 from patchslim.records import StrictRecord
 from validate.engine_runs import EngineRun
-from validate.manifest import GateRule, Manifest, Status
+from validate.fields import GateRule, Status
+from validate.manifest import Manifest
 
 
 class Check(StrictRecord):

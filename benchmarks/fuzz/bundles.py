@@ -24,20 +24,8 @@ from validate.bundle import SUMS, load_manifest, record_files, write_manifest, w
 from validate.comparison import compare
 from validate.golden import Golden, write_golden
 from validate.images import preprocess
-from validate.manifest import (
-    BatchCheck,
-    CalibrationRecord,
-    EngineRecord,
-    Evaluation,
-    Gate,
-    GoldenImage,
-    Macs,
-    Manifest,
-    OnnxRecord,
-    ParityReport,
-    TensorSpec,
-    Weights,
-)
+from validate.manifest import CalibrationRecord, GoldenImage, Manifest, OnnxRecord, TensorSpec, Weights
+from validate.parity_records import BatchCheck, EngineRecord, Evaluation, Gate, Macs, ParityReport
 from validate.preprocessing import Preprocessing
 
 SIZE, CLASSES, IMAGES, PICTURES = 8, 6, 10, 3

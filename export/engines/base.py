@@ -11,7 +11,8 @@ from typing import Any, Literal
 from patchslim.choices import EngineName, Layout, Precision
 from patchslim.errors import UsageError
 from patchslim.targets import PORTABLE
-from validate.manifest import EngineRecord, Status
+from validate.fields import Status
+from validate.parity_records import EngineRecord
 
 
 @dataclass(frozen=True)

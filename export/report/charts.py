@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from patchslim.plan import Walk
 from validate.latency_sheet import LatencySheet
-from validate.manifest import ClassChange, ParityReport
+from validate.parity_records import ClassChange, ParityReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

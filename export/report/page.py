@@ -16,7 +16,7 @@ from patchslim.packages import wheel_command
 from patchslim.plan import SlimPlan
 from validate.explain import verdict_of, what_it_proves
 from validate.latency_sheet import LatencySheet
-from validate.manifest import Comparison, Disagreement, ParityReport
+from validate.parity_records import Comparison, Disagreement, ParityReport
 
 REPORT = "report.html"
 

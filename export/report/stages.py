@@ -10,7 +10,7 @@ from export.source import ExportSource
 from export.stages import Workspace
 from patchslim.plan import SlimPlan
 from patchslim.records import atomic_path
-from validate.manifest import Comparison
+from validate.parity_records import Comparison
 
 #: Pixels of the longer side of a picture on the page.
 _SIDE = 160

@@ -22,7 +22,7 @@ from patchslim.records import load_record
 from tests.helpers.exports import change_plan, read, tiny
 from validate import load_parity
 from validate.latency_sheet import LatencySheet
-from validate.manifest import ClassChange
+from validate.parity_records import ClassChange
 
 if TYPE_CHECKING:
     from export.pipeline import Outcome

@@ -16,7 +16,8 @@ from patchslim.errors import InputRejected, Unavailable
 from tests.helpers.bundles import make_bundle, refused, reseal
 from validate import check_bundle, load_manifest, load_parity
 from validate.bundle import list_files, record_files, write_sums
-from validate.manifest import CalibrationRecord, manifest_schema, parity_schema
+from validate.manifest import CalibrationRecord, manifest_schema
+from validate.parity_records import parity_schema
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import pytest
 
 from patchslim.intervals import drop_interval
 from validate.explain import blame, verdict_of, what_it_proves
-from validate.manifest import BatchCheck, Rung
 from validate.parity import gate, not_executed, rung
+from validate.parity_records import BatchCheck, Rung
 
 
 def answers(images: int, wrong: int) -> np.ndarray:

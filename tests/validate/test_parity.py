@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from validate import parity
-from validate.manifest import Rung
+from validate.parity_records import Rung
 
 
 def one_hot(classes: list[int], count: int = 4) -> np.ndarray:

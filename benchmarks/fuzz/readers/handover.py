@@ -31,7 +31,8 @@ from validate.bundle import GOLDEN, LATENCY, MANIFEST, SBOM, SUMS, expected_sums
 from validate.engine_runs import EngineRun, GoldenParity, LatencyPoint
 from validate.latency import LatencyReport
 from validate.latency_sheet import LatencySheet
-from validate.manifest import EngineRecord, FileRecord, Manifest
+from validate.manifest import FileRecord, Manifest
+from validate.parity_records import EngineRecord
 from validate.record_checks import check_sbom
 from validate.verdict import BundleVerdict, Check
 

@@ -17,7 +17,8 @@ from benchmarks.fuzz.mutators import mutate_json
 from benchmarks.fuzz.target import Files, Target
 from patchslim.latency_table import LatencyTable
 from patchslim.plan import SlimPlan
-from validate.manifest import Manifest, ParityReport
+from validate.manifest import Manifest
+from validate.parity_records import ParityReport
 
 
 @cache

@@ -14,7 +14,7 @@ from tests.helpers.bundles import CLASSES, SIZE
 from tests.helpers.serving import bundle_with_serving, rendered, script
 from validate import check_bundle
 from validate.bundle import load_manifest
-from validate.manifest import EngineRecord
+from validate.parity_records import EngineRecord
 
 model_config = pytest.importorskip("tritonclient.grpc.model_config_pb2")
 BACKENDS = ["onnxruntime", "openvino", "python", "tensorrt"]
