@@ -5,11 +5,8 @@
 At every budget, on the same held-out images, all but the first and the last fitted in closed form on the same calibration
 images, none trained with labels:
 
-- resolution: the same weights on smaller images, positions resampled, at the side whose cost is nearest to the budget;
-- ramp: the default plan; blocks-N: tokens go in N blocks that are searched (``--merge-blocks N``);
-- DiffRate: the counts that Chen et al. (ICCV 2023, 2305.17997) publish for a DeiT-Ti of 0.7 GFLOPs, drawn out or in to the
-  budget and over other depths, our merging;
-- radial: the default plan's counts, of which the patches nearest to the centre are kept and the others dropped;
+- resolution, blocks-N, DiffRate, radial: as ``benchmarks.accuracy.other_plans`` says;
+- ramp: the default plan;
 - distilled: the default plan, then ``--fit distill`` for ``--distill-steps``; 0 leaves it out.
 
 Rows are written as they are done, and a second call of the same command goes on from there.
@@ -17,7 +14,6 @@ Rows are written as they are done, and a second call of the same command goes on
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import sys
@@ -26,7 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.accuracy.rows import Case, SubjectOptions, TableOptions
+from benchmarks.accuracy.other_plans import at_lower_resolution, other_plan
+from benchmarks.accuracy.rows import BLOCKS, Case, SubjectOptions, TableOptions
 from benchmarks.accuracy.tables import identity, machine
 from patchslim.cli import run_command
 from patchslim.errors import BudgetUnreachable, InputRejected, UsageError
@@ -37,11 +34,7 @@ if TYPE_CHECKING:
 
     from benchmarks.accuracy.bench import Bench, CalibrationDraw
     from slimming.api import FoundPlan
-
-#: Tokens behind the blocks of a DeiT-Ti by DiffRate at 0.7 GFLOPs (its repository's compression_rate.json), the last without
-#: what no head reads.
-DIFFRATE = (197, 196, 192, 158, 133, 103, 88, 72, 64, 58, 49)
-_STEPS = 1000
+    from slimming.run import SlimmingOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,13 +97,11 @@ class Alternatives:
     def makers(self, budget: float) -> dict[str, Maker]:
         """The rows of a budget by name."""
         makers: dict[str, Maker] = {
-            "resolution": lambda: self.resolution(budget),
+            "resolution": lambda: at_lower_resolution(self.bench, budget),
             "ramp": lambda: self.slim(self.found(budget, merge_blocks="ramp")),
         }
-        for blocks in self.options.merge_blocks:
-            makers[f"blocks-{blocks}"] = lambda blocks=blocks: self.slim(self.found(budget, merge_blocks=str(blocks)))  # type: ignore[misc]
-        makers["DiffRate"] = lambda: self.slim(self.diffrate(budget))
-        makers["radial"] = lambda: self.slim(self.radial(budget))
+        for name in (*(f"{BLOCKS}{blocks}" for blocks in self.options.merge_blocks), "DiffRate", "radial"):
+            makers[name] = lambda name=name: self.slim(self.other(name, budget))  # type: ignore[misc]
         if self.options.distill_steps and budget in self.options.distill_budgets:
             steps = self.options.distill_steps
             makers["distilled"] = lambda: self.slim(self.found(budget, merge_blocks="ramp", fit="distill", distill_steps=steps))
@@ -135,10 +126,18 @@ class Alternatives:
 
     def found(self, budget: float, **more: Any) -> FoundPlan:
         """Our plan at a budget, with its fit."""
-        options = self.bench.options.slimming(Case("auto", budget, "closed-form", "compact", self.options.seed))
-        options = dataclasses.replace(options, **more)
+        options = dataclasses.replace(self.ours(budget), **more)
         options.check()
         return self.draw.finder(options).find_plan(options.request())
+
+    def ours(self, budget: float) -> SlimmingOptions:
+        """The options of our default plan at a budget."""
+        return self.bench.options.slimming(Case("auto", budget, "closed-form", "compact", self.options.seed))
+
+    def other(self, method: str, budget: float) -> FoundPlan:
+        """Another method's plan at a budget, with its fit."""
+        options = self.ours(budget)
+        return other_plan(method, self.bench, self.draw.finder(options), options)
 
     def slim(self, found: FoundPlan) -> tuple[nn.Module, Row]:
         """A plan's module, and what its row says."""
@@ -146,50 +145,6 @@ class Alternatives:
         if found.plan.origin.merge_blocks is not None:
             row["merge_blocks"] = found.plan.origin.merge_blocks
         return self.draw.module_of(found), row | ({} if found.finetune is None else {"distilled": found.finetune})
-
-    def diffrate(self, budget: float) -> FoundPlan:
-        """DiffRate's counts at a budget, merged as we do."""
-        reader = self.bench.reader
-        depth, tokens, limit = len(reader.blocks), reader.tokens, (1 - budget) * self.bench.dense_macs
-        options = self.bench.options.slimming(Case("auto", budget, "closed-form", "compact", self.options.seed))
-        finder = self.draw.finder(options)
-        from slimming.search.costs import MacsCost
-
-        cost = MacsCost(tokens, depth, reader.geometry(), merged=True)
-        for step in range(_STEPS):
-            counts = [*diffrate_counts(tokens, depth, 2 * step / _STEPS), len(reader.head.tokens)]
-            if cost.of(counts) <= limit:
-                asked = dataclasses.replace(options, macs_reduction=None, tokens=",".join(map(str, counts)))
-                return finder.find_plan(asked.request())
-        raise BudgetUnreachable(f"DiffRate's counts cannot remove {budget:.0%}")
-
-    def radial(self, budget: float) -> FoundPlan:
-        """The default plan's counts with the patches nearest to the centre; what is dropped is dropped."""
-        from slimming.api import FoundPlan, make_plan
-        from slimming.fitting.closed_form import compensate
-
-        bench, ramp = self.bench, self.found(budget, merge_blocks="ramp", fit="none").plan
-        rows, columns = ramp.grid
-        away = {
-            ramp.prefix_tokens + row * columns + column: (row - (rows - 1) / 2) ** 2 + (column - (columns - 1) / 2) ** 2
-            for row in range(rows)
-            for column in range(columns)
-        }
-        order = [*range(ramp.prefix_tokens), *sorted(away, key=lambda token: away[token])]
-        kept = [sorted(order[:count]) for count in ramp.counts[:-1]] + [ramp.kept[-1]]
-        plan = make_plan(bench.model, ramp.model, kept)
-        model = copy.deepcopy(bench.model)
-        options = bench.options.slimming(Case("auto", budget, "closed-form", "compact", self.options.seed))
-        compensate(model, self.draw.finder(options).features, plan)
-        return FoundPlan(plan, model, "closed-form")
-
-    def resolution(self, budget: float) -> tuple[nn.Module, Row]:
-        """The dense model on smaller images, at the side whose cost is nearest to the budget."""
-        from benchmarks.accuracy.resolution import at_resolution, macs_by_side
-
-        costs = macs_by_side(self.bench.model, self.bench.options.model)
-        side = min(costs, key=lambda side: abs(costs[side] - (1 - budget) * self.bench.dense_macs))
-        return at_resolution(self.bench.model, side), {"macs": costs[side], "side": side}
 
     def write(self) -> dict[str, Any]:
         """Write the results whole, one row a line."""
@@ -217,17 +172,6 @@ def read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputRejected(f"{path}: not a results file of benchmarks.accuracy.alternatives: {error}") from error
     return found
-
-
-def diffrate_counts(tokens: int, depth: int, stretch: float) -> list[int]:
-    """DiffRate's counts for the blocks but the last, at the same depths; ``stretch`` 1 drops as much as its own."""
-    found = []
-    for block in range(depth - 1):
-        place = (block + 1) / (depth - 1) * len(DIFFRATE) - 1
-        low = min(max(int(place), 0), len(DIFFRATE) - 2)
-        kept = DIFFRATE[low] + (DIFFRATE[low + 1] - DIFFRATE[low]) * (place - low)
-        found.append(max(2, min(tokens, round(tokens * (1 - stretch * (1 - kept / DIFFRATE[0]))))))
-    return [min(found[: block + 1]) for block in range(len(found))]
 
 
 def main(options: AlternativeOptions) -> int:

@@ -10,14 +10,13 @@ import shutil
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.accuracy.rows import EVIT_FORMS, Case, TableOptions, are_apart, public
+from benchmarks.accuracy.rows import EVIT_FORMS, RESOLUTION, Case, TableOptions, are_apart, is_other, public
 from patchslim.choices import Mode
 from patchslim.errors import BudgetUnreachable, InputRejected, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from benchmarks.accuracy.baselines import Baseline
     from patchslim.progress import StageProgress
     from slimming.api import FoundPlan, PlanFinder
     from slimming.data.source import ImageSet
@@ -136,12 +135,15 @@ class Bench:
             "correct": base64.b64encode(np.packbits(right.numpy()).tobytes()).decode(),
         }
 
-    def baseline(self, case: Case) -> tuple[Baseline, dict[str, Any]]:
-        """ToMe or EViT at the cost that the case's budget names, and what its row says of it; raises ``NotMeasured``."""
+    def baseline(self, case: Case) -> tuple[nn.Module, dict[str, Any]]:
+        """ToMe, EViT or smaller images at the cost that the case's budget names, and what the row says; or ``NotMeasured``."""
         from benchmarks.accuracy.baselines import evit_for_macs, tome_for_macs
+        from benchmarks.accuracy.other_plans import at_lower_resolution
 
         limit, cut = int((1 - case.budget) * self.dense_macs), bool(case.head_only)
         try:
+            if case.method == RESOLUTION:
+                return at_lower_resolution(self, case.budget)
             if case.method == "ToMe":
                 tome = tome_for_macs(self.model, limit, head_only=cut)
                 return tome, {"macs": tome.macs(), "counts": tome.counts, "matching_macs": tome.matching_macs()}
@@ -217,6 +219,7 @@ class CalibrationDraw:
 
     def found(self, case: Case) -> FoundPlan:
         """The plan and the weights of a case; raises ``NotMeasured``. Checkpoints lie beside the results meanwhile."""
+        from benchmarks.accuracy.other_plans import other_plan
         from slimming.session import search, training_images
 
         bench, options = self.bench, self.bench.options.slimming(case)
@@ -231,8 +234,11 @@ class CalibrationDraw:
         try:
             with bench.reporter.stages() as self._bars:
                 finder = self.finder(options)
-                found = search(options, self.session, options.layout, self._report, finder=finder, checkpoint=folder)
-        except BudgetUnreachable as error:
+                if is_other(case.method):
+                    found = other_plan(case.method, bench, finder, options)
+                else:
+                    found = search(options, self.session, options.layout, self._report, finder=finder, checkpoint=folder)
+        except (BudgetUnreachable, UsageError) as error:
             raise NotMeasured(str(error)) from error
         if found.fit != options.fit:
             raise NotMeasured("a model whose blocks end in norms has no closed-form fit")

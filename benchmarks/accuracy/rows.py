@@ -21,13 +21,18 @@ FITS: tuple[Fit, ...] = ("none", "closed-form")
 #: EViT's ways with the tokens that it does not keep; the paper's text leaves room for all of them.
 EVIT_FORMS: dict[str, dict[str, bool]] = {"summed": {}, "averaged": {"normalised": True}, "dropped": {"fuse": False}}
 
+RESOLUTION, BLOCKS = "resolution", "blocks-"
+#: Other ways to spend the same MACs, as ``benchmarks.accuracy.other_plans`` says; those but the first are fitted like ours.
+OTHERS: tuple[str, ...] = (RESOLUTION, "radial", "DiffRate", f"{BLOCKS}2", f"{BLOCKS}3")
+
 
 class Row(TypedDict, total=False):
     """One row of a results file: what was measured of a case, or ``refused``, why it was not.
 
     ``macs``, ``counts`` (tokens out of each block) and ``reduction`` are what it costs. ``top1`` and ``agreement`` (with the
     dense model's answers) are fractions, ``kl`` is the divergence from it, ``gained`` and ``lost`` count images, ``correct`` is
-    a bit for each held-out image, in base64. ``matching_macs`` and ``keep_rate`` are of ToMe and EViT.
+    a bit for each held-out image, in base64. ``matching_macs`` and ``keep_rate`` are of ToMe and EViT, ``side`` (pixels) is of a lower
+    resolution.
     """
 
     key: str
@@ -51,6 +56,7 @@ class Row(TypedDict, total=False):
     seconds: float
     matching_macs: int
     keep_rate: float
+    side: int
     finetuned: dict[str, Any]
     refused: str
 
@@ -101,6 +107,8 @@ class TableOptions(SubjectOptions):
     """Each draws its own calibration images, and its own random score."""
     scores: tuple[ScoreName, ...] = SCORES
     """The scores that plans are made by."""
+    others: tuple[str, ...] = OTHERS
+    """Other ways to spend the same MACs: resolution, radial, DiffRate, blocks-N; '' is none."""
     modes: tuple[Mode, ...] = (DEFAULT.mode,)
     """What later blocks see of a dropped token."""
     default_score: ScoreName = DEFAULT.score
@@ -138,11 +146,18 @@ class TableOptions(SubjectOptions):
             raise UsageError("--seeds and --modes need at least one value, and seeds are not negative")
         if min(self.calibration_images, self.finetune_images, self.threads, self.batch_size or 1, self.eval_images or 1) < 1:
             raise UsageError("--eval-images, --calibration-images, --finetune-images, --batch-size, --threads: at least 1")
+        if unknown := [name for name in self.other_methods if not is_other(name)]:
+            raise UsageError(f"--others {unknown[0]}: must be resolution, radial, DiffRate or {BLOCKS}N, as {BLOCKS}2")
         if self.default_fit not in FITS:
             raise UsageError(f"--default-fit {self.default_fit}: the tables have {' and '.join(FITS)}")
         if self.finetune_epochs < 0:
             raise UsageError("--finetune-epochs must not be negative")
         self.slimming(self.default_case()).check()
+
+    @property
+    def other_methods(self) -> list[str]:
+        """The other ways that are asked for."""
+        return [name for name in self.others if name]
 
     def calibration_address(self) -> str:
         """Where plans and fits are made from."""
@@ -177,7 +192,7 @@ class TableOptions(SubjectOptions):
             calibration_data=self.calibration_data,
             calibration_images=self.calibration_images,
             macs_reduction=case.budget,
-            score=cast(ScoreName, case.method),
+            score="auto" if is_other(case.method) else cast(ScoreName, case.method),
             fit=cast(Fit, case.fit),
             mode=case.mode or DEFAULT.mode,
             seed=case.seed or 0,
@@ -200,7 +215,7 @@ class TableOptions(SubjectOptions):
 class Case:
     """One row to measure; ``budget`` is the fraction of the dense multiply-accumulates to remove."""
 
-    method: str  # dense, a score, ToMe or EViT
+    method: str  # dense, a score, ToMe, EViT, or another way to spend the MACs
     budget: float = 0.0
     fit: str | None = None
     mode: Mode | None = None
@@ -224,12 +239,25 @@ def cases(options: TableOptions) -> list[Case]:
     for budget, cut in itertools.product(options.budgets, (False, True)):
         rows.append(Case("ToMe", budget, head_only=cut))
         rows += [Case("EViT", budget, head_only=cut, form=form) for form in EVIT_FORMS]
-    ours = itertools.product(options.modes, options.seeds, options.budgets, options.scores, FITS)
-    rows += [Case(score, budget, fit, mode, seed) for mode, seed, budget, score, fit in ours]
+        rows += [Case(name, budget, head_only=False) for name in options.other_methods if name == RESOLUTION and not cut]
+    for mode, seed, budget in itertools.product(options.modes, options.seeds, options.budgets):
+        rows += [Case(score, budget, fit, mode, seed) for score in options.scores for fit in FITS]
+        if mode == "compact":
+            rows += [Case(name, budget, "closed-form", mode, seed) for name in options.other_methods if name != RESOLUTION]
     if options.finetune_epochs:
         for budget in sorted({*options.finetune_reductions, *options.budgets}):
             rows.append(dataclasses.replace(options.default_case(), budget=budget))
     return rows
+
+
+def is_other(method: str) -> bool:
+    """Whether a row is one of ``OTHERS``, of any number of merging blocks."""
+    return method in OTHERS or _is_blocks(method)
+
+
+def _is_blocks(name: str) -> bool:
+    number = name.removeprefix(BLOCKS)
+    return name.startswith(BLOCKS) and number.isascii() and number.isdigit() and int(number) > 0
 
 
 def public(word: str) -> str:

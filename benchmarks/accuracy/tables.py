@@ -1,4 +1,4 @@
-"""``python -m benchmarks.accuracy.tables``: accuracy at equal cost, ours score by score against ToMe and EViT.
+"""``python -m benchmarks.accuracy.tables``: accuracy at equal cost, ours score by score against ToMe, EViT and other ways.
 
 Every row is one way to spend the multiply-accumulates that a budget leaves, measured on the same held-out images. Rows are
 written as they are done, and a second call of the same command goes on from there. Calibration and training images are

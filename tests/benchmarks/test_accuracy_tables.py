@@ -18,7 +18,7 @@ from timm.data import create_transform
 
 from benchmarks.accuracy.bench import Bench, CalibrationDraw, held_out
 from benchmarks.accuracy.plot import correct_of, difference_error, draw, markdown
-from benchmarks.accuracy.rows import EVIT_FORMS, FITS, SCORES, Case, TableOptions, public
+from benchmarks.accuracy.rows import EVIT_FORMS, FITS, OTHERS, SCORES, Case, TableOptions, public
 from benchmarks.accuracy.tables import main, measure_tables
 from patchslim.errors import InputRejected, UsageError
 from patchslim.plan import load_plan
@@ -78,9 +78,13 @@ def without_time(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def test_every_method_has_its_rows_within_the_budget(result: dict[str, Any]) -> None:
     ours = itertools.product(SCORES, FITS, (0, 1), (0.4,))
     baselines = itertools.product(["ToMe", *["EViT"] * len(EVIT_FORMS)], (False, True))
-    assert len(result["rows"]) == 1 + len(list(ours)) + len(list(baselines)) + 2
+    others = {(name, seed) for name in OTHERS for seed in ((None,) if name == "resolution" else (0, 1))}
+    assert {(row["method"], row["seed"]) for row in result["rows"] if row["method"] in OTHERS} == others
+    assert len(result["rows"]) == 1 + len(list(ours)) + len(list(baselines)) + len(others) + 2
     for row in result["rows"]:
-        if "top1" in row:
+        if row["method"] == "resolution":
+            assert row["macs"] < result["model"]["macs"]  # the side whose cost is nearest to the budget
+        elif "top1" in row:
             assert row["macs"] <= (1 - row["budget"]) * result["model"]["macs"]
             assert row["reduction"] == pytest.approx(1 - row["macs"] / result["model"]["macs"], abs=1e-6)
     assert {row["form"] for row in result["rows"] if row["method"] == "EViT"} == set(EVIT_FORMS)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from benchmarks.accuracy.alternatives import DIFFRATE, AlternativeOptions, Alternatives, diffrate_counts
+from benchmarks.accuracy.alternatives import AlternativeOptions, Alternatives
 from patchslim.errors import InputRejected, UsageError
 
 TINY = ("img_size=48", "patch_size=8", "embed_dim=48", "depth=6", "num_heads=3", "num_classes=10")
@@ -55,16 +54,6 @@ def test_every_row_is_measured_once_and_costs_what_it_says(tmp_path: Path) -> No
     output.write_text(output.read_text(encoding="utf-8").replace(result["model"]["weights_sha256"], "0" * 64))
     with pytest.raises(InputRejected, match="holds results of another model or other images"):
         Alternatives(options(output))
-
-
-def test_diffrates_counts_are_its_own_on_its_own_model_and_fit_others() -> None:
-    assert diffrate_counts(197, 12, 1.0) == list(DIFFRATE)
-    assert diffrate_counts(197, 12, 0.0) == [197] * 11
-    small = diffrate_counts(65, 8, 1.0)
-    assert len(small) == 7
-    assert all(after <= before for before, after in pairwise([65, *small]))
-    assert small[-1] == round(65 * DIFFRATE[-1] / 197)
-    assert min(diffrate_counts(65, 8, 9.0)) == 2
 
 
 def test_what_it_does_not_take() -> None:

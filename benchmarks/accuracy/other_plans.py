@@ -1,0 +1,104 @@
+"""Other ways to spend the same MACs than our default plan, each for one budget: rows of the accuracy tables.
+
+- resolution: the same weights on smaller images, positions resampled, at the side whose cost is nearest to the budget;
+- blocks-N: our merging, in N blocks that are searched (``--merge-blocks N``);
+- DiffRate: the counts that Chen et al. (ICCV 2023, 2305.17997) publish for a DeiT-Ti of 0.7 GFLOPs, drawn out or in to the
+  budget and over other depths, our merging;
+- radial: the default plan's counts, of which the patches nearest to the centre are kept and the others dropped.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.accuracy.rows import BLOCKS
+from patchslim.errors import BudgetUnreachable, UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from benchmarks.accuracy.bench import Bench
+    from slimming.api import FoundPlan, PlanFinder
+    from slimming.run import SlimmingOptions
+
+#: Tokens behind the blocks of a DeiT-Ti by DiffRate at 0.7 GFLOPs (its repository's compression_rate.json), the last without
+#: what no head reads.
+DIFFRATE = (197, 196, 192, 158, 133, 103, 88, 72, 64, 58, 49)
+_STEPS = 1000
+
+
+def at_lower_resolution(bench: Bench, budget: float) -> tuple[nn.Module, dict[str, Any]]:
+    """The dense model on smaller images, at the side whose cost is nearest to the budget; what its row says."""
+    from benchmarks.accuracy.resolution import at_resolution, macs_by_side
+
+    costs = macs_by_side(bench.model, bench.options.model)
+    if not costs:
+        raise BudgetUnreachable("the images are one patch high")
+    side = min(costs, key=lambda side: abs(costs[side] - (1 - budget) * bench.dense_macs))
+    return at_resolution(bench.model, side), {"macs": costs[side], "side": side}
+
+
+def other_plan(method: str, bench: Bench, finder: PlanFinder, options: SlimmingOptions) -> FoundPlan:
+    """The plan of one of the other methods with its fit; ``options`` are those of our default plan at the same budget.
+
+    Raises ``BudgetUnreachable`` and ``UsageError``.
+    """
+    if method in ("DiffRate", "radial") and not bench.reader.head.fixed:
+        raise UsageError("is for heads that read single tokens, and this model's pools")
+    if method == "DiffRate":
+        return _by_diffrates_counts(bench, finder, options)
+    if method == "radial":
+        return _around_the_centre(bench, finder, options)
+    asked = dataclasses.replace(options, merge_blocks=method.removeprefix(BLOCKS))
+    asked.check()
+    return finder.find_plan(asked.request())
+
+
+def _by_diffrates_counts(bench: Bench, finder: PlanFinder, options: SlimmingOptions) -> FoundPlan:
+    """DiffRate's counts at a budget, merged as we do."""
+    from slimming.search.costs import MacsCost
+
+    reader, budget = bench.reader, float(options.budget.value)
+    depth, tokens, limit = len(reader.blocks), reader.tokens, (1 - budget) * bench.dense_macs
+    cost = MacsCost(tokens, depth, reader.geometry(), merged=True)
+    for step in range(_STEPS):
+        counts = [*diffrate_counts(tokens, depth, 2 * step / _STEPS), len(reader.head.tokens)]
+        if cost.of(counts) <= limit:
+            asked = dataclasses.replace(options, macs_reduction=None, tokens=",".join(map(str, counts)))
+            return finder.find_plan(asked.request())
+    raise BudgetUnreachable(f"its counts cannot remove {budget:.0%}")
+
+
+def _around_the_centre(bench: Bench, finder: PlanFinder, options: SlimmingOptions) -> FoundPlan:
+    """The default plan's counts with the patches nearest to the centre; what is dropped is dropped."""
+    from slimming.api import FoundPlan, make_plan
+    from slimming.fitting.closed_form import can_compensate, compensate
+
+    if not can_compensate(bench.model):
+        raise UsageError("a model whose blocks end in norms has no closed-form fit")
+    ramp = finder.find_plan(dataclasses.replace(options, fit="none", merge_blocks="ramp").request()).plan
+    rows, columns = ramp.grid
+    away = {
+        ramp.prefix_tokens + row * columns + column: (row - (rows - 1) / 2) ** 2 + (column - (columns - 1) / 2) ** 2
+        for row in range(rows)
+        for column in range(columns)
+    }
+    order = [*range(ramp.prefix_tokens), *sorted(away, key=lambda token: away[token])]
+    kept = [sorted(order[:count]) for count in ramp.counts[:-1]] + [ramp.kept[-1]]
+    plan = make_plan(bench.model, ramp.model, kept)
+    model = copy.deepcopy(bench.model)
+    compensate(model, finder.features, plan)
+    return FoundPlan(plan, model, "closed-form")
+
+
+def diffrate_counts(tokens: int, depth: int, stretch: float) -> list[int]:
+    """DiffRate's counts for the blocks but the last, at the same depths; ``stretch`` 1 drops as much as its own."""
+    found = []
+    for block in range(depth - 1):
+        place = (block + 1) / (depth - 1) * len(DIFFRATE) - 1
+        low = min(max(int(place), 0), len(DIFFRATE) - 2)
+        kept = DIFFRATE[low] + (DIFFRATE[low + 1] - DIFFRATE[low]) * (place - low)
+        found.append(max(2, min(tokens, round(tokens * (1 - stretch * (1 - kept / DIFFRATE[0]))))))
+    return [min(found[: block + 1]) for block in range(len(found))]
