@@ -15,7 +15,6 @@ from benchmarks.accuracy.resolution import AtResolution
 from benchmarks.accuracy.rows import OTHERS, Case, TableOptions
 from benchmarks.accuracy.tables import measure_cases
 from patchslim.errors import UsageError
-from slimming.models.slim_vit import SlimViT
 
 MODEL = ("img_size=48", "patch_size=8", "embed_dim=48", "depth=6", "num_heads=3", "num_classes=10")
 
