@@ -10,13 +10,14 @@ import shutil
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.accuracy.rows import EVIT_FORMS, RESOLUTION, Case, TableOptions, are_apart, is_other, public
+from benchmarks.accuracy.rows import EVIT_FORMS, Case, TableOptions, are_apart, is_other, public
 from patchslim.choices import Mode
 from patchslim.errors import BudgetUnreachable, InputRejected, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from benchmarks.accuracy.baselines import Baseline
     from patchslim.progress import StageProgress
     from slimming.api import FoundPlan, PlanFinder
     from slimming.data.source import ImageSet
@@ -135,15 +136,21 @@ class Bench:
             "correct": base64.b64encode(np.packbits(right.numpy()).tobytes()).decode(),
         }
 
-    def baseline(self, case: Case) -> tuple[nn.Module, dict[str, Any]]:
-        """ToMe, EViT or smaller images at the cost that the case's budget names, and what the row says; or ``NotMeasured``."""
-        from benchmarks.accuracy.baselines import evit_for_macs, tome_for_macs
+    def on_smaller_images(self, case: Case) -> tuple[nn.Module, dict[str, Any]]:
+        """The model on smaller images, near the cost that the case's budget names, and what its row says; or ``NotMeasured``."""
         from benchmarks.accuracy.other_plans import at_lower_resolution
+
+        try:
+            return at_lower_resolution(self, case.budget)
+        except BudgetUnreachable as error:
+            raise NotMeasured(str(error)) from error
+
+    def baseline(self, case: Case) -> tuple[Baseline, dict[str, Any]]:
+        """ToMe or EViT at the cost that the case's budget names, and what its row says of it; raises ``NotMeasured``."""
+        from benchmarks.accuracy.baselines import evit_for_macs, tome_for_macs
 
         limit, cut = int((1 - case.budget) * self.dense_macs), bool(case.head_only)
         try:
-            if case.method == RESOLUTION:
-                return at_lower_resolution(self, case.budget)
             if case.method == "ToMe":
                 tome = tome_for_macs(self.model, limit, head_only=cut)
                 return tome, {"macs": tome.macs(), "counts": tome.counts, "matching_macs": tome.matching_macs()}

@@ -31,8 +31,8 @@ class Row(TypedDict, total=False):
 
     ``macs``, ``counts`` (tokens out of each block) and ``reduction`` are what it costs. ``top1`` and ``agreement`` (with the
     dense model's answers) are fractions, ``kl`` is the divergence from it, ``gained`` and ``lost`` count images, ``correct`` is
-    a bit for each held-out image, in base64. ``matching_macs`` and ``keep_rate`` are of ToMe and EViT, ``side`` (pixels) is of a lower
-    resolution.
+    a bit for each held-out image, in base64. ``matching_macs`` and ``keep_rate`` are of ToMe and EViT, ``side`` (pixels) is of
+    a lower resolution.
     """
 
     key: str

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from benchmarks.accuracy.bench import Bench, CalibrationDraw, NotMeasured
-from benchmarks.accuracy.rows import Case, Row, TableOptions, cases
+from benchmarks.accuracy.rows import RESOLUTION, Case, Row, TableOptions, cases
 from patchslim.cli import run_command
 from patchslim.errors import InputRejected
 from patchslim.records import atomic_path
@@ -67,6 +67,8 @@ def row_of(bench: Bench, draw: CalibrationDraw | None, case: Case, title: str) -
     try:
         if case.mode is not None and draw is not None:
             module, row = draw.slim(case)
+        elif case.method == RESOLUTION:
+            module, row = bench.on_smaller_images(case)
         elif case.method != "dense":
             module, row = bench.baseline(case)
     except NotMeasured as error:

@@ -78,7 +78,7 @@ def test_a_radial_plan_keeps_the_patches_nearest_to_the_centre_and_merges_nothin
 
 
 def test_a_lower_resolution_is_the_same_weights_on_smaller_images(bench: Bench) -> None:
-    module, row = bench.baseline(Case("resolution", 0.4, head_only=False))
+    module, row = bench.on_smaller_images(Case("resolution", 0.4, head_only=False))
     assert isinstance(module, AtResolution)
     assert row["side"] == 40  # 25 patches of 36: 32 % removed, and 57 % at the next side
     images = bench.pixels[:2]
