@@ -137,7 +137,7 @@ class Bench:
         }
 
     def on_smaller_images(self, case: Case) -> tuple[nn.Module, dict[str, Any]]:
-        """The model on smaller images at the side whose cost is nearest to the budget, and its facts; raises ``NotMeasured``."""
+        """The model on smaller images, at the side whose cost is nearest to the budget, and its facts; or ``NotMeasured``."""
         from benchmarks.accuracy.other_plans import at_lower_resolution
 
         try:
