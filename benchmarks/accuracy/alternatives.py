@@ -97,7 +97,7 @@ class Alternatives:
     def makers(self, budget: float) -> dict[str, Maker]:
         """The rows of a budget by name."""
         makers: dict[str, Maker] = {
-            "resolution": lambda: at_lower_resolution(self.bench, budget),
+            "resolution": lambda: at_lower_resolution(self.bench.model, self.bench.options.model, budget),
             "ramp": lambda: self.slim(self.found(budget, merge_blocks="ramp")),
         }
         for name in (*(f"{BLOCKS}{blocks}" for blocks in self.options.merge_blocks), "DiffRate", "radial"):
@@ -137,7 +137,7 @@ class Alternatives:
     def other(self, method: str, budget: float) -> FoundPlan:
         """Another method's plan at a budget, with its fit."""
         options = self.ours(budget)
-        return other_plan(method, self.bench, self.draw.finder(options), options)
+        return other_plan(method, self.draw.finder(options), options)
 
     def slim(self, found: FoundPlan) -> tuple[nn.Module, Row]:
         """A plan's module, and what its row says."""

@@ -141,7 +141,7 @@ class Bench:
         from benchmarks.accuracy.other_plans import at_lower_resolution
 
         try:
-            return at_lower_resolution(self, case.budget)
+            return at_lower_resolution(self.model, self.options.model, case.budget)
         except BudgetUnreachable as error:
             raise NotMeasured(str(error)) from error
 
@@ -242,7 +242,7 @@ class CalibrationDraw:
             with bench.reporter.stages() as self._bars:
                 finder = self.finder(options)
                 if is_other(case.method):
-                    found = other_plan(case.method, bench, finder, options)
+                    found = other_plan(case.method, finder, options)
                 else:
                     found = search(options, self.session, options.layout, self._report, finder=finder, checkpoint=folder)
         except (BudgetUnreachable, UsageError) as error:

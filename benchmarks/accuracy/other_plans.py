@@ -19,7 +19,6 @@ from patchslim.errors import BudgetUnreachable, UsageError
 if TYPE_CHECKING:
     from torch import nn
 
-    from benchmarks.accuracy.bench import Bench
     from slimming.api import FoundPlan, PlanFinder
     from slimming.run import SlimmingOptions
 
@@ -29,54 +28,60 @@ DIFFRATE = (197, 196, 192, 158, 133, 103, 88, 72, 64, 58, 49)
 _STEPS = 1000
 
 
-def at_lower_resolution(bench: Bench, budget: float) -> tuple[nn.Module, dict[str, Any]]:
-    """The dense model on smaller images, at the side whose cost is nearest to the budget; what its row says."""
-    from benchmarks.accuracy.resolution import at_resolution, macs_by_side
+def at_lower_resolution(model: nn.Module, name: str, budget: float) -> tuple[nn.Module, dict[str, Any]]:
+    """The dense model on smaller images, at the side whose cost is nearest to the budget; what its row says.
 
-    costs = macs_by_side(bench.model, bench.options.model)
+    Raises ``BudgetUnreachable`` where there is no smaller side.
+    """
+    from benchmarks.accuracy.resolution import at_resolution, dense_macs, macs_by_side
+
+    costs = macs_by_side(model, name)
     if not costs:
         raise BudgetUnreachable("the images are one patch high")
-    side = min(costs, key=lambda side: abs(costs[side] - (1 - budget) * bench.dense_macs))
-    return at_resolution(bench.model, side), {"macs": costs[side], "side": side}
+    wanted = (1 - budget) * dense_macs(model, name)
+    side = min(costs, key=lambda side: abs(costs[side] - wanted))
+    return at_resolution(model, side), {"macs": costs[side], "side": side}
 
 
-def other_plan(method: str, bench: Bench, finder: PlanFinder, options: SlimmingOptions) -> FoundPlan:
+def other_plan(method: str, finder: PlanFinder, options: SlimmingOptions) -> FoundPlan:
     """The plan of one of the other methods with its fit; ``options`` are those of our default plan at the same budget.
 
     Raises ``BudgetUnreachable`` and ``UsageError``.
     """
-    if method in ("DiffRate", "radial") and not bench.reader.head.fixed:
+    if method in ("DiffRate", "radial") and not finder.reader.head.fixed:
         raise UsageError("is for heads that read single tokens, and this model's pools")
     if method == "DiffRate":
-        return _by_diffrates_counts(bench, finder, options)
+        return _by_diffrates_counts(finder, options)
     if method == "radial":
-        return _around_the_centre(bench, finder, options)
+        return _around_the_centre(finder, options)
     asked = dataclasses.replace(options, merge_blocks=method.removeprefix(BLOCKS))
     asked.check()
     return finder.find_plan(asked.request())
 
 
-def _by_diffrates_counts(bench: Bench, finder: PlanFinder, options: SlimmingOptions) -> FoundPlan:
+def _by_diffrates_counts(finder: PlanFinder, options: SlimmingOptions) -> FoundPlan:
     """DiffRate's counts at a budget, merged as we do."""
     from slimming.search.costs import MacsCost
 
-    reader, budget = bench.reader, float(options.budget.value)
-    depth, tokens, limit = len(reader.blocks), reader.tokens, (1 - budget) * bench.dense_macs
+    reader = finder.reader
+    depth, tokens = len(reader.blocks), reader.tokens
     cost = MacsCost(tokens, depth, reader.geometry(), merged=True)
+    limit = (1 - options.budget.value) * cost.dense()
     for step in range(_STEPS):
         counts = [*diffrate_counts(tokens, depth, 2 * step / _STEPS), len(reader.head.tokens)]
         if cost.of(counts) <= limit:
             asked = dataclasses.replace(options, macs_reduction=None, tokens=",".join(map(str, counts)))
             return finder.find_plan(asked.request())
-    raise BudgetUnreachable(f"its counts cannot remove {budget:.0%}")
+    raise BudgetUnreachable(f"its counts cannot remove {options.budget.value:.0%}")
 
 
-def _around_the_centre(bench: Bench, finder: PlanFinder, options: SlimmingOptions) -> FoundPlan:
+def _around_the_centre(finder: PlanFinder, options: SlimmingOptions) -> FoundPlan:
     """The default plan's counts with the patches nearest to the centre; what is dropped is dropped."""
     from slimming.api import FoundPlan, make_plan
     from slimming.fitting.closed_form import can_compensate, compensate
 
-    if not can_compensate(bench.model):
+    dense = finder.reader.model
+    if not can_compensate(dense):
         raise UsageError("a model whose blocks end in norms has no closed-form fit")
     ramp = finder.find_plan(dataclasses.replace(options, fit="none", merge_blocks="ramp").request()).plan
     rows, columns = ramp.grid
@@ -87,8 +92,8 @@ def _around_the_centre(bench: Bench, finder: PlanFinder, options: SlimmingOption
     }
     order = [*range(ramp.prefix_tokens), *sorted(away, key=lambda token: away[token])]
     kept = [sorted(order[:count]) for count in ramp.counts[:-1]] + [ramp.kept[-1]]
-    plan = make_plan(bench.model, ramp.model, kept)
-    model = copy.deepcopy(bench.model)
+    plan = make_plan(dense, ramp.model, kept)
+    model = copy.deepcopy(dense)
     compensate(model, finder.features, plan)
     return FoundPlan(plan, model, "closed-form")
 
