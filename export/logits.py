@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 import math
@@ -18,6 +19,7 @@ from export.source import ExportSource, LazyModule
 from export.stages import ONNX_STAGES, Workspace, onnxruntime_providers
 from patchslim import cuda
 from patchslim.arrays import Array
+from patchslim.openvino_settings import OpenVinoSettings
 from patchslim.packages import missing
 from patchslim.plan import SlimPlan
 from patchslim.runner import infer_in_batches
@@ -32,7 +34,7 @@ PYTORCH, PYTORCH_SLIM, ENGINE = "pytorch", "pytorch-slim", "engine"
 GOLDEN_IMAGES = 8
 #: Batches in which they are run again; the last does not divide them.
 BATCH_SIZES = (1, 2, 3)
-#: What OpenVINO compiled, in the work folder; it compiles anew what it finds damaged there.
+#: What OpenVINO compiled, in the work folder; what is damaged there is compiled anew.
 OPENVINO_CACHE = "openvino"
 
 
@@ -97,8 +99,8 @@ def _open_engine(engine: EngineResult, work: Workspace) -> Runner:
     if engine.backend == "openvino":
         from patchslim.openvino_runner import OpenVinoRunner
 
-        precision = engine.settings["INFERENCE_PRECISION_HINT"]
-        return OpenVinoRunner(first, precision=precision, cache=work.cache.root / OPENVINO_CACHE)
+        settings = OpenVinoSettings.of_record(engine.settings)
+        return OpenVinoRunner(first, dataclasses.replace(settings, cache=work.cache.root / OPENVINO_CACHE))
     from patchslim.tensorrt_runner import TrtRunner
 
     return TrtRunner(first, engine.backend)

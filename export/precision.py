@@ -22,8 +22,9 @@ from export.parity import parity_report
 from export.source import ExportSource, LazyModule
 from export.stages import ONNX_SLIM, ONNX_STAGES, EngineRequest, Workspace, built_engine, slim_onnx
 from patchslim.arrays import Array
-from patchslim.choices import InferencePrecision, Precision
+from patchslim.choices import Precision
 from patchslim.errors import InputRejected, Unavailable
+from patchslim.openvino_settings import OpenVinoSettings
 from patchslim.plan import SlimPlan
 from patchslim.records import StrictRecord, load_record, save_record
 from patchslim.timing import interleaved, processor_name, timed
@@ -192,8 +193,7 @@ def _times(attempts: dict[Precision, Attempt], work: Workspace) -> dict[str, flo
         runs = []
         for found in attempts.values():
             xml, _ = (work.cache.verified(file) for file in found.engine.files)
-            precision: InferencePrecision = found.engine.settings["INFERENCE_PRECISION_HINT"]
-            runner = OpenVinoRunner(xml, precision=precision)
+            runner = OpenVinoRunner(xml, OpenVinoSettings.of_record(found.engine.settings))
             values = np.random.default_rng(0).standard_normal((_BATCH, *runner.image_shape)).astype(runner.dtype)
             runs.append(timed(functools.partial(runner.run, values), time.perf_counter))
         with work.reporter.bar("timing precisions", unit="rounds") as progress:

@@ -13,4 +13,6 @@ ScoreName = Literal["auto", "similarity", "paper", "residual", "attention", "ran
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 #: What OpenVINO computes in where nothing is quantised, in its words.
 InferencePrecision = Literal["f32", "bf16"]
+#: Whether OpenVINO gives its threads to one batch, or divides them among several at once.
+PerformanceHint = Literal["latency", "throughput"]
 EngineName = Literal["ort", "openvino", "trt"]

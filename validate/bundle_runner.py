@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Self
 from patchslim import cuda
 from patchslim.arrays import Array
 from patchslim.errors import InputRejected, Unavailable, UsageError
+from patchslim.openvino_settings import OpenVinoSettings
 from patchslim.ort_runner import CPU
 from patchslim.runner import BatchLimits, infer_in_batches
 from patchslim.targets import target_for
 from validate.bundle import load_manifest
-from validate.engine_runs import BACKENDS, ON_ONNX, EngineKey, Subject, openvino_precision, why_not
+from validate.engine_runs import BACKENDS, ON_ONNX, EngineKey, Subject, why_not
 from validate.manifest import Manifest
 from validate.model import Model, open_model
 from validate.parity import stage_precision
@@ -109,7 +111,7 @@ def _engine_subjects(folder: Path, manifest: Manifest, engine: EngineRecord) -> 
     key = next((key for key, backend in BACKENDS.items() if backend == engine.backend), None)
     target = target_for(cuda.local_target(), engine.targets)
     if key == "openvino" and engine.files:
-        yield Subject(key, folder, engine.files[0], manifest.files, precision=openvino_precision(engine))
+        yield Subject(key, folder, engine.files[0], manifest.files, openvino=OpenVinoSettings.of_record(engine.settings))
     elif key == "ort":
         yield Subject(key, folder, _served(manifest), manifest.files)
     elif key is not None and target is not None and len(engine.files) == len(engine.targets):
@@ -136,7 +138,7 @@ def _opened(subject: Subject, provider: str, threads: int) -> BundleRunner:
                 "provider": provider,
                 "threads": threads,
                 "backend": BACKENDS[subject.engine],
-                "precision": subject.precision,
+                "openvino": dataclasses.asdict(subject.openvino),
             }
         )
     except BaseException:

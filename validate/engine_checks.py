@@ -11,6 +11,7 @@ import numpy as np
 from patchslim import cuda
 from patchslim.choices import Precision
 from patchslim.errors import EXIT_PARITY, InputRejected, Unavailable
+from patchslim.openvino_settings import OpenVinoSettings
 from patchslim.ort_runner import CPU
 from patchslim.runner import infer_in_batches
 from patchslim.targets import target_for
@@ -23,7 +24,6 @@ from validate.engine_runs import (
     EngineRun,
     GoldenParity,
     Subject,
-    openvino_precision,
     version_of,
     why_not,
 )
@@ -56,14 +56,14 @@ class Running:
             provider=self.provider or CPU if subject.engine == "ort" else CPU,
             threads=self.threads,
             backend=BACKENDS[subject.engine],
-            precision=subject.precision,
+            openvino=subject.openvino,
         )
 
     def place(self, subject: Subject) -> str:
         """What ``subject`` runs on: an execution provider, a processor with its precision, a GPU generation."""
         if subject.engine == "ort":
             return self.provider or CPU
-        return f"CPU, {subject.precision}" if subject.engine == "openvino" else cuda.local_target() or "no GPU"
+        return f"CPU, {subject.openvino.precision}" if subject.engine == "openvino" else cuda.local_target() or "no GPU"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +179,8 @@ def _subjects(trial: Trial, key: EngineKey, built: BuildRecord | None) -> Iterat
             if record.max_error is not None:
                 yield Subject(key, trial.folder, record.path, manifest.files), Expected.of_record(record)
         if key == "openvino" and engine.backend == BACKENDS[key] and engine.files:
-            subject = Subject(key, trial.folder, engine.files[0], manifest.files, precision=openvino_precision(engine))
+            settings = OpenVinoSettings.of_record(engine.settings)
+            subject = Subject(key, trial.folder, engine.files[0], manifest.files, openvino=settings)
             yield subject, Expected.of_engine(engine.precision, trial.golden)
     elif built is not None and trial.how.choice.built is not None:
         file = None if local is None else built.engine_for(local)

@@ -9,13 +9,13 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from patchslim import cuda
-from patchslim.choices import InferencePrecision
 from patchslim.errors import Unavailable
+from patchslim.openvino_settings import OpenVinoSettings
 from patchslim.packages import PACKAGES, install_command, missing
 from patchslim.records import StrictRecord
 from validate.fields import PlainPath, Status
 from validate.manifest import FileRecord
-from validate.parity_records import EngineRecord, Rung
+from validate.parity_records import Rung
 
 EngineKey = Literal["ort", "openvino", "trt", "rtx"]
 #: The module that runs each, which is also its name in manifests.
@@ -83,11 +83,6 @@ def why_not(key: EngineKey) -> str:
 def version_of(key: EngineKey) -> str:
     """The installed version of an engine; nothing is imported."""
     return next((package.version for package in PACKAGES if package.module == BACKENDS[key]), None) or "unknown"
-
-
-def openvino_precision(engine: EngineRecord) -> InferencePrecision:
-    """What OpenVINO is to compute in where it runs ``engine``."""
-    return "bf16" if engine.settings.get("INFERENCE_PRECISION_HINT") == "bf16" else "f32"
 
 
 class GoldenParity(StrictRecord):
@@ -167,7 +162,7 @@ class Subject:
     path: str
     files: list[FileRecord]
     recipe_sha256: str | None = None
-    precision: InferencePrecision = "f32"  # of OpenVINO
+    openvino: OpenVinoSettings = dataclasses.field(default_factory=OpenVinoSettings)
 
     @property
     def sha256(self) -> str:

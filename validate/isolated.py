@@ -18,8 +18,8 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from patchslim.arrays import Array
-from patchslim.choices import InferencePrecision
 from patchslim.errors import EXIT_UNAVAILABLE, InputRejected, Unavailable
+from patchslim.openvino_settings import OpenVinoSettings
 from patchslim.ort_runner import CPU
 from patchslim.runner import BatchLimits, TensorInfo
 from validate.manifest import FileRecord
@@ -30,6 +30,7 @@ _BASE_MEMORY = 4 * _GIB  # Python, ONNX Runtime, activations of a batch
 _MEMORY_PER_BYTE = 4  # of weights: read, parsed, loaded; a model of ViT-L's size, 1.2 GB, had 3.7 GB in all at its peak
 _REPLY_BYTES = 1 << 30
 _ON_CPU = ("onnxruntime", "openvino")
+_OPENVINO = OpenVinoSettings()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +57,9 @@ class IsolatedRunner:
     """An ONNX file in ONNX Runtime, as ``OrtRunner`` is, but in another process, which reads and checks it.
 
     Of a bundle it loads exactly the bytes that the ``manifest`` has the digests of; None: ``path`` is a file of no bundle, or
-    is taken as it is. ``backend`` is the module that runs it: ``onnxruntime``, ``openvino`` (in ``precision``, an ONNX file or
-    an IR), and for an engine ``tensorrt`` or ``tensorrt_rtx``. Use it in a ``with`` block. Raises ``InputRejected`` where the
-    file is not those, does not run, or takes more than ``limits``; ``Unavailable`` as ``OrtRunner`` does.
+    is taken as it is. ``backend`` is the module that runs it: ``onnxruntime``, ``openvino`` (an ONNX file or an IR, by
+    those settings), and for an engine ``tensorrt`` or ``tensorrt_rtx``. Use it in a ``with`` block. Raises ``InputRejected``
+    where the file is not those, does not run, or takes more than ``limits``; ``Unavailable`` as ``OrtRunner`` does.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class IsolatedRunner:
         provider: str = CPU,
         threads: int = 0,
         backend: str = "onnxruntime",
-        precision: InferencePrecision = "f32",
+        openvino: OpenVinoSettings = _OPENVINO,
     ):
         self.name = str(folder / path)
         self._limits = limits
@@ -96,7 +97,7 @@ class IsolatedRunner:
             "threads": threads,
             "memory": self._memory,
             "backend": backend,
-            "precision": precision,
+            "openvino": dataclasses.asdict(openvino),
         }
         self.renew()
         try:

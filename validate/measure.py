@@ -13,11 +13,12 @@ import numpy as np
 from patchslim.arrays import Array
 from patchslim.errors import EXIT_PARITY
 from patchslim.intervals import proportion_interval
+from patchslim.openvino_settings import OpenVinoSettings
 from patchslim.runner import infer_in_batches
 from validate.attestation import DeviceImages
 from validate.built_engine import read_build
 from validate.engine_checks import Running
-from validate.engine_runs import BACKENDS, EngineRun, Subject, openvino_precision
+from validate.engine_runs import BACKENDS, EngineRun, Subject
 from validate.images import batches, list_images
 from validate.manifest import Manifest
 from validate.parity import rung
@@ -79,8 +80,8 @@ def measure(
 def _subject(run: EngineRun, folder: Path, manifest: Manifest, how: Running) -> Subject:
     built = how.choice.built
     if run.recipe_sha256 is None or built is None:
-        precision = openvino_precision(manifest.engine) if run.file in manifest.engine.files else "f32"
-        return Subject(run.engine, folder, run.file, manifest.files, precision=precision)
+        settings = manifest.engine.settings if run.file in manifest.engine.files else {}
+        return Subject(run.engine, folder, run.file, manifest.files, openvino=OpenVinoSettings.of_record(settings))
     return Subject(run.engine, built, run.file, read_build(built).files, run.recipe_sha256)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from patchslim.errors import InputRejected
+from patchslim.openvino_settings import OpenVinoSettings
 from patchslim.runner import Runner
 
 if TYPE_CHECKING:
@@ -42,8 +43,8 @@ def open_model(task: Mapping[str, Any]) -> Model:
 
     ``task`` has ``backend`` (a module), ``folder`` and ``path`` of the file, ``files`` (path, size and SHA-256 of all that may
     be read; None: the file is taken as it is), ``private`` (a folder to copy weights to), ``provider``, ``threads`` and
-    ``precision`` (of OpenVINO). Raises ``InputRejected`` where a file is another one or does not run, ``Unavailable`` where
-    the engine is not here.
+    ``openvino`` (its settings by name). Raises ``InputRejected`` where a file is another one or does not run, ``Unavailable``
+    where the engine is not here.
     """
     from patchslim.files import copy_verified, read_verified
 
@@ -94,7 +95,11 @@ def _opened_ir(task: Mapping[str, Any]) -> Model:
     names = task["path"], task["path"].removesuffix(".xml") + ".bin"
     xml, weights = (read_verified(folder / name, *_listed(task, name)) for name in names)
     path = str(folder / task["path"])
-    return OpenVinoRunner(xml, weights=weights, name=path, threads=task["threads"], precision=task["precision"])
+    return OpenVinoRunner(xml, _settings(task), weights=weights, name=path)
+
+
+def _settings(task: Mapping[str, Any]) -> OpenVinoSettings:
+    return OpenVinoSettings(task["openvino"]["precision"], task["openvino"]["hint"], task["threads"])
 
 
 def _loaded(model: Path | bytes, name: str, task: Mapping[str, Any]) -> Model:
@@ -102,7 +107,7 @@ def _loaded(model: Path | bytes, name: str, task: Mapping[str, Any]) -> Model:
     if task["backend"] == "openvino":
         from patchslim.openvino_runner import OpenVinoRunner
 
-        return OpenVinoRunner(model, name=name, threads=task["threads"], precision=task["precision"])
+        return OpenVinoRunner(model, _settings(task), name=name)
     from patchslim.ort_runner import OrtRunner
 
     return OrtRunner(model, name=name, provider=task["provider"], threads=task["threads"])

@@ -115,8 +115,9 @@ def opened(contender: Contender, batch: int) -> Answer:
         return OrtRunner(path, threads=contender.threads).infer
     if contender.kind == "openvino":
         from patchslim.openvino_runner import OpenVinoRunner
+        from patchslim.openvino_settings import OpenVinoSettings
 
-        return OpenVinoRunner(path, threads=contender.threads, precision=contender.precision).infer
+        return OpenVinoRunner(path, OpenVinoSettings(contender.precision, threads=contender.threads)).infer
     import torch
 
     torch.set_num_threads(contender.threads)
@@ -149,6 +150,7 @@ def _products(contender: Contender, side: int) -> list[Callable[[], object]]:
     import torch
 
     from patchslim.openvino_runner import OpenVinoModel
+    from patchslim.openvino_settings import OpenVinoSettings
     from patchslim.ort_runner import OrtModel
 
     torch.set_num_threads(contender.threads)
@@ -157,7 +159,7 @@ def _products(contender: Contender, side: int) -> list[Callable[[], object]]:
     model, threads = _product_model(right), contender.threads
     products: list[Callable[[], object]] = [
         partial(torch.matmul, *(torch.from_numpy(factor).to(dtype) for factor in (left, right))),
-        partial(OpenVinoModel(model, threads=threads, precision=contender.precision, name="GEMM").run, left),
+        partial(OpenVinoModel(model, OpenVinoSettings(contender.precision, threads=threads), name="GEMM").run, left),
     ]
     if contender.multiplies == "fp32":
         products.append(partial(np.matmul, left, right))

@@ -11,7 +11,8 @@ from export.engines.base import Backend, BuildOptions, EngineResult
 from export.engines.onnx_info import OnnxFacts
 from patchslim.choices import InferencePrecision, Precision
 from patchslim.errors import Unavailable
-from patchslim.openvino_runner import OpenVinoRunner, computes_bfloat16, openvino_version, save_ir, settings_of
+from patchslim.openvino_runner import OpenVinoRunner, computes_bfloat16, openvino_version, save_ir
+from patchslim.openvino_settings import OpenVinoSettings
 from patchslim.packages import install_command, missing
 
 
@@ -39,9 +40,9 @@ def build(onnx_path: Path, output_dir: Path, facts: OnnxFacts, options: BuildOpt
     """
     choose_backend(options.targets, options.precision)
     output_dir.mkdir(parents=True, exist_ok=True)
-    xml, precision = output_dir / f"{onnx_path.stem}.xml", inference_precision(options.precision)
+    xml, settings = output_dir / f"{onnx_path.stem}.xml", OpenVinoSettings(inference_precision(options.precision))
     save_ir(onnx_path, xml)
-    with OpenVinoRunner(xml, precision=precision) as runner:
+    with OpenVinoRunner(xml, settings) as runner:
         runner.infer(np.zeros((options.batch[0], *facts.image_shape), dtype=runner.dtype))
     return EngineResult(
         backend="openvino",
@@ -53,5 +54,5 @@ def build(onnx_path: Path, output_dir: Path, facts: OnnxFacts, options: BuildOpt
         layers_file=None,
         attentions=len(facts.attentions),
         executed=True,
-        settings=dict(settings_of(precision)),
+        settings=dict(settings.record()),
     )

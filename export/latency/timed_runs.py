@@ -105,8 +105,9 @@ class OpenVinoTimer:
     def open(self, path: Path) -> Run:
         """Compile an ONNX file; it is not needed afterwards."""
         from patchslim.openvino_runner import OpenVinoModel
+        from patchslim.openvino_settings import OpenVinoSettings
 
-        model = OpenVinoModel(path, precision=self.precision, threads=self.threads or 0)
+        model = OpenVinoModel(path, OpenVinoSettings(self.precision, threads=self.threads or 0))
         values = random_values(self.batch, model.inputs[0].shape).astype(model.dtype_of(model.inputs[0]))
         return timed(lambda: model.run(values), fair_clock(self.threads, on_cpu=True))
 

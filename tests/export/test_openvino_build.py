@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import shutil
@@ -15,7 +16,9 @@ from export import export_bundle
 from export.engines import openvino_build
 from export.engines.build import build_engine
 from export.logits import OPENVINO_CACHE
+from patchslim.blob_cache import keep_blob
 from patchslim.errors import InputRejected, Unavailable, UsageError
+from patchslim.openvino_settings import OpenVinoSettings
 from tests.helpers.bundles import only_for_onnxruntime, reseal, weight, write_onnx
 from tests.helpers.exports import EVALUATION, read, stages_in, tiny
 from validate import check_bundle
@@ -119,15 +122,41 @@ def test_what_openvino_compiled_is_kept_and_damage_to_it_is_harmless(outcome: Ou
     images = np.random.default_rng(0).standard_normal((2, 3, 48, 48)).astype(np.float32)
 
     def answers() -> np.ndarray:
-        with OpenVinoRunner(xml, precision=precision, threads=1, cache=tmp_path / OPENVINO_CACHE) as runner:
+        with OpenVinoRunner(xml, OpenVinoSettings(precision, threads=1, cache=tmp_path / OPENVINO_CACHE)) as runner:
             assert runner.precision == precision
             return runner.infer(images)
 
     first = answers()
     (blob,) = (tmp_path / OPENVINO_CACHE).iterdir()
     np.testing.assert_array_equal(answers(), first)
-    blob.write_bytes(blob.read_bytes()[: blob.stat().st_size // 2])
+    whole = blob.read_bytes()
+    damaged = [whole[: len(whole) // 2], b"", b"no blob"]
+    for place in (0.001, 0.2, 0.5, 0.9):  # OpenVINO's own cache loads these, and answers wrongly
+        at = int(place * len(whole))
+        damaged.append(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+    for data in damaged:
+        blob.write_bytes(data)
+        np.testing.assert_array_equal(answers(), first)
+        assert blob.read_bytes() != data  # compiled anew
+    keep_blob(blob, b"whole, and nothing that OpenVINO compiled")
     np.testing.assert_array_equal(answers(), first)
+
+
+def test_what_was_compiled_of_another_model_or_for_another_setting_is_not_taken(outcome: Outcome, tmp_path: Path) -> None:
+    xml = Path(shutil.copytree(outcome.engine.files[0].parent, tmp_path / "engine")) / outcome.engine.files[0].name
+    settings = OpenVinoSettings(threads=1, cache=tmp_path / OPENVINO_CACHE)
+    images = np.ones((1, 3, 48, 48), dtype=np.float32)
+    with OpenVinoRunner(xml, settings) as runner:
+        first = runner.infer(images)
+    with OpenVinoRunner(xml, dataclasses.replace(settings, hint="throughput")) as runner:
+        np.testing.assert_allclose(runner.infer(images), first, atol=1e-5)
+    assert len(list((tmp_path / OPENVINO_CACHE).iterdir())) == 2
+    weights = xml.with_suffix(".bin")
+    data = np.frombuffer(weights.read_bytes(), dtype=np.uint8).copy()
+    data[: len(data) // 4 * 4].view(np.float32)[np.abs(data[: len(data) // 4 * 4].view(np.float32)) > 1e-4] *= -1
+    weights.write_bytes(data.tobytes())  # as large, and of the same time to the second
+    with OpenVinoRunner(xml, settings) as runner:
+        assert np.abs(runner.infer(images) - first).max() > 1e-4
 
 
 def test_an_ir_is_the_same_bytes_again(outcome: Outcome, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,13 @@ from onnx import TensorProto, helper, numpy_helper
 
 from patchslim.errors import InputRejected
 from patchslim.openvino_runner import OpenVinoRunner
+from patchslim.openvino_settings import OpenVinoSettings
 from patchslim.ort_runner import OrtRunner
 from tests.helpers.bundles import CLASSES, SIZE, weight, write_onnx
 
 pytest.importorskip("openvino")
 ROOT = Path(__file__).parents[2]
+ONE_THREAD = OpenVinoSettings(threads=1)
 RNG = np.random.default_rng(0)
 
 
@@ -27,7 +30,7 @@ def test_answers_are_those_of_onnx_runtime(half: bool, as_bytes: bool, tmp_path:
     path = tmp_path / "model.onnx"
     write_onnx(path, weight().astype(np.float16) if half else weight())
     images = RNG.standard_normal((5, 3, SIZE, SIZE)).astype(np.float32)
-    with OpenVinoRunner(path.read_bytes() if as_bytes else path, threads=1) as runner, OrtRunner(path) as reference:
+    with OpenVinoRunner(path.read_bytes() if as_bytes else path, ONE_THREAD) as runner, OrtRunner(path) as reference:
         assert (runner.inputs, runner.outputs) == (reference.inputs, reference.outputs)
         assert (runner.batch_limits, runner.image_shape, runner.dtype) == ((1, None), (3, SIZE, SIZE), reference.dtype)
         first, second = runner.infer(images), runner.infer(-images)
@@ -43,6 +46,22 @@ def test_a_fixed_batch_and_weights_beside_the_file(tmp_path: Path) -> None:
         assert runner.infer(np.zeros((4, 3, SIZE, SIZE))).shape == (4, CLASSES)
         with pytest.raises(InputRejected, match=r"model\.onnx: OpenVINO cannot run it on \(3, 3, 8, 8\)"):
             runner.infer(np.zeros((3, 3, SIZE, SIZE)))
+
+
+def test_by_the_hint_throughput_parts_of_a_batch_run_at_once(tmp_path: Path) -> None:
+    write_onnx(tmp_path / "model.onnx", weight())
+    write_onnx(tmp_path / "fixed.onnx", weight(), batch=4)
+    images = RNG.standard_normal((7, 3, SIZE, SIZE)).astype(np.float32)
+    settings = OpenVinoSettings(hint="throughput", threads=2)
+    with OpenVinoRunner(tmp_path / "model.onnx", ONE_THREAD) as one, OpenVinoRunner(tmp_path / "model.onnx", settings) as many:
+        assert (one.at_once, many.at_once > 1) == (1, (os.cpu_count() or 1) > 1)
+        for count in (1, 2, 7):
+            np.testing.assert_allclose(many.infer(images[:count]), one.infer(images[:count]), atol=1e-5)
+        with pytest.raises(InputRejected, match=r"OpenVINO cannot run it on \(1, 3, 9, 9\)"):
+            many.run_at_once([np.zeros((1, 3, 9, 9), dtype=np.float32)] * many.at_once)
+        np.testing.assert_allclose(many.infer(images), one.infer(images), atol=1e-5)  # as well as before
+    with OpenVinoRunner(tmp_path / "fixed.onnx", settings) as fixed:
+        assert fixed.infer(images[:4]).shape == (4, CLASSES)
 
 
 def biased_attention(tokens: int, width: int) -> onnx.ModelProto:
@@ -106,8 +125,9 @@ def test_signals_are_survived_when_models_end_in_the_order_in_which_they_began(t
     code = (
         "import gc, os, pathlib, signal, sys\n"
         "from patchslim.openvino_runner import OpenVinoRunner\n"
+        "from patchslim.openvino_settings import OpenVinoSettings\n"
         "signal.signal(signal.SIGCHLD, lambda *_: None)\n"
-        "open_one = lambda: OpenVinoRunner(pathlib.Path(sys.argv[1]), threads=1)\n"
+        "open_one = lambda: OpenVinoRunner(pathlib.Path(sys.argv[1]), OpenVinoSettings(threads=1))\n"
         "first, second = open_one(), open_one()\n"
         "del first; gc.collect(); del second; gc.collect()\n"
         "os.kill(os.getpid(), signal.SIGCHLD); print('alive')"
