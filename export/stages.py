@@ -218,7 +218,8 @@ def find_plan(options: ExportOptions, source: ExportSource, table: Path | None, 
         save_fitted(found.plan, found.model, part / "plan.json", found.fit, found.finetune)
         shutil.rmtree(checkpoint, ignore_errors=True)
         unfitted = "the blocks end in norms, so they cannot be refitted in closed form: --fit none"
-        return [unfitted] if found.fit != options.fit else []
+        chosen = [] if found.fit_reason is None else [f"--fit {found.fit}: {found.fit_reason}"]
+        return [*chosen, *([unfitted] if found.fit == "none" and options.fit != "none" else [])]
 
     work.cache.make(folder, build)
     path = work.cache.verified(folder / "plan.json")
@@ -227,7 +228,7 @@ def find_plan(options: ExportOptions, source: ExportSource, table: Path | None, 
 
 def plan_folder(options: ExportOptions, source: ExportSource, table: Path | None, work: Workspace) -> Path:
     """Where the plan that is searched for these options is, or will be."""
-    distilled = dataclasses.asdict(options.request().distillation) if options.fit == "distill" else None
+    distilled = dataclasses.asdict(options.request().distillation) if options.fit in ("distill", "auto") else None
     fit = (options.score, options.fit, options.summary, *([] if distilled is None else [distilled]))
     where = [] if options.merge_blocks is None else [options.merge_blocks]
     finetune = (dataclasses.asdict(options.recipe), source.training_key()) if options.finetune_epochs else None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from patchslim.choices import Fit, Mode, ScoreName
 from patchslim.errors import UsageError
+from patchslim.macs import macs_of
 from patchslim.plan import Calibration, Origin, SlimPlan
 from slimming.data.source import ImageSet, Transform, load_tensors
 from slimming.distributed import ProcessGroup, batch_slices
@@ -26,7 +27,7 @@ from slimming.models.vit_reader import VitReader
 from slimming.search.budget import LATENCY
 from slimming.search.costs import Cost, MacsCost
 from slimming.search.counts import counts_within
-from slimming.search.distillation import check_distilled
+from slimming.search.distillation import ChosenFit, check_distilled, chosen_fit
 from slimming.search.features import BATCH, DenseFeatures, FeatureSettings
 from slimming.search.few_blocks import Choice
 from slimming.search.request import PlanRequest
@@ -43,6 +44,7 @@ class FoundPlan:
     model: nn.Module
     fit: Fit
     finetune: dict[str, float | int | str] | None = None  # the recipe and its outcome, where there was one
+    fit_reason: str | None = None  # where the fit was left to us, why it is this one
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,9 @@ class PlanFinder:
         or ``magnitudes`` are not those that the request needs.
         """
         reader, features = self.reader, self.features
+        choice = self.chosen_fit(request)
         request = self._meant(request)
+        assert request.fit != "auto"
         if request.budget.criterion not in LATENCY:
             cost = self._macs_cost(request)
         elif cost is None:
@@ -126,7 +130,17 @@ class PlanFinder:
             if "closed-form" not in reader.refusals:
                 compensate(fitted, features, plan, progress=self.settings.progress)
         learnt = self._distilled(fitted, plan, request, checkpoint) if request.fit == "distill" else None
-        return FoundPlan(plan, fitted, request.fit, learnt)
+        return FoundPlan(plan, fitted, request.fit, learnt, choice.reason if choice else None)
+
+    def chosen_fit(self, request: PlanRequest) -> ChosenFit | None:
+        """Return what ``--fit auto`` takes for this model and these images, and why; None where a fit is asked for."""
+        reader = self.reader
+        if request.fit != "auto":
+            return None
+        if "distill" in reader.refusals:
+            return ChosenFit("closed-form", "this model cannot be distilled")
+        macs = macs_of([reader.tokens] * len(reader.blocks), reader.tokens, reader.geometry())
+        return chosen_fit(request.distillation, macs=macs, images=len(self.images), on_gpu=reader.device.type == "cuda")
 
     def _distilled(
         self, fitted: nn.Module, plan: SlimPlan, request: PlanRequest, checkpoint: Path | None
@@ -202,6 +216,8 @@ class PlanFinder:
         """``request`` for this model; raises ``ValueError`` where the features were not made for it."""
         if request.mode != self.settings.mode:
             raise ValueError(f"a plan of mode {request.mode} from features of mode {self.settings.mode}")
+        if (choice := self.chosen_fit(request)) is not None:
+            request = dataclasses.replace(request, fit=choice.fit)
         request = request.for_model(fixed_head=self.reader.head.fixed, refusals=self.reader.refusals)
         if request.needs_magnitudes and not self.settings.magnitudes:
             raise ValueError(f"score {request.score} needs features with magnitudes")

@@ -40,6 +40,9 @@ class MostSearch:
         """
         margin = request.budget.within
         assert margin is not None
+        choice = self.finder.chosen_fit(request)
+        if choice is not None:
+            request = replace(request, fit=choice.fit)
         # What distilling wins comes on top: a trial of it would take minutes.
         trial = replace(request, fit="closed-form" if request.fit == "distill" else request.fit)
         points: dict[int, WalkedPoint] = {}
@@ -65,7 +68,8 @@ class MostSearch:
             points=[points[percent] for percent in sorted(points)],
         )
         origin = best.plan.origin.model_copy(update={"walk": walk})
-        return replace(best, plan=best.plan.model_copy(update={"origin": origin}))
+        reason = choice.reason if choice else None
+        return replace(best, plan=best.plan.model_copy(update={"origin": origin}), fit_reason=reason)
 
     def _measured(
         self, found: FoundPlan, request: PlanRequest, reduction: float, margin: float

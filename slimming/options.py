@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from patchslim.choices import Criterion, Fit, Layout, Mode, ScoreName
+from patchslim.choices import Criterion, FitChoice, Layout, Mode, ScoreName
 from patchslim.errors import UsageError
 from slimming.fitting.recipe import Recipe
 from slimming.inputs import check_data, check_file, check_weights
@@ -105,9 +105,10 @@ class BudgetGroup:
 class FittingGroup:
     """How the slimmed blocks are fitted to the cut, and where PyTorch runs."""
 
-    fit: Fit = "closed-form"
+    fit: FitChoice = "closed-form"
     """Refit the slimmed blocks: not (none), by ridge regression (closed-form), or the paper's gradient descent (sgd).
-    distill is closed-form, and then all weights learn the dense model's answers on the calibration images, without labels."""
+    distill is closed-form, and then all weights learn the dense model's answers on the calibration images, without labels.
+    auto distils from 1,024 calibration images on, where there is a GPU or it would take a core at most 15 minutes."""
     distill_steps: int = Distillation.steps
     """Steps of --fit distill, of 128 images each; about as long as as many steps of training."""
     finetune_epochs: float = 0.0
@@ -177,7 +178,8 @@ class ModelOptions(FittingGroup, BudgetGroup, ImageGroup, ModelGroup):
         """Return what is asked of the plan, its cut projections laid as ``layout``."""
         distillation = Distillation(steps=self.distill_steps, precision=self.finetune_precision)
         where = None if self.merge_blocks is None else parse_merge_blocks(self.merge_blocks)
-        return PlanRequest(self.budget, self.score, self.fit, self.mode, layout, self.summary, distillation, where)
+        fit = "closed-form" if self.fit == "auto" and self.finetune_epochs else self.fit  # labels teach the same and more
+        return PlanRequest(self.budget, self.score, fit, self.mode, layout, self.summary, distillation, where)
 
     def resolved_score(self, *, fixed_head: bool) -> ScoreName:
         """Return what the score ``auto`` stands for, for a model whose head reads single tokens or not.

@@ -97,7 +97,9 @@ def save_plan(options: ModelOptions, job: PlanJob, process_group: ProcessGroup) 
     if not process_group.is_primary:
         process_group.barrier()
         return None
-    if options.fit != found.fit:
+    if found.fit_reason is not None:
+        reporter.say(f"{model}: --fit {found.fit}: {found.fit_reason}")
+    if found.fit == "none" and options.fit != "none":
         reporter.say(f"{model}: {reader.refusals['closed-form']}: --fit none")
     reporter.say(f"{job.output}: writing the plan and its page")
     try:

@@ -30,7 +30,7 @@ from benchmarks.accuracy.latency_exports import RowExporter
 from benchmarks.accuracy.latency_report import draw, markdown, read, summarised, write
 from benchmarks.accuracy.rows import DEFAULT, FITS, Case, SubjectOptions, TableOptions
 from patchslim.arrays import Array
-from patchslim.choices import Fit, ScoreName
+from patchslim.choices import FitChoice, ScoreName
 from patchslim.cli import run_command
 from patchslim.errors import UsageError
 from patchslim.progress import Progress
@@ -48,7 +48,7 @@ class EqualLatencyOptions(SubjectOptions):
     """Each draws its own calibration images."""
     score: ScoreName = DEFAULT.score
     """The score of our plans; auto is the one that slimming.run takes."""
-    fit: Fit = DEFAULT.fit
+    fit: FitChoice = DEFAULT.fit
     """The fit of our plans."""
     batch: int = 8
     """Images per timed run."""

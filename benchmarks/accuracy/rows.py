@@ -9,7 +9,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
 
-from patchslim.choices import Fit, Mode, ScoreName
+from patchslim.choices import Fit, FitChoice, Mode, ScoreName
 from patchslim.errors import InputRejected, UsageError
 from slimming.run import SlimmingOptions
 
@@ -113,7 +113,7 @@ class TableOptions(SubjectOptions):
     """What later blocks see of a dropped token."""
     default_score: ScoreName = DEFAULT.score
     """The score whose rows are marked as ours; auto is the one that slimming.run takes."""
-    default_fit: Fit = DEFAULT.fit
+    default_fit: FitChoice = DEFAULT.fit
     """The fit whose rows are marked as ours."""
     finetune_epochs: float = 0
     """Epochs of fine-tuning of our default, for the first seed; 0 skips it."""

@@ -32,7 +32,7 @@ def plans_at(finder: PlanFinder, request: PlanRequest, reductions: Iterable[floa
 
     None is distilled, as none is fine-tuned: each would take as long as the plan itself.
     """
-    if request.fit == "distill":
+    if request.fit in ("distill", "auto"):
         request = replace(request, fit="closed-form")
     found = []
     for reduction in reductions:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from patchslim.choices import Fit, Layout, Mode, ScoreName
+from patchslim.choices import FitChoice, Layout, Mode, ScoreName
 from patchslim.errors import UsageError
 from slimming.models.abilities import Ability, Refusals, check_abilities
 from slimming.search.budget import LATENCY, Budget
@@ -19,7 +19,8 @@ _NO_REFUSALS: Mapping[Ability, str] = {}
 class PlanRequest:
     """A plan that is asked for.
 
-    ``score`` chooses the tokens that go, ``fit`` is how blocks are refitted (``distillation`` says how long by ``distill``),
+    ``score`` chooses the tokens that go, ``fit`` is how blocks are refitted (``distillation`` says how long by ``distill``,
+    and ``auto`` takes that or ``closed-form``, as ``slimming.search.distillation.chosen_fit`` says),
     ``mode`` what later blocks see of dropped tokens, and ``layout`` how the cut projections will be laid, for the MAC count.
     With ``summary`` the mean of what a score drops is kept as one more token, which the budget and the fit count and which
     scores and errors do not.
@@ -27,7 +28,7 @@ class PlanRequest:
 
     budget: Budget = Budget()  # noqa: RUF009 - frozen
     score: ScoreName = "auto"
-    fit: Fit = "none"
+    fit: FitChoice = "none"
     mode: Mode = "compact"
     layout: Layout = "split"
     summary: bool = False

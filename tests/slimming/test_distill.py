@@ -15,11 +15,15 @@ from torch import Tensor
 
 from patchslim.choices import Fit
 from patchslim.errors import InputRejected, UsageError
+from slimming.api import FinderSettings, PlanFinder
 from slimming.data.source import ImageSet
 from slimming.distributed import SINGLE_PROCESS, ProcessGroup
 from slimming.fitting.distill import BlendedImages, distill
+from slimming.models.reader import reader_of
 from slimming.run import SlimmingOptions
-from slimming.search.distillation import Distillation
+from slimming.search.budget import Budget
+from slimming.search.distillation import ChosenFit, Distillation, chosen_fit
+from slimming.search.request import PlanRequest
 from tests.helpers.finetuning import CLASSES, equal, models, state, stop_after
 from tests.helpers.forks import run_in_two_processes
 
@@ -47,6 +51,11 @@ class Smooth:
 
 def images(start: int = 0, stop: int = 96) -> ImageSet:
     return ImageSet("smooth", "train", "all", [], Smooth(), list(range(start, stop)))
+
+
+def repeated(count: int) -> ImageSet:
+    """The same few images over and over."""
+    return ImageSet("smooth", "train", "all", [], Smooth(), [index % 8 for index in range(count)])
 
 
 def run(slim: Any, teacher: Any, recipe: Distillation = RECIPE, **more: Any) -> Any:
@@ -145,6 +154,45 @@ def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("macs", "count", "on_gpu", "fit", "reason"),
+    [
+        (10**6, 1023, True, "closed-form", "1023 calibration images, and distilling wants 1,024"),
+        (10**12, 1024, True, "distill", "1024 calibration images and a GPU"),
+        (111_283_456, 1024, False, "distill", "1024 calibration images, and about 9 minutes of a core"),
+        (
+            1_253_000_000,
+            4096,
+            False,
+            "closed-form",
+            "distilling would take a core about 107 minutes, and auto spends 15 at most",
+        ),
+    ],
+)
+def test_auto_distils_where_images_and_time_allow(macs: int, count: int, on_gpu: bool, fit: Fit, reason: str) -> None:
+    assert chosen_fit(Distillation(), macs=macs, images=count, on_gpu=on_gpu) == ChosenFit(fit, reason)
+
+
+def test_auto_is_the_fit_that_it_says() -> None:
+    _, teacher = models()
+    request = PlanRequest(Budget("macs-reduction", 0.4), fit="auto", distillation=Distillation(steps=1, batch_size=16))
+    for count, fit, finetuned in ((1024, "distill", True), (64, "closed-form", False)):
+        settings = FinderSettings(magnitudes=False)
+        with PlanFinder(reader_of(teacher), repeated(count), name="vit", transform=None, settings=settings) as finder:
+            found = finder.find_plan(request)
+            same = finder.find_plan(replace(request, fit=found.fit))
+        assert (found.fit, found.finetune is not None) == (fit, finetuned)
+        assert found.fit_reason is not None
+        assert found.fit_reason.startswith(f"{count} calibration images")
+        assert same.fit_reason is None
+        assert equal(state(found.model), state(same.model))
+
+
+def test_auto_leaves_learning_to_labels_where_there_are_any() -> None:
+    assert SlimmingOptions(fit="auto", finetune_epochs=1.0).request().fit == "closed-form"
+    assert SlimmingOptions(fit="auto").request().fit == "auto"
+
+
+@pytest.mark.parametrize(
     ("given", "named"),
     [
         ({"distill_steps": 0}, "--distill-steps 0: must be at least 1"),
@@ -169,7 +217,7 @@ def test_a_trained_model_comes_closer_than_by_the_closed_form() -> None:
     """The committed CIFAR-10 model on digits, whose classes it does not have: labels are not looked at."""
     from timm.data import create_transform
 
-    from slimming import Budget, PlanFinder, PlanRequest, SlimViT, calibration_set, evaluation_set, load_model, reader_of
+    from slimming import SlimViT, calibration_set, evaluation_set, load_model
     from slimming.data.source import load_tensors
     from slimming.models.loading import parse_arguments
 
