@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -23,11 +24,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.accuracy.other_plans import at_lower_resolution, other_plan
-from benchmarks.accuracy.rows import BLOCKS, Case, SubjectOptions, TableOptions
+from benchmarks.accuracy.rows import BLOCKS, Case, SubjectOptions, TableOptions, is_other
 from benchmarks.accuracy.tables import identity, machine
 from patchslim.cli import run_command
 from patchslim.errors import BudgetUnreachable, InputRejected, UsageError
 from patchslim.records import atomic_path
+from slimming.search.distillation import TrainingPrecision
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,6 +49,10 @@ class AlternativeOptions(SubjectOptions):
     """Steps of ``--fit distill``; 0 leaves it out."""
     distill_budgets: tuple[float, ...] = (0.45,)
     """Budgets to distil at."""
+    distill_precision: TrainingPrecision = "no"
+    """Mixed precision of distilling."""
+    rows: tuple[str, ...] = ()
+    """Of the rows only these, as ramp or distilled, beside dense; by default all."""
     seed: int = 0
     """Draws the calibration images."""
     output: Path = Path("alternatives.json")
@@ -56,6 +62,10 @@ class AlternativeOptions(SubjectOptions):
         """Raise ``UsageError`` for values that no run could use."""
         if self.distill_steps < 0 or not self.merge_blocks or min(self.merge_blocks) < 1:
             raise UsageError("--distill-steps must not be negative, and --merge-blocks has numbers from 1")
+        if unknown := [name for name in self.rows if name not in ("ramp", "distilled") and not is_other(name)]:
+            raise UsageError(f"--rows {unknown[0]}: must be ramp, distilled, resolution, radial, DiffRate or {BLOCKS}N")
+        if "distilled" in self.rows and not self.distill_steps:
+            raise UsageError("--rows distilled goes with --distill-steps")
         self.of_tables().check()
 
     def of_tables(self) -> TableOptions:
@@ -91,6 +101,8 @@ class Alternatives:
         self.add("dense", lambda: (self.bench.model, {"macs": self.bench.dense_macs}))
         for budget in self.bench.options.budgets:
             for name, make in self.makers(budget).items():
+                if self.options.rows and name not in self.options.rows:
+                    continue
                 self.add(f"{name} {budget:.0%}", make, budget=budget)
         return self.write()
 
@@ -103,8 +115,7 @@ class Alternatives:
         for name in (*(f"{BLOCKS}{blocks}" for blocks in self.options.merge_blocks), "DiffRate", "radial"):
             makers[name] = lambda name=name: self.slim(self.other(name, budget))  # type: ignore[misc]
         if self.options.distill_steps and budget in self.options.distill_budgets:
-            steps = self.options.distill_steps
-            makers["distilled"] = lambda: self.slim(self.found(budget, merge_blocks="ramp", fit="distill", distill_steps=steps))
+            makers["distilled"] = lambda: self.slim(self.distilled(budget))
         return makers
 
     def add(self, name: str, make: Maker, **facts: Any) -> None:
@@ -129,6 +140,17 @@ class Alternatives:
         options = dataclasses.replace(self.ours(budget), **more)
         options.check()
         return self.draw.finder(options).find_plan(options.request())
+
+    def distilled(self, budget: float) -> FoundPlan:
+        """Our plan at a budget, distilled; an interrupted run goes on from a folder beside the results."""
+        steps, precision = self.options.distill_steps, self.options.distill_precision
+        options = dataclasses.replace(self.ours(budget), merge_blocks="ramp", fit="distill", distill_steps=steps)
+        options = dataclasses.replace(options, finetune_precision=precision)
+        options.check()
+        folder = self.options.output.with_suffix(".distill.part")
+        found = self.draw.finder(options).find_plan(options.request(), checkpoint=folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        return found
 
     def ours(self, budget: float) -> SlimmingOptions:
         """The options of our default plan at a budget."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,6 +58,24 @@ def test_every_row_is_measured_once_and_costs_what_it_says(tmp_path: Path) -> No
         Alternatives(options(output))
 
 
-def test_what_it_does_not_take() -> None:
-    with pytest.raises(UsageError, match="--distill-steps must not be negative"):
-        AlternativeOptions(distill_steps=-1).check()
+@pytest.mark.slow
+def test_some_rows_alone_are_those_of_a_whole_run(tmp_path: Path) -> None:
+    some = dataclasses.replace(options(tmp_path / "some.json"), rows=("ramp", "distilled"), distill_precision="bf16")
+    result = Alternatives(some).measure()
+    assert [row["row"] for row in result["rows"]] == ["dense", "ramp 40%", "distilled 40%", "ramp 95%"]
+    assert "--distill-precision bf16" in result["command"]
+    assert "--rows ramp distilled" in result["command"]
+    assert list(tmp_path.iterdir()) == [some.output]  # no checkpoint stays
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"distill_steps": -1}, "--distill-steps must not be negative"),
+        ({"rows": ("ram",)}, "--rows ram: must be ramp, distilled"),
+        ({"rows": ("distilled",)}, "--rows distilled goes with --distill-steps"),
+    ],
+)
+def test_what_it_does_not_take(given: dict[str, Any], named: str) -> None:
+    with pytest.raises(UsageError, match=named):
+        AlternativeOptions(**given).check()
