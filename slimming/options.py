@@ -111,6 +111,8 @@ class FittingGroup:
     auto distils from 1,024 calibration images on, where there is a GPU or it would take a core at most 15 minutes."""
     distill_steps: int = Distillation.steps
     """Steps of --fit distill, of 128 images each; about as long as as many steps of training."""
+    distill_lr: float = Distillation.lr
+    """Peak learning rate of --fit distill; hundreds of steps on thousands of images may take more."""
     finetune_epochs: float = 0.0
     """Then fine-tune the whole slimmed model on --train-data for this long; may be fractional."""
     train_data: str | None = None
@@ -176,7 +178,7 @@ class ModelOptions(FittingGroup, BudgetGroup, ImageGroup, ModelGroup):
 
     def request(self, layout: Layout = "split") -> PlanRequest:
         """Return what is asked of the plan, its cut projections laid as ``layout``."""
-        distillation = Distillation(steps=self.distill_steps, precision=self.finetune_precision)
+        distillation = Distillation(steps=self.distill_steps, lr=self.distill_lr, precision=self.finetune_precision)
         where = None if self.merge_blocks is None else parse_merge_blocks(self.merge_blocks)
         fit = "closed-form" if self.fit == "auto" and self.finetune_epochs else self.fit  # labels teach the same and more
         return PlanRequest(self.budget, self.score, fit, self.mode, layout, self.summary, distillation, where)

@@ -29,7 +29,7 @@ from benchmarks.accuracy.tables import identity, machine
 from patchslim.cli import run_command
 from patchslim.errors import BudgetUnreachable, InputRejected, UsageError
 from patchslim.records import atomic_path
-from slimming.search.distillation import TrainingPrecision
+from slimming.search.distillation import Distillation, TrainingPrecision
 
 if TYPE_CHECKING:
     from torch import nn
@@ -49,6 +49,8 @@ class AlternativeOptions(SubjectOptions):
     """Steps of ``--fit distill``; 0 leaves it out."""
     distill_budgets: tuple[float, ...] = (0.45,)
     """Budgets to distil at."""
+    distill_lr: float = Distillation.lr
+    """Peak learning rate of distilling."""
     distill_precision: TrainingPrecision = "no"
     """Mixed precision of distilling."""
     rows: tuple[str, ...] = ()
@@ -143,9 +145,15 @@ class Alternatives:
 
     def distilled(self, budget: float) -> FoundPlan:
         """Our plan at a budget, distilled; an interrupted run goes on from a folder beside the results."""
-        steps, precision = self.options.distill_steps, self.options.distill_precision
-        options = dataclasses.replace(self.ours(budget), merge_blocks="ramp", fit="distill", distill_steps=steps)
-        options = dataclasses.replace(options, finetune_precision=precision)
+        given = self.options
+        options = dataclasses.replace(
+            self.ours(budget),
+            merge_blocks="ramp",
+            fit="distill",
+            distill_steps=given.distill_steps,
+            distill_lr=given.distill_lr,
+            finetune_precision=given.distill_precision,
+        )
         options.check()
         folder = self.options.output.with_suffix(".distill.part")
         found = self.draw.finder(options).find_plan(options.request(), checkpoint=folder)

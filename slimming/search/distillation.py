@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,6 +34,8 @@ class Distillation:
         """Raise ``UsageError`` for the first value that means nothing."""
         if self.steps < 1:
             raise UsageError(f"--distill-steps {self.steps}: must be at least 1")
+        if not 0 < self.lr < math.inf:
+            raise UsageError(f"--distill-lr {self.lr}: must be above 0")
 
 
 @dataclass(frozen=True)

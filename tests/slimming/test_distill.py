@@ -196,6 +196,8 @@ def test_auto_leaves_learning_to_labels_where_there_are_any() -> None:
     ("given", "named"),
     [
         ({"distill_steps": 0}, "--distill-steps 0: must be at least 1"),
+        ({"distill_lr": 0.0}, "--distill-lr 0.0: must be above 0"),
+        ({"distill_lr": float("nan")}, "--distill-lr nan: must be above 0"),
         ({"finetune_epochs": 1.0}, "--fit distill and --finetune-epochs both train all weights: leave one of them out"),
         ({"calibration_images": 63}, "--calibration-images 63: --fit distill needs at least 64"),
         ({"onnx": Path("model.onnx"), "mean": (0.5,), "std": (0.5,)}, "--fit distill changes weights by PyTorch"),
