@@ -186,7 +186,6 @@ class PlanFinder:
             cost,
             request.where,
             uniform=request.score == "uniform",
-            kernels=request.pays_for_kernels,
         )
 
     def _evaluator(self, request: PlanRequest) -> MergeSearch | SummarySearch | TopDownSearch:

@@ -147,7 +147,9 @@ class TableOptions(SubjectOptions):
         if min(self.calibration_images, self.finetune_images, self.threads, self.batch_size or 1, self.eval_images or 1) < 1:
             raise UsageError("--eval-images, --calibration-images, --finetune-images, --batch-size, --threads: at least 1")
         if unknown := [name for name in self.other_methods if not is_other(name)]:
-            raise UsageError(f"--others {unknown[0]}: must be resolution, radial, DiffRate or {BLOCKS}N, as {BLOCKS}2")
+            raise UsageError(
+                f"--others {unknown[0]}: must be resolution, radial, DiffRate, {BLOCKS}auto or {BLOCKS}N, as {BLOCKS}2"
+            )
         if self.default_fit not in FITS:
             raise UsageError(f"--default-fit {self.default_fit}: the tables have {' and '.join(FITS)}")
         if self.finetune_epochs < 0:
@@ -183,7 +185,11 @@ class TableOptions(SubjectOptions):
         return record | ({} if self.finetune_precision == "no" else {"precision": self.finetune_precision})
 
     def slimming(self, case: Case) -> SlimmingOptions:
-        """The options of ``python -m slimming.run`` that give the plan and the weights of a row of ours."""
+        """The options of ``python -m slimming.run`` that give the plan and the weights of a row of ours.
+
+        A row named by its score has a ramp, so that scores are told apart by what they drop; ``blocks-auto`` is the default.
+        """
+        ramp = case.method in ("auto", "similarity")  # the others have one by default
         options = SlimmingOptions(
             model=self.model,
             model_arg=self.model_arg,
@@ -192,6 +198,7 @@ class TableOptions(SubjectOptions):
             calibration_data=self.calibration_data,
             calibration_images=self.calibration_images,
             macs_reduction=case.budget,
+            merge_blocks="ramp" if ramp else None,
             score="auto" if is_other(case.method) else cast(ScoreName, case.method),
             fit=cast(Fit, case.fit),
             mode=case.mode or DEFAULT.mode,
@@ -257,7 +264,7 @@ def is_other(method: str) -> bool:
 
 def _is_blocks(name: str) -> bool:
     number = name.removeprefix(BLOCKS)
-    return name.startswith(BLOCKS) and number.isascii() and number.isdigit() and int(number) > 0
+    return name.startswith(BLOCKS) and (number == "auto" or (number.isascii() and number.isdigit() and int(number) > 0))
 
 
 def public(word: str) -> str:

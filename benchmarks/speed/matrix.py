@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from benchmarks.accuracy.rows import Case, SubjectOptions, TableOptions
+from benchmarks.accuracy.rows import BLOCKS, Case, SubjectOptions, TableOptions
 from benchmarks.speed.contender import Contender, ContenderProcess
 from benchmarks.speed.contenders import OPENVINO, ContenderMaker, SpeedSubject
 from benchmarks.speed.matrix_report import draw, markdown, read, write
@@ -160,7 +160,7 @@ def trained_subject(options: MatrixOptions) -> SpeedSubject:
     bench = Bench(TableOptions(**shared, seeds=(0,), output=options.output.with_suffix(".tables")))
     draw, slims = CalibrationDraw(bench, "compact", 0), {}
     for budget in options.budgets:
-        found = draw.found(Case("similarity", budget, "closed-form", "compact", 0))
+        found = draw.found(Case(f"{BLOCKS}auto", budget, "closed-form", "compact", 0))
         slims[budget] = (found.plan, found.model)
     draw.close()
     few = list(itertools.islice(bench.preprocessed(draw.session.calibration), CALIBRATION_IMAGES))

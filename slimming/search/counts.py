@@ -15,17 +15,16 @@ def counts_within(
     where: MergeBlocks = "ramp",
     *,
     uniform: bool = False,
-    kernels: bool = False,
 ) -> Choice:
     """Return token counts per block that meet ``budget``, falling ``where`` it is asked for.
 
-    ``uniform``: one count for every block but the last. ``kernels``: the engine pays for every merging block. Tokens that the
-    evaluator keeps beside its last count are paid for, and a budget in tokens has them in its last count; the counts that are
-    returned do not. Raises ``BudgetUnreachable``, and ``UsageError`` for token counts or blocks that no plan of this model has.
+    ``uniform``: one count for every block but the last. Tokens that the evaluator keeps beside its last count are paid for, and
+    a budget in tokens has them in its last count; the counts that are returned do not. Raises ``BudgetUnreachable``, and
+    ``UsageError`` for token counts or blocks that no plan of this model has.
     """
     if budget.criterion == "tokens":
         return Choice(snapped(evaluator, asked_counts(evaluator, budget), budget.snap))
     paid = PaidBeside(cost, evaluator.beside) if evaluator.beside else cost
     if uniform:
         return Choice(uniform_within(evaluator, paid, budget.limit(cost), budget.snap))
-    return FewBlocks(evaluator, paid, budget.limit(cost), budget.snap).chosen(where, kernels=kernels)
+    return FewBlocks(evaluator, paid, budget.limit(cost), budget.snap).chosen(where)

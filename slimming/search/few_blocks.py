@@ -1,13 +1,14 @@
 """Counts that stay constant between a few blocks where tokens go: where these are, and how deep each cuts.
 
-A ramp drops tokens in every block. Merging costs a GPU kernels block by block, and few merging blocks are often as accurate at
-equal MACs. With k blocks the tokens fall from N to e by the share ``(i / k)^s`` of the way on a logarithmic scale behind the
-i-th of them; s says how the fall is shared out, and the budget fixes e. Blocks and s are found by climbing, each trial judged
-by the KL divergence on a part of the calibration images.
+A ramp drops tokens in every block. Each merging block costs a GPU kernels and a CPU passes over the tokens, and few merging
+blocks are often as accurate at equal MACs. With k blocks the tokens fall from N to e by the share ``(i / k)^s`` of the way on a
+logarithmic scale behind the i-th of them; s says how the fall is shared out, and the budget fixes e. Blocks and s are found by
+climbing, each trial judged by the KL divergence on a part of the calibration images.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +19,6 @@ from patchslim.errors import BudgetUnreachable, UsageError
 from slimming.search.costs import Cost
 from slimming.search.profile import (
     CountSizes,
-    Profile,
     ProfileEvaluator,
     SnappedCost,
     best_profile,
@@ -38,10 +38,13 @@ SHAPES = (0.5, 0.7, 1.0, 1.4, 2.0)
 _EVEN = 2
 #: Trials of one search, each on a part of the images: all together about one dense pass over all of them.
 TRIALS = 8
-#: Few blocks may diverge so much more than the ramp on an engine that pays for every merging block.
-KERNELS_WORTH = 1.05
-#: Merging blocks that ``auto`` compares; for a GPU the first number alone.
-AUTO = (2, 3)
+#: Merging blocks that ``auto`` compares with the ramp.
+AUTO = 2
+#: They may diverge so much more than the ramp, since they run faster.
+WORTH = 1.05
+#: KL divergence, nats, that is next to nothing: in the tables of ``benchmarks.accuracy`` merging loses at most 55 points of
+#: top-1 a nat, which makes 0.1 points. Few blocks that diverge by less are taken, and no ramp is searched.
+NEGLIGIBLE = 0.002
 
 
 def parse_merge_blocks(text: str) -> MergeBlocks:
@@ -173,11 +176,8 @@ class FewBlocks:
             steps = Steps(front, steps.shape)
         return steps
 
-    def chosen(self, where: MergeBlocks, *, kernels: bool) -> Choice:
-        """Return the counts that ``where`` asks for; ``kernels``: the engine pays for every merging block.
-
-        Raises ``BudgetUnreachable`` and ``UsageError``.
-        """
+    def chosen(self, where: MergeBlocks) -> Choice:
+        """Return the counts that ``where`` asks for. Raises ``BudgetUnreachable`` and ``UsageError``."""
         evaluator, cost = self.evaluator, SnappedCost(self.cost, self.evaluator, self.multiple)
         if where == "ramp":
             return Choice(best_profile(evaluator, self.cost, self.limit, self.multiple).counts)
@@ -192,31 +192,29 @@ class FewBlocks:
         if isinstance(where, int):
             counts = self.climb(spread_evenly(self.evaluator, where))
             return Choice(counts, f"{where} as asked; the best places tried are {_named(places_of(counts, evaluator))}")
-        return self._auto(best_profile(evaluator, self.cost, self.limit, self.multiple), kernels=kernels)
+        return self._auto()
 
-    def _auto(self, ramp: Profile, *, kernels: bool) -> Choice:
-        """The better of the ramp and few blocks; for an engine that pays for kernels two blocks that are nearly as good."""
-        evaluator = self.evaluator
+    def _auto(self) -> Choice:
+        """Few blocks, unless the ramp diverges clearly less."""
+        evaluator, few, told = self.evaluator, math.inf, ""
+        counts: list[int] = []
+        with contextlib.suppress(BudgetUnreachable):
+            if free_blocks(evaluator) >= AUTO:
+                counts = self.climb(spread_evenly(evaluator, AUTO))
+                few = evaluator.divergence(counts)
+                told = f"in {_named(places_of(counts, evaluator))}"
+        if few <= NEGLIGIBLE:
+            return Choice(counts, f"{told}: KL {few:.4f} before the fit")
+        ramp = best_profile(evaluator, self.cost, self.limit, self.multiple)
         if ramp.divergence is None:
             return Choice(ramp.counts)
-        worth = KERNELS_WORTH if kernels else 1.0
-        sizes = [size for size in (AUTO[:1] if kernels else AUTO) if size <= free_blocks(evaluator)]
-        if not kernels:  # one size is searched: the better of the first guesses
-            guesses = {size: counts for size in sizes if (counts := self.counts(spread_evenly(evaluator, size))) is not None}
-            sizes = sorted(guesses, key=lambda size: evaluator.quick_divergence(guesses[size]))[:1]
-        told = []
-        for size in sizes:
-            try:
-                counts = self.climb(spread_evenly(evaluator, size))
-            except BudgetUnreachable:
-                continue
-            divergence = evaluator.divergence(counts)
-            told.append(f"in {_named(places_of(counts, evaluator))} {divergence:.4f}")
-            if divergence <= worth * ramp.divergence:
-                kept = f"KL {divergence:.4f} before the fit, and {ramp.divergence:.4f} with tokens going in every block"
-                return Choice(counts, f"in {_named(places_of(counts, evaluator))}: {kept}")
-        rest = f"; {', '.join(told)}" if told else ""
-        return Choice(ramp.counts, f"in every block: KL {ramp.divergence:.4f} before the fit{rest}")
+        if few <= WORTH * ramp.divergence:
+            return Choice(
+                counts, f"{told}: KL {few:.4f} before the fit, and {ramp.divergence:.4f} with tokens going in every block"
+            )
+        return Choice(
+            ramp.counts, f"in every block: KL {ramp.divergence:.4f} before the fit" + (f"; {told} {few:.4f}" if told else "")
+        )
 
 
 def places_of(counts: list[int], sizes: CountSizes) -> tuple[int, ...]:

@@ -33,7 +33,7 @@ class PlanRequest:
     layout: Layout = "split"
     summary: bool = False
     distillation: Distillation = Distillation()  # noqa: RUF009 - frozen
-    merge_blocks: MergeBlocks | None = None  # where tokens go; None: as suits the layout
+    merge_blocks: MergeBlocks | None = None  # where tokens go; None: auto where the plan merges, else ramp
 
     def check(self) -> None:
         """Raise ``UsageError`` for values that no search could use, and for those that contradict each other on any model."""
@@ -96,16 +96,11 @@ class PlanRequest:
         return found
 
     @property
-    def pays_for_kernels(self) -> bool:
-        """Whether every merging block costs the engine kernels: those of ``packed`` layout, if anything is merged."""
-        return self.layout == "packed" and self.merges
-
-    @property
     def where(self) -> MergeBlocks:
-        """``merge_blocks``, or the layout's default; ask it of a request ``for_model``."""
+        """``merge_blocks``, or few blocks where they are as good and merge; ask it of a request ``for_model``."""
         if self.merge_blocks is not None:
             return self.merge_blocks
-        return "auto" if self.pays_for_kernels else "ramp"
+        return "auto" if self.merges else "ramp"
 
     @property
     def merges(self) -> bool:

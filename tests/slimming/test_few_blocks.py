@@ -6,21 +6,23 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import combinations, pairwise
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from export.options import ExportOptions
+from patchslim.choices import Layout
 from patchslim.errors import BudgetUnreachable, UsageError
 from patchslim.macs import check_counts
 from slimming.run import SlimmingOptions
 from slimming.search.budget import Budget
 from slimming.search.counts import counts_within
 from slimming.search.few_blocks import (
-    KERNELS_WORTH,
+    NEGLIGIBLE,
     TRIALS,
+    WORTH,
     FewBlocks,
     MergeBlocks,
     Steps,
@@ -58,7 +60,7 @@ def test_counts_fall_in_so_many_blocks_and_fill_the_budget(
     evaluator = Made(tokens, depth, 2, 2 if fixed else None)
     few = search(evaluator, removed, multiple)
     try:
-        counts = few.chosen(min(blocks, depth - 1), kernels=False).counts
+        counts = few.chosen(min(blocks, depth - 1)).counts
     except BudgetUnreachable:
         return
     check_counts(counts, tokens, depth)
@@ -81,7 +83,7 @@ def test_counts_are_the_formula() -> None:
 @pytest.mark.parametrize("best", [(3, 7), (5, 8), (4, 9), (2, 8)])
 def test_the_climb_finds_places_near_where_it_starts(best: tuple[int, int]) -> None:
     evaluator = Made(197, 12, 1, merit=towards(best))
-    choice = search(evaluator).chosen(2, kernels=False)
+    choice = search(evaluator).chosen(2)
     assert places_of(choice.counts, evaluator) == best
     assert choice.reason == f"2 as asked; the best places tried are blocks {best[0]}, {best[1]}"
     assert not evaluator.asked
@@ -92,7 +94,7 @@ def test_on_a_small_model_the_climb_is_as_good_as_trying_all() -> None:
     """The oracle: every pair of places and every shape, by a merit with one valley."""
     evaluator = Made(65, 6, 1, merit=lambda counts: sum((count / 65 - 0.55) ** 2 for count in counts[:-1]))
     few = search(evaluator, 0.4)
-    found = few.chosen(2, kernels=False).counts
+    found = few.chosen(2).counts
     every = [few.counts(Steps(places, shape)) for places in combinations(range(1, 6), 2) for shape in range(5)]
     best = min(evaluator.merit(counts) for counts in every if counts is not None)
     assert evaluator.merit(found) <= 1.1 * best
@@ -100,7 +102,7 @@ def test_on_a_small_model_the_climb_is_as_good_as_trying_all() -> None:
 
 def test_given_blocks_stay() -> None:
     evaluator = Made(197, 12, 1, merit=towards((4, 8)))
-    choice = search(evaluator).chosen((2, 5, 11), kernels=False)
+    choice = search(evaluator).chosen((2, 5, 11))
     assert places_of(choice.counts, evaluator) == (2, 5, 11)
     assert choice.reason == "as asked, in blocks 2, 5, 11"
 
@@ -109,49 +111,55 @@ def test_places_move_to_the_front_where_the_budget_asks_for_that() -> None:
     evaluator = Made(197, 12, 1)
     few = search(evaluator, 0.85)
     assert few.counts(spread_evenly(evaluator, 1)) is None
-    counts = few.chosen(1, kernels=False).counts
+    counts = few.chosen(1).counts
     assert few.cost.of(counts) <= few.limit
     with pytest.raises(
         BudgetUnreachable, match=r"85.0% of the MACs cannot be removed behind block 9: no patches after that remove 32.4%"
     ) as no:
-        few.chosen((9,), kernels=False)
+        few.chosen((9,))
     assert no.value.exit_code == 6
 
 
 @pytest.mark.parametrize(
-    ("ramp", "two", "three", "kernels", "places"),
-    [
-        (1.0, 0.9, 0.8, False, 3),
-        (1.0, 0.8, 0.9, False, 2),
-        (1.0, 1.01, 1.02, False, 11),
-        (1.0, KERNELS_WORTH - 0.001, 0.5, True, 2),
-        (1.0, KERNELS_WORTH + 0.001, 0.5, True, 11),
-        (1.0, 1.2, 1.1, True, 11),
-    ],
+    ("ramp", "two", "places"),
+    [(1.0, 0.9, 2), (1.0, WORTH - 0.001, 2), (1.0, WORTH + 0.001, 11), (1.0, 1.2, 11), (NEGLIGIBLE / 2, NEGLIGIBLE * 1.01, 11)],
 )
-def test_auto_takes_the_better_and_for_kernels_the_fewest(
-    ramp: float, two: float, three: float, kernels: bool, places: int
-) -> None:
+def test_auto_takes_two_blocks_unless_the_ramp_is_clearly_better(ramp: float, two: float, places: int) -> None:
     evaluator = Made(197, 12, 1)
-    evaluator.merit = lambda counts: {2: two, 3: three}.get(len(places_of(list(counts), evaluator)), ramp)
-    choice = search(evaluator).chosen("auto", kernels=kernels)
+    evaluator.merit = lambda counts: two if len(places_of(list(counts), evaluator)) == 2 else ramp
+    choice = search(evaluator).chosen("auto")
     assert len(places_of(choice.counts, evaluator)) == places
     assert choice.reason is not None
-    assert f"KL {dict(enumerate([two, three], 2)).get(places, ramp):.4f} before the fit" in choice.reason
+    assert f"KL {two if places == 2 else ramp:.4f} before the fit" in choice.reason
     if places == 11:
         assert choice.counts == profile_within(evaluator, macs(evaluator), search(evaluator).limit)
         assert choice.reason.startswith("in every block: ")
+
+
+def test_where_two_blocks_cost_next_to_nothing_no_ramp_is_searched() -> None:
+    evaluator = Made(197, 12, 1, merit=lambda counts: NEGLIGIBLE)
+    choice = search(evaluator).chosen("auto")
+    assert len(places_of(choice.counts, evaluator)) == 2
+    assert choice.reason == f"in blocks 4, 8: KL {NEGLIGIBLE:.4f} before the fit"
+    assert evaluator.asked == [choice.counts]
+
+
+@pytest.mark.parametrize("removed", [0.45, 0.8])
+def test_auto_falls_back_to_the_ramp_where_a_model_is_too_short_for_two_blocks(removed: float) -> None:
+    evaluator = Made(37, 2, 1)
+    limit = search(evaluator, removed).limit
+    assert search(evaluator, removed).chosen("auto").counts == profile_within(evaluator, macs(evaluator), limit)
 
 
 def test_a_budget_that_the_last_block_meets_drops_nothing_else() -> None:
     evaluator = Made(37, 4, 1)
     for where in ("auto", 2, (1,)):
         asked: MergeBlocks = where  # type: ignore[assignment]
-        assert search(evaluator, 0.0).chosen(asked, kernels=True).counts == [37, 37, 37, 1]
+        assert search(evaluator, 0.0).chosen(asked).counts == [37, 37, 37, 1]
     assert not evaluator.asked_quickly
 
 
-def test_the_default_is_the_ramp() -> None:
+def test_counts_are_a_ramp_unless_more_is_asked_for() -> None:
     evaluator = Made(197, 12, 1)
     cost = macs(evaluator)
     choice = counts_within(evaluator, Budget("macs-reduction", 0.45), cost)
@@ -161,13 +169,14 @@ def test_the_default_is_the_ramp() -> None:
 
 
 def test_where_tokens_go_by_default() -> None:
-    request = PlanRequest(score="similarity")
-    assert request.where == "ramp"
-    packed = replace(request, layout="packed")
-    assert packed.where == "auto"
-    assert replace(packed, score="paper").where == "ramp"  # dropping costs no kernels
-    assert replace(packed, merge_blocks="ramp").where == "ramp"
-    assert replace(request, merge_blocks=3).where == 3
+    """In few blocks where tokens are merged, whatever the engine; a cut that drops them costs next to nothing."""
+    merging = PlanRequest(score="similarity")
+    dropping = PlanRequest(score="paper")
+    for layout in get_args(Layout):
+        assert replace(merging, layout=layout).where == replace(dropping, layout=layout, summary=True).where == "auto"
+        assert replace(dropping, layout=layout).where == "ramp"
+        assert replace(merging, layout=layout, merge_blocks="ramp").where == "ramp"
+        assert replace(dropping, layout=layout, merge_blocks="auto").where == "auto"
 
 
 @pytest.mark.parametrize(
@@ -203,7 +212,7 @@ def test_what_does_not_go_together(options: Any, given: dict[str, Any], named: s
 def test_blocks_that_the_model_lacks() -> None:
     few = search(Made(65, 8, 1))
     with pytest.raises(UsageError, match="--merge-blocks 8: the model has 7 blocks that tokens can go in"):
-        few.chosen(8, kernels=False)
+        few.chosen(8)
     with pytest.raises(UsageError, match="--merge-blocks 3,8: tokens can go in the blocks 1 to 7"):
-        few.chosen((3, 8), kernels=False)
-    assert math.isfinite(few.cost.of(few.chosen(7, kernels=False).counts))
+        few.chosen((3, 8))
+    assert math.isfinite(few.cost.of(few.chosen(7).counts))
