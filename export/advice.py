@@ -10,11 +10,12 @@ from typing import Annotated
 
 from pydantic import Field
 
-from export.logits import PYTORCH_SLIM
 from export.options import ExportOptions
 from export.source import ExportSource
+from export.stage_names import PYTORCH_SLIM
 from export.stages import Workspace
 from patchslim.errors import BudgetUnreachable, UsageError
+from patchslim.plan import SlimPlan
 from patchslim.records import StrictRecord, load_record, save_record
 from slimming.search.budget import Budget
 from slimming.session import open_finder
@@ -42,7 +43,9 @@ class Advice:
         )
 
 
-def what_would_pass(options: ExportOptions, source: ExportSource, parity: ParityReport, work: Workspace) -> Advice | None:
+def what_would_pass(
+    options: ExportOptions, source: ExportSource, plan: SlimPlan, parity: ParityReport, work: Workspace
+) -> Advice | None:
     """The largest reduction of the MACs whose expected drop is within the gate; None where the plan is not what failed.
 
     The drop is taken to grow with the mean KL divergence of the plan's answers from the original's, before any fit: what the
@@ -55,7 +58,7 @@ def what_would_pass(options: ExportOptions, source: ExportSource, parity: Parity
     if options.tolerance is not None or options.finetune_epochs:
         return None
     lost, gained = slim.changed
-    drop, failed = 100 * (lost - gained) / slim.images, parity.macs.reduction
+    drop, failed = 100 * (lost - gained) / slim.images, 1 - plan.macs(options.search_layout) / plan.dense_macs()
     limit = parity.gate.max_top1_drop / (1 if parity.gate.rule == "point" else 2)
     if drop <= 0 or failed <= _UNIT:
         return None
@@ -63,7 +66,7 @@ def what_would_pass(options: ExportOptions, source: ExportSource, parity: Parity
         "advice",
         model=source.model.key,
         calibration=source.calibration_fingerprint,
-        request=dataclasses.asdict(options.request(options.layout)),
+        request=dataclasses.asdict(options.request(options.search_layout)),
         failed=(failed, drop, limit),
     )
 
@@ -93,7 +96,7 @@ def _largest_within(
     options: ExportOptions, source: ExportSource, failed: float, share: float, work: Workspace
 ) -> tuple[float, float]:
     """The largest reduction whose divergence is within ``share`` of that at ``failed``, and its own share of it."""
-    request = options.request(options.layout)
+    request = options.request(options.search_layout)
     with work.reporter.stages() as progress, open_finder(options, source.session, progress) as finder:
 
         def divergence(reduction: float) -> float:

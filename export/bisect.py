@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from export.logits import PYTORCH_SLIM
+from export.stage_names import PYTORCH_SLIM
 from patchslim.arrays import Array
 from patchslim.choices import Precision
 from patchslim.errors import InputRejected

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from export.cache import copy_verified, tool_versions
 from export.engines.base import BuildSettings, EngineResult
 from export.golden import preprocessing
-from export.logits import PYTORCH, PYTORCH_SLIM, Measured
+from export.logits import Measured
 from export.onnx_export import INPUT, OUTPUT
+from export.precision import Attempt
 from export.serving.render import write_serving
 from export.source import ModelFacts
-from export.stages import INT8_FILE, ONNX_SLIM, ONNX_STAGES, EngineRequest
+from export.stage_names import PYTORCH, PYTORCH_SLIM, onnx_file
 from graph_passes.onnx_io.metadata import NORMALIZATION, add_metadata
 from patchslim.files import digest
 from patchslim.plan import SlimPlan
@@ -24,16 +26,8 @@ from validate.build_recipe import RECIPE, ExpectedEngine, make_recipe
 from validate.build_recipe import BuildSettings as RecipeSettings
 from validate.bundle import record_files, write_parity
 from validate.golden import Golden, write_golden
-from validate.parity import MIN_AGREEMENT, logit_tolerance
-from validate.parity_records import ParityReport, PrecisionTrial
-
-#: The files of the ONNX stages.
-ONNX_FILES = {
-    ONNX_SLIM: "model.onnx",
-    ONNX_STAGES["fp16"]: "model.fp16.onnx",
-    ONNX_STAGES["bf16"]: "model.bf16.onnx",
-    ONNX_STAGES["int8"]: INT8_FILE,
-}
+from validate.parity import MIN_AGREEMENT, logit_tolerance, stage_precision
+from validate.parity_records import ParityReport
 
 
 @dataclass(frozen=True)
@@ -43,8 +37,8 @@ class BundleContents:
     ``license`` is that of the weights; None where it is not known.
     ``share`` is the part of an undivided data set that calibrated, ``labels`` are the class names of the held-out images,
     ``golden_images`` are PNG files by row of the golden inputs. ``latency_table`` and ``latency`` are there where the plan was
-    solved on one, ``speed`` where the graphs were timed; ``report`` is the page. ``kept_parts`` are
-    those that INT8 leaves as they are, ``trials`` the precisions that were tried where the fastest was to be taken.
+    solved on one, ``speed`` where the graphs were timed; ``report`` is the page. ``attempts`` are the engines, the one to be
+    served first.
     """
 
     name: str
@@ -53,8 +47,7 @@ class BundleContents:
     share: float | None
     plan: SlimPlan
     graphs: dict[str, Path]
-    request: EngineRequest
-    engine: EngineResult
+    attempts: Sequence[Attempt]
     measured: Measured
     parity: ParityReport
     picture: Path
@@ -65,8 +58,11 @@ class BundleContents:
     license: str | None
     speed: Path | None
     report: Path
-    kept_parts: list[str]
-    trials: list[PrecisionTrial]
+
+    @property
+    def first(self) -> Attempt:
+        """The engine that is served."""
+        return self.attempts[0]
 
 
 def write_contents(contents: BundleContents, folder: Path) -> schema.Manifest:
@@ -74,9 +70,10 @@ def write_contents(contents: BundleContents, folder: Path) -> schema.Manifest:
     _in_bundle(contents.plan).save(folder / "plan.json")
     about = _metadata(contents, digest(folder / "plan.json"))
     for stage, path in contents.graphs.items():
-        copy_verified(path, folder / ONNX_FILES[stage])
-        add_metadata(folder / ONNX_FILES[stage], about)
-    _copy_engine(contents.engine, folder)
+        copy_verified(path, folder / onnx_file(stage))
+        add_metadata(folder / onnx_file(stage), about)
+    for attempt in contents.attempts:
+        _copy_engine(attempt.engine, folder)
     if contents.latency_table is not None:
         copy_verified(contents.latency_table, folder / "latency_table.json")
     if contents.speed is not None:
@@ -113,12 +110,13 @@ def _metadata(contents: BundleContents, plan_sha256: str) -> dict[str, str]:
 
 
 def _write_recipe(contents: BundleContents, folder: Path) -> None:
-    """How a device builds an engine of the served ONNX file by itself, and what it should come to."""
-    engine = contents.engine
-    precision = "fp32" if contents.request.graph == "int8" else contents.request.graph  # INT8 is not TensorRT's here
-    name = ONNX_FILES[ONNX_STAGES[precision]]
+    """How a device builds a TensorRT engine by itself: of what the bundle's was built from, or of the file that is served."""
+    attempt = next((one for one in contents.attempts if one.request.engine == "trt"), contents.first)
+    engine, request = attempt.engine, attempt.request
+    precision = "fp32" if request.graph == "int8" else request.graph  # INT8 is not TensorRT's here
+    name = onnx_file(attempt.names.onnx(precision))
     served = folder / name
-    defaults, ahead_of_time = BuildSettings.default(precision), contents.request.backend.ahead_of_time
+    defaults, ahead_of_time = BuildSettings.default(precision), request.backend.ahead_of_time
     recipe = make_recipe(
         onnx=schema.FileRecord(path=name, size=served.stat().st_size, sha256=digest(served)),
         spec=_input(contents.model),
@@ -148,7 +146,7 @@ def _in_bundle(plan: SlimPlan) -> SlimPlan:
 
 def _copy_engine(engine: EngineResult, folder: Path) -> None:
     if engine.files:
-        (folder / "engine").mkdir()
+        (folder / "engine").mkdir(exist_ok=True)
     for file in engine.files:
         copy_verified(file, folder / "engine" / file.name)
     if engine.layers_file is not None:
@@ -162,21 +160,28 @@ def _golden(measured: Measured) -> Golden:
 
 
 def _manifest(contents: BundleContents, folder: Path) -> schema.Manifest:
-    model, plan, parity, engine = contents.model, contents.plan, contents.parity, contents.engine
+    model, plan, parity, request, engine = (
+        contents.model,
+        contents.plan,
+        contents.parity,
+        contents.first.request,
+        contents.first.engine,
+    )
     calibration = plan.origin.calibration
     return schema.Manifest(
         macs=parity.macs,
         evaluation=parity.evaluation,
         rungs=parity.rungs,
         engine=parity.engine,
+        engines=parity.engines,
         name=contents.name,
         model=plan.model,
         model_args=model.arguments,
         weights=schema.Weights(source=model.weights, sha256=model.weights_sha256, license=contents.license),
         plan_digest=digest(folder / "plan.json"),
         tools=tool_versions(),
-        target={"engine": contents.request.engine, "targets": list(engine.targets), "batch": list(engine.batch)},
-        precision=contents.request.precision,
+        target={"engine": request.engine, "targets": list(engine.targets), "batch": list(engine.batch)},
+        precision=request.precision,
         inputs=[_input(model)],
         outputs=[schema.TensorSpec(name=OUTPUT, dtype="float32", shape=["batch", model.classes])],
         preprocessing=preprocessing(model),
@@ -190,8 +195,8 @@ def _manifest(contents: BundleContents, folder: Path) -> schema.Manifest:
             fingerprint=calibration.fingerprint,
         ),
         latency=contents.latency,
-        precision_trials=contents.trials,
-        kept_parts=contents.kept_parts,
+        precision_trials=list(contents.first.trials),
+        kept_parts=list(contents.first.kept),
         golden_images=[schema.GoldenImage(path=f"golden/{row}.png", row=row) for row in contents.golden_images],
         tokens_per_block=plan.counts,
         onnx=_onnx_records(contents),
@@ -203,11 +208,11 @@ def _onnx_records(contents: BundleContents) -> list[schema.OnnxRecord]:
     logits = contents.measured.logits[PYTORCH_SLIM]
     return [
         schema.OnnxRecord(
-            path=ONNX_FILES[stage],
+            path=onnx_file(stage),
             stage=stage,
             max_error=None if precision == "bf16" else logit_tolerance(precision, logits),  # no kernels in ONNX Runtime
             min_agreement=MIN_AGREEMENT[precision],
         )
-        for precision, stage in ONNX_STAGES.items()
-        if stage in contents.graphs
+        for stage in contents.graphs
+        for precision in [stage_precision(stage)]
     ]

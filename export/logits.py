@@ -16,7 +16,8 @@ import numpy as np
 from export.engines.base import EngineResult
 from export.engines.onnx_runtime import open_runner
 from export.source import ExportSource, LazyModule
-from export.stages import ONNX_STAGES, Workspace, onnxruntime_providers
+from export.stage_names import ALONE, PYTORCH, PYTORCH_SLIM, StageNames
+from export.stages import Workspace, onnxruntime_providers
 from patchslim import cuda
 from patchslim.arrays import Array
 from patchslim.openvino_settings import OpenVinoSettings
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from patchslim.runner import Runner
     from slimming.models.slim_vit import SlimViT
 
-PYTORCH, PYTORCH_SLIM, ENGINE = "pytorch", "pytorch-slim", "engine"
 #: Images whose pixels are kept: they are the inputs of ``golden.npz``, and the first is drawn.
 GOLDEN_IMAGES = 8
 #: Batches in which they are run again; the last does not divide them.
@@ -46,10 +46,20 @@ class AnsweringStage:
     open: Callable[[], Runner]
 
 
+@dataclass(frozen=True)
+class BuiltGraphs:
+    """An engine, the ONNX files behind it by stage, and what its stages are called."""
+
+    graphs: Mapping[str, Path]
+    engine: EngineResult
+    names: StageNames = ALONE
+
+
 def answering_stages(
-    source: ExportSource, plan: SlimPlan, fitted: LazyModule, graphs: Mapping[str, Path], engine: EngineResult, work: Workspace
+    source: ExportSource, plan: SlimPlan, fitted: LazyModule, built: BuiltGraphs, work: Workspace
 ) -> dict[str, AnsweringStage]:
     """What is measured, by stage name and in order; an engine with files of its own is a stage where it can run here."""
+    engine, names = built.engine, built.names
 
     def original() -> Runner:
         from export.inference import TorchRunner
@@ -65,15 +75,15 @@ def answering_stages(
         PYTORCH: AnsweringStage("original", original),
         PYTORCH_SLIM: AnsweringStage(plan.model_dump(mode="json", include={"kept", "mode", "merged_into", "weights"}), slimmed),
     }
-    for stage, path in graphs.items():
-        if stage == ONNX_STAGES["bf16"]:  # ONNX Runtime has no kernels of it on a CPU
+    for stage, path in built.graphs.items():
+        if stage == names.onnx("bf16"):  # ONNX Runtime has no kernels of it on a CPU
             if not missing(["openvino"]):
                 stages[stage] = AnsweringStage([work.facts.digest(path), "openvino"], functools.partial(_open_bf16, path, work))
             continue
         stages[stage] = AnsweringStage(work.facts.digest(path), functools.partial(_open_graph, path, work))
     if engine.executed and engine.files:
         key = [*(work.facts.digest(file) for file in engine.files), engine.settings]
-        stages[ENGINE] = AnsweringStage(key, functools.partial(_open_engine, engine, work))
+        stages[names.engine] = AnsweringStage(key, functools.partial(_open_engine, engine, work))
     return stages
 
 

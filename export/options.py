@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from export.engines.base import DEFAULT_BATCH, ENGINES, Batch, check_precision
+from export.engines.base import DEFAULT_BATCH, ENGINES, Batch, check_precision, parse_engines
 from patchslim.choices import EngineName, Layout, Precision
 from patchslim.environment import processes
 from patchslim.errors import UsageError
@@ -48,9 +49,9 @@ class PlanGroup:
 class EngineGroup:
     """What the bundle is built for."""
 
-    engine: EngineName = "ort"
+    engine: Annotated[str, tyro.conf.arg(metavar="ort|openvino|trt|A,B,...|all")] = "ort"
     """ort: ONNX Runtime. openvino: OpenVINO on a CPU. trt: TensorRT for this machine's GPU, or TensorRT-RTX ahead of time where
-    there is none."""
+    there is none. Several with commas, the one to be served first, make one bundle; all: those that work here."""
     target: Annotated[
         tyro.conf.UseAppendAction[tuple[tuple[str, ...] | str, ...]],
         tyro.conf.arg(metavar="portable|sm75|sm80|sm86|sm89|sm120|sm121"),
@@ -99,7 +100,7 @@ class OutputGroup:
     """What is written, kept and printed."""
 
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
-    """The bundle's folder. Default: bundles/MODEL-ENGINE."""
+    """The bundle's folder. Default: bundles/MODEL-ENGINE, or bundles/MODEL-ENGINE-ENGINE of several."""
     license: str | None = None
     """The licence of the weights, as an SPDX name, for the manifest and the ONNX files. Default: what their record says."""
     sign: Annotated[Path | None, tyro.conf.arg(metavar="KEY")] = None
@@ -136,17 +137,18 @@ class ExportOptions(OutputGroup, GateGroup, EngineGroup, PlanGroup, ModelOptions
             raise UsageError(f"--batch-size {self.batch_size}: must be at least 1")
         if processes() > 1:
             raise UsageError("export.run is one process: run slimming.run under torchrun, then export.run with its --plan")
-        if self.target and self.engine != "trt":
+        if self.target and "trt" not in self.engines:
             raise UsageError("--target needs --engine trt")
-        if self.require_fused_attention and self.engine != "trt":
+        if self.require_fused_attention and "trt" not in self.engines:
             raise UsageError("--require-fused-attention needs --engine trt: other engines do not say what they fused")
-        check_precision(self.engine, self.engine_precision)
-        if self.batch_profile != DEFAULT_BATCH and self.engine != "trt":
+        if self.batch_profile != DEFAULT_BATCH and "trt" not in self.engines:
             raise UsageError(f"--batch {self.batch} needs --engine trt: the others take any batch")
-        if self.precision == "auto" and self.engine != "openvino":
-            able = ", ".join(ENGINES[self.engine].precisions)
-            raise UsageError(f"--precision auto is for --engine openvino; {self.engine} takes {able}")
-        if self.keep_fp32 and not (self.engine_precision == "int8" or self.chooses_precision):
+        for engine in self.engines:
+            check_precision(engine, self.for_engine(engine).engine_precision)
+            if self.precision == "auto" and engine != "openvino":
+                able = ", ".join(ENGINES[engine].precisions)
+                raise UsageError(f"--precision auto is for --engine openvino; {engine} takes {able}")
+        if self.keep_fp32 and not any(self.for_engine(engine).may_be_int8 for engine in self.engines):
             raise UsageError("--keep-fp32 is for --precision int8")
         for pattern in self.keep_fp32:
             try:
@@ -195,25 +197,53 @@ class ExportOptions(OutputGroup, GateGroup, EngineGroup, PlanGroup, ModelOptions
         return smallest, usual, largest
 
     @property
+    def engines(self) -> tuple[EngineName, ...]:
+        """The engines of ``--engine``, the one to be served first. Raises ``UsageError`` for what are none."""
+        return parse_engines(self.engine)
+
+    @property
+    def primary(self) -> EngineName:
+        """The first of the engines: what is said of one engine is said of this one."""
+        return self.engines[0]
+
+    def for_engine(self, engine: EngineName) -> ExportOptions:
+        """The options of one of several engines, without those that are for others."""
+        alone = dataclasses.replace(self, engine=engine)
+        if engine != "trt":
+            plain = EngineGroup()
+            alone = dataclasses.replace(alone, target=plain.target, batch=plain.batch, require_fused_attention=False)
+        return alone if alone.may_be_int8 else dataclasses.replace(alone, keep_fp32=())
+
+    @property
     def layout(self) -> Layout:
-        """How cuts are laid, as suits the engine."""
-        return ENGINES[self.engine].layout
+        """How cuts are laid, as suits the first engine."""
+        return ENGINES[self.primary].layout
+
+    @property
+    def search_layout(self) -> Layout:
+        """The layout of the search: packed where an engine's is, which saves less, and wants few merging blocks."""
+        return "packed" if any(ENGINES[engine].layout == "packed" for engine in self.engines) else "split"
 
     @property
     def engine_precision(self) -> Precision:
-        """``--precision``, or the engine's default; where it is chosen by what is measured, what the search begins with."""
-        return ENGINES[self.engine].default if self.precision is None or self.precision == "auto" else self.precision
+        """``--precision``, or the first engine's default; where that is chosen by what is measured, what is tried first."""
+        return ENGINES[self.primary].default if self.precision is None or self.precision == "auto" else self.precision
 
     @property
     def chooses_precision(self) -> bool:
-        """Whether the fastest precision that passes is taken."""
-        unsaid = self.precision is None and self.engine == "openvino" and self.budget.criterion not in LATENCY
+        """Whether the fastest precision of the first engine that passes is taken."""
+        unsaid = self.precision is None and self.primary == "openvino" and self.budget.criterion not in LATENCY
         return unsaid or self.precision == "auto"
+
+    @property
+    def may_be_int8(self) -> bool:
+        """Whether the first engine is, or may come to be, in INT8."""
+        return self.engine_precision == "int8" or self.chooses_precision
 
     @property
     def bundle(self) -> Path:
         """``--output``, or its default."""
-        return self.output or Path("bundles") / f"{self.model.replace('/', '_')}-{self.engine}"
+        return self.output or Path("bundles") / "-".join([self.model.replace("/", "_"), *self.engines])
 
     @property
     def work_folder(self) -> Path:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 from export.engines.base import EngineResult
-from export.logits import BATCH_SIZES, ENGINE, PYTORCH, PYTORCH_SLIM, Measured
-from export.stages import ONNX_SLIM, ONNX_STAGES
+from export.logits import BATCH_SIZES, Measured
+from export.stage_names import PRECISIONS, PYTORCH, PYTORCH_SLIM, StageNames
+from export.stages import EngineRequest
 from patchslim.choices import Layout, Precision
 from patchslim.plan import SlimPlan
 from validate.comparison import compare
@@ -18,17 +19,16 @@ def parity_report(
     measured: Measured,
     evaluation: Evaluation,
     plan: SlimPlan,
-    layout: Layout,
+    request: EngineRequest,
     engine: EngineResult,
     asked: Gate,
 ) -> ParityReport:
     """Compare each stage with the one that it was made from, and judge it by the gate that is ``asked`` for."""
-    judged, passed = gate(ladder(measured, engine), asked.max_top1_drop, asked.rule)
-    dense, slim = plan.dense_macs(), plan.macs(layout)
+    judged, passed = gate(ladder(measured, engine, request.names), asked.max_top1_drop, asked.rule)
     return ParityReport(
         gate=asked,
-        comparison=comparison(measured),
-        macs=Macs(dense=dense, slim=slim, reduction=1 - slim / dense, layout=layout),
+        comparison=comparison(measured, request.names),
+        macs=macs_of(plan, request.layout),
         rungs=judged,
         engine=engine.record([f"engine/{file.name}" for file in engine.files], judged[-1].status),
         evaluation=evaluation,
@@ -36,14 +36,21 @@ def parity_report(
     )
 
 
-def ladder(measured: Measured, engine: EngineResult) -> list[Rung]:
+def macs_of(plan: SlimPlan, layout: Layout) -> Macs:
+    """What an image costs, dense and slim, where cuts are laid as ``layout``."""
+    dense, slim = plan.dense_macs(), plan.macs(layout)
+    return Macs(dense=dense, slim=slim, reduction=1 - slim / dense, layout=layout)
+
+
+def ladder(measured: Measured, engine: EngineResult, names: StageNames) -> list[Rung]:
     """The rungs, from the PyTorch original down to the engine, not judged yet."""
-    return [_with_batches(one, measured, stage_precision(one.stage, engine.precision)) for one in _rungs(measured, engine)]
+    rungs = _rungs(measured, engine, names)
+    return [_with_batches(one, measured, stage_precision(one.stage, engine.precision)) for one in rungs]
 
 
-def comparison(measured: Measured) -> Comparison:
+def comparison(measured: Measured, names: StageNames) -> Comparison:
     """Original and candidate, the last stage that answered."""
-    stage = next(name for name in (ENGINE, *reversed(ONNX_STAGES.values()), PYTORCH_SLIM) if name in measured.logits)
+    stage = next(name for name in (names.engine, *reversed(names.graphs), PYTORCH_SLIM) if name in measured.logits)
     return compare(measured.logits[PYTORCH], measured.logits[stage], measured.targets, stages=(PYTORCH, stage))
 
 
@@ -56,27 +63,29 @@ def _with_batches(one: Rung, measured: Measured, precision: Precision) -> Rung:
     return one.model_copy(update={"batches": found})
 
 
-def _rungs(measured: Measured, engine: EngineResult) -> list[Rung]:
+def _rungs(measured: Measured, engine: EngineResult, names: StageNames) -> list[Rung]:
     logits, targets = measured.logits, measured.targets
     original = logits[PYTORCH]
     rungs = [rung(PYTORCH, original, targets)]
-    chain = [(PYTORCH_SLIM, PYTORCH, None), (ONNX_SLIM, PYTORCH_SLIM, logit_tolerance("fp32", logits[PYTORCH_SLIM]))]
-    for precision, typed in ONNX_STAGES.items():
-        if typed in logits and typed != ONNX_SLIM:
-            chain.append((typed, ONNX_SLIM, logit_tolerance(precision, logits[ONNX_SLIM])))
+    chain = [(PYTORCH_SLIM, PYTORCH, None), (names.slim, PYTORCH_SLIM, logit_tolerance("fp32", logits[PYTORCH_SLIM]))]
+    for precision, typed in zip(PRECISIONS[1:], names.graphs[1:], strict=True):
+        if typed in logits:
+            chain.append((typed, names.slim, logit_tolerance(precision, logits[names.slim])))
     for stage, before, tolerance in chain:
         rungs.append(rung(stage, logits[stage], targets, original, logits[before], compared_to=before, tolerance=tolerance))
     source = chain[-1][0]
-    if engine.precision == "bf16" and engine.backend in ("tensorrt", "tensorrt_rtx") and ONNX_STAGES["bf16"] not in logits:
-        rungs.append(not_executed(ONNX_STAGES["bf16"], "ONNX Runtime has no bfloat16 on a CPU, and OpenVINO is not installed"))
+    if engine.precision == "bf16" and engine.backend in ("tensorrt", "tensorrt_rtx") and names.onnx("bf16") not in logits:
+        rungs.append(not_executed(names.onnx("bf16"), "ONNX Runtime has no bfloat16 on a CPU, and OpenVINO is not installed"))
     if engine.backend == "onnxruntime":
         note = f"ONNX Runtime on {', '.join(engine.targets)} is the engine: the same run as {source}"
         rungs.append(
-            rung(ENGINE, logits[source], targets, original, logits[source], compared_to=source, tolerance=0.0, note=note)
+            rung(names.engine, logits[source], targets, original, logits[source], compared_to=source, tolerance=0.0, note=note)
         )
-    elif ENGINE in logits:
+    elif names.engine in logits:
         tolerance = logit_tolerance(engine.precision, logits[source])
-        rungs.append(rung(ENGINE, logits[ENGINE], targets, original, logits[source], compared_to=source, tolerance=tolerance))
+        rungs.append(
+            rung(names.engine, logits[names.engine], targets, original, logits[source], compared_to=source, tolerance=tolerance)
+        )
     else:
-        rungs.append(not_executed(ENGINE, f"{engine.status}: {engine.reason}" if engine.reason else engine.status))
+        rungs.append(not_executed(names.engine, f"{engine.status}: {engine.reason}" if engine.reason else engine.status))
     return rungs

@@ -63,7 +63,7 @@ def list_engines(*, as_json: bool) -> None:
 
 def print_dry_run(options: ExportOptions) -> None:
     """Check everything that can be checked without working, and print what would be done."""
-    from export.pipeline import describe
+    from export.begin import describe
 
     described: dict[str, Any] = describe(options)
     if options.json:

@@ -23,6 +23,7 @@ from export.cache import FactStore, StageCache
 from export.engines.base import DEFAULT_BATCH, ENGINES, Backend, Batch, BuildProgress, EngineResult
 from export.latency.conditions import TimingConditions
 from export.source import ExportSource, LazyModule, ModelFacts
+from export.stage_names import ALONE, StageNames
 from patchslim import cuda
 from patchslim.arrays import Array
 from patchslim.choices import EngineName, Layout, Precision
@@ -39,15 +40,7 @@ from validate.manifest import LatencyRecord
 if TYPE_CHECKING:
     from export.options import ExportOptions
 
-ONNX_SLIM = "onnx-slim"
-#: The stages that are ONNX files, by precision.
-ONNX_STAGES: dict[Precision, str] = {
-    "fp32": ONNX_SLIM,
-    "fp16": "onnx-slim-fp16",
-    "bf16": "onnx-slim-bf16",
-    "int8": "onnx-slim-int8",
-}
-#: The INT8 graph's file, in the work folder and in a bundle.
+#: The INT8 graph's file in the work folder.
 INT8_FILE = "model.int8.onnx"
 
 
@@ -66,17 +59,26 @@ class Workspace:
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """The engine to build: by which backend, for which targets, of which precision, for which batches."""
+    """The engine to build: by which backend, for which targets, of which precision, for which batches.
+
+    ``names`` are what its stages are called.
+    """
 
     engine: EngineName
     backend: Backend
     precision: Precision
     batch: Batch = DEFAULT_BATCH
+    names: StageNames = ALONE
 
     @property
     def graph(self) -> Precision:
         """The precision of the ONNX file that it is built from."""
         return ENGINES[self.engine].graph(self.precision)
+
+    @property
+    def layout(self) -> Layout:
+        """How cuts are laid for it."""
+        return ENGINES[self.engine].layout
 
 
 def latency_table(options: ExportOptions, source: ExportSource, work: Workspace) -> Path | None:
@@ -182,7 +184,7 @@ def _conditions(options: ExportOptions, source: ExportSource) -> TimingCondition
         layout=options.layout,
         mode=options.mode,
         merged=options.merges(fixed_head=bool(source.dense_plan.head_tokens)),
-        engine=options.engine,
+        engine=options.primary,
         precision=options.engine_precision,
         batch=options.batch_size,
     )
@@ -214,7 +216,7 @@ def find_plan(options: ExportOptions, source: ExportSource, table: Path | None, 
         cost = None if table is None else load_table(table)
         checkpoint = folder.with_name(f"{folder.name}.checkpoint")
         with work.reporter.stages() as progress:
-            found = search(options, source.session, options.layout, progress, cost=cost, checkpoint=checkpoint)
+            found = search(options, source.session, options.search_layout, progress, cost=cost, checkpoint=checkpoint)
         save_fitted(found.plan, found.model, part / "plan.json", found.fit, found.finetune)
         shutil.rmtree(checkpoint, ignore_errors=True)
         unfitted = "the blocks end in norms, so they cannot be refitted in closed form: --fit none"
@@ -238,7 +240,7 @@ def plan_folder(options: ExportOptions, source: ExportSource, table: Path | None
         images=source.calibration_fingerprint,
         described=source.calibration.describe(),
         budget=dataclasses.asdict(options.budget),
-        form=(options.mode, options.layout, options.seed, source.model.device, *fit, *where),
+        form=(options.mode, options.search_layout, options.seed, source.model.device, *fit, *where),
         latency=None if table is None else work.facts.digest(table),
         finetune=finetune,
     )
@@ -304,8 +306,9 @@ def dense_folder(module: LazyModule, model: ModelFacts, cache: StageCache) -> Pa
     return cache.path("dense", model=model.key | {"weights": module.weights_sha256})
 
 
-def slim_onnx(dense: Path, plan: SlimPlan, layout: Layout, precision: Precision, work: Workspace) -> dict[str, Path]:
-    """The slim model by stage name: in float32, and typed where ``precision`` is another."""
+def slim_onnx(dense: Path, plan: SlimPlan, request: EngineRequest, work: Workspace) -> dict[str, Path]:
+    """The slim model by stage name: in float32, and typed where the ONNX file that is asked for is; INT8 is made of these."""
+    layout, precision = request.layout, "fp32" if request.graph == "int8" else request.graph
     folder = work.cache.path(
         "slim", dense=work.facts.digest(dense), plan=plan.model_dump(mode="json"), layout=layout, precision=precision
     )
@@ -322,9 +325,9 @@ def slim_onnx(dense: Path, plan: SlimPlan, layout: Layout, precision: Precision,
             save_model(typed(result.model), part / f"model.{precision}.onnx")
 
     work.cache.make(folder, build)
-    files = {ONNX_SLIM: folder / "model.onnx"}
+    files = {request.names.slim: folder / "model.onnx"}
     if precision != "fp32":
-        files[ONNX_STAGES[precision]] = folder / f"model.{precision}.onnx"
+        files[request.names.onnx(precision)] = folder / f"model.{precision}.onnx"
     return files
 
 

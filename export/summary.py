@@ -17,7 +17,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
     parity = outcome.parity.model_dump(mode="json")
     gate = outcome.parity.gate
     proves = what_it_proves(outcome.parity.rungs, gate.max_top1_drop, gate.rule)
-    return {
+    found = {
         "bundle": str(outcome.bundle),
         "dense_onnx": str(outcome.dense_onnx),
         "dense_onnx_holds": dense_onnx_holds(outcome),
@@ -39,6 +39,10 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "precision_trials": [each.model_dump(mode="json") for each in outcome.trials],
         "engine": parity["engine"] | {"kernels": outcome.engine.kernels, "built": outcome.engine.status},
     }
+    if len(outcome.attempts) > 1:
+        built = [{"kernels": one.engine.kernels, "built": one.engine.status} for one in outcome.attempts]
+        found["engines"] = [stated | more for stated, more in zip(parity["engines"], built, strict=True)]
+    return found
 
 
 def dense_onnx_holds(outcome: Outcome) -> str:
@@ -72,6 +76,22 @@ def trial_text(trial: PrecisionTrial) -> str:
     return ", ".join([*parts, trial.note] if trial.note else parts)
 
 
+def _headings(outcome: Outcome) -> list[str]:
+    """What each engine is called: by its stage in the ladder."""
+    return [one.names.engine for one in outcome.attempts]
+
+
+def _time_of(engine: str, outcome: Outcome) -> str:
+    """How long one of several engines takes, and what an image costs in it where cuts are laid as for the first is not."""
+    found = next((one for one in outcome.parity.engines if one.name == engine), None)
+    if found is None:
+        return ""
+    said = "" if found.ms is None else f", {found.ms:.4g} ms a batch of {found.batch}"
+    if found.macs != outcome.macs:
+        said += f", {found.macs.slim / 1e9:.3f} GMACs: {found.macs.reduction:.1%} removed ({found.macs.layout} qkv)"
+    return said
+
+
 def _times(slim: float, dense: float) -> str:
     return f"{slim:.4g} of {dense:.4g} ms, {1 - slim / dense:.1%} less"
 
@@ -95,11 +115,12 @@ def print_summary(outcome: Outcome) -> None:
         facts.add_row("tokens go", escape(outcome.plan.origin.merge_blocks))
     if outcome.latency is not None:
         facts.add_row("latency", escape(latency_text(outcome.latency)))
-    facts.add_row("engine", outcome.engine.summary())
-    for trial in outcome.trials:
-        facts.add_row("" if trial is not outcome.trials[0] else "precisions", escape(trial_text(trial)))
-    if outcome.kept_parts:
-        facts.add_row("not in int8", ", ".join(outcome.kept_parts))
+    for one, heading in zip(outcome.attempts, _headings(outcome), strict=True):
+        facts.add_row(heading, one.engine.summary() + _time_of(one.request.engine, outcome))
+        for trial in one.trials:
+            facts.add_row("" if trial is not one.trials[0] else "precisions", escape(trial_text(trial)))
+        if one.kept:
+            facts.add_row("not in int8", ", ".join(one.kept))
     facts.add_row("size", f"{outcome.size / 1e6:.1f} MB")
     facts.add_row("dense ONNX", escape(f"{outcome.dense_onnx} ({dense_onnx_holds(outcome)})"))
     facts.add_row("bundle", escape(str(outcome.bundle)))

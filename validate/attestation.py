@@ -174,7 +174,9 @@ def _wanted(one: EngineRun, manifest: Manifest, golden: Any) -> tuple[float, flo
     from validate.engine_checks import Expected
 
     record = next((record for record in manifest.onnx if record.path == one.file and record.max_error is not None), None)
-    expected = Expected.of_engine(manifest.precision, golden) if record is None else Expected.of_record(record)
+    engines = manifest.engines_by_stage.values()
+    precision = next((each.precision for each in engines if one.file in each.files), manifest.precision)
+    expected = Expected.of_engine(precision, golden) if record is None else Expected.of_record(record)
     return expected.max_error, expected.min_agreement
 
 

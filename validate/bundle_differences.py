@@ -177,6 +177,9 @@ def _measured(rung: Rung | None) -> str:
 
 
 def _engine(one: Manifest, other: Manifest) -> Iterator[str]:
+    if one.engines or other.engines:
+        yield from _engines(one, other)
+        return
     before, after = one.engine, other.engine
     yield from _values(
         {
@@ -187,6 +190,29 @@ def _engine(one: Manifest, other: Manifest) -> Iterator[str]:
             "status": (before.status, after.status),
         }
     )
+
+
+def _engines(one: Manifest, other: Manifest) -> Iterator[str]:
+    """Where a bundle has several: which there are, and what differs of those that both have."""
+    befores, afters = ({_engine_name(engine): engine for engine in each.engines_by_stage.values()} for each in (one, other))
+    yield from _values({"engines": (list(befores), list(afters))})
+    for name in befores:
+        if name in afters:
+            before, after = befores[name], afters[name]
+            yield from _values(
+                {
+                    f"{name}, version": (f"{before.backend} {before.version}", f"{after.backend} {after.version}"),
+                    f"{name}, built for": (before.targets, after.targets),
+                    f"{name}, precision": (before.precision, after.precision),
+                    f"{name}, attentions fused": (_fused(before), _fused(after)),
+                    f"{name}, status": (before.status, after.status),
+                }
+            )
+
+
+def _engine_name(engine: EngineRecord) -> str:
+    """As it is asked for."""
+    return {"onnxruntime": "ort", "tensorrt": "trt", "tensorrt_rtx": "trt"}.get(engine.backend, engine.backend)
 
 
 def _fused(engine: EngineRecord) -> str:
@@ -225,8 +251,8 @@ def _tools(one: Mapping[str, str], other: Mapping[str, str]) -> Iterator[str]:
 
 
 #: Fields of a manifest that the other topics speak of.
-_TOLD = {"name", "model", "model_args", "weights", "plan_digest", "tokens_per_block", "macs", "evaluation", "rungs", "engine"}
-_TOLD |= {"precision", "inputs", "outputs", "preprocessing", "labels", "tools", "files"}
+_TOLD = {"name", "model", "model_args", "weights", "plan_digest", "tokens_per_block", "macs", "evaluation", "rungs"}
+_TOLD |= {"engine", "engines", "precision", "inputs", "outputs", "preprocessing", "labels", "tools", "files"}
 
 
 def _others(one: Manifest, other: Manifest) -> Iterator[str]:

@@ -144,6 +144,8 @@ class Trial:
         """Of ONNX files the one that is served: FP16 where that is what ONNX Runtime serves, else FP32; of IRs all."""
         if subject.engine not in ON_ONNX or subject.path.endswith(".xml"):
             return True
+        if (one := self.manifest.bundled(BACKENDS["ort"])) is not None:
+            return subject.path == one.onnx
         records = [record for record in self.manifest.onnx if record.max_error is not None]
         half = self.manifest.engine.backend == BACKENDS["ort"] and self.manifest.precision == "fp16"
         served = next((record for record in records if record.stage.endswith("fp16") == half), records[0])
@@ -172,13 +174,13 @@ def check_engines(trial: Trial, say: Callable[[str], None]) -> Iterator[Check]:
 
 def _subjects(trial: Trial, key: EngineKey, built: BuildRecord | None) -> Iterator[tuple[Subject, Expected]]:
     """What of the bundle, or of what was built of it, an engine runs on this machine, and what that must answer."""
-    manifest, engine, local = trial.manifest, trial.manifest.engine, cuda.local_target()
-    target = target_for(local, engine.targets)
+    manifest, local = trial.manifest, cuda.local_target()
+    engines = [one for one in manifest.engines_by_stage.values() if one.backend == BACKENDS[key] and one.files]
     if key in ON_ONNX:
         for record in manifest.onnx:
             if record.max_error is not None:
                 yield Subject(key, trial.folder, record.path, manifest.files), Expected.of_record(record)
-        if key == "openvino" and engine.backend == BACKENDS[key] and engine.files:
+        for engine in engines if key == "openvino" else []:
             settings = OpenVinoSettings.of_record(engine.settings)
             subject = Subject(key, trial.folder, engine.files[0], manifest.files, openvino=settings)
             yield subject, Expected.of_engine(engine.precision, trial.golden)
@@ -187,9 +189,11 @@ def _subjects(trial: Trial, key: EngineKey, built: BuildRecord | None) -> Iterat
         if file is not None and built.engine.backend == BACKENDS[key]:
             subject = Subject(key, trial.how.choice.built, file.path, built.files, built.recipe_sha256)
             yield subject, Expected.of_engine(built.engine.precision, trial.golden)
-    elif engine.backend == BACKENDS[key] and target and len(engine.files) == len(engine.targets):
-        path = engine.files[engine.targets.index(target)]
-        yield Subject(key, trial.folder, path, manifest.files), Expected.of_engine(engine.precision, trial.golden)
+    else:
+        for engine in engines:
+            if (target := target_for(local, engine.targets)) and len(engine.files) == len(engine.targets):
+                path = engine.files[engine.targets.index(target)]
+                yield Subject(key, trial.folder, path, manifest.files), Expected.of_engine(engine.precision, trial.golden)
 
 
 def _checked(trial: Trial, subject: Subject, expected: Expected) -> Check:
@@ -211,15 +215,14 @@ def judged(name: str, subject: Subject, found: EngineRun) -> Check:
 
 
 def _idle(trial: Trial, built: BuildRecord | None) -> Iterator[Check]:
-    """A line for engine files that nothing here can run."""
-    engine = trial.manifest.engine if built is None else built.engine
-    key = next((key for key, backend in BACKENDS.items() if backend == engine.backend and key != "ort"), None)
-    if key is None:
-        return
+    """A line for each engine whose files nothing here can run."""
     local = cuda.local_target()
-    able = key in ON_ONNX or target_for(local, engine.targets) is not None
-    reason = why_not(key) or ("" if able else f"this machine's GPU is {local}")
-    if reason:
-        detail = f"the engine for {', '.join(engine.targets)} did not run here: {reason}"
-        name = f"golden parity, {BACKENDS[key]}"
-        yield Check(name=name, subject=", ".join(engine.files), status="not executed", detail=detail)
+    for engine in trial.manifest.engines_by_stage.values() if built is None else [built.engine]:
+        key = next((key for key, backend in BACKENDS.items() if backend == engine.backend and key != "ort"), None)
+        if key is None:
+            continue
+        able = key in ON_ONNX or target_for(local, engine.targets) is not None
+        if reason := why_not(key) or ("" if able else f"this machine's GPU is {local}"):
+            detail = f"the engine for {', '.join(engine.targets)} did not run here: {reason}"
+            name = f"golden parity, {BACKENDS[key]}"
+            yield Check(name=name, subject=", ".join(engine.files), status="not executed", detail=detail)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from patchslim.intervals import drop_interval, images_needed
 from validate.fields import GateRule
@@ -43,12 +43,28 @@ def verdict_of(rungs: Sequence[Rung]) -> str:
     stopped = [one for one in rungs if one.status in ("failed", "undecided")]
     if not stopped:
         return ""
-    first = stopped[0]
-    carried = [one.stage for one in stopped[1:] if _only_drops(one) and _only_drops(first)]
+    first, made_from = stopped[0], {one.stage: one.compared_to for one in rungs}
+    carried = [
+        one.stage
+        for one in stopped[1:]
+        if _only_drops(one) and _only_drops(first) and _made_from(one.stage, first.stage, made_from)
+    ]
     said = f"{first.stage}: {first.note}"
     if carried:
         said += f" ({' and '.join(carried)}, made from it, {'drops' if len(carried) == 1 else 'drop'} with it)"
     return "; ".join([said, *(f"{one.stage}: {one.note}" for one in stopped[1:] if one.stage not in carried)])
+
+
+def _made_from(stage: str, first: str, made_from: Mapping[str, str | None]) -> bool:
+    """Whether ``stage`` was made from ``first``, directly or not; so is what does not say what it was compared with."""
+    before = made_from[stage]
+    if before is None:
+        return True
+    for _ in made_from:  # no further, should they go round
+        if before == first:
+            return True
+        before = made_from.get(before or "")
+    return False
 
 
 def _only_drops(one: Rung) -> bool:
@@ -70,13 +86,17 @@ class Blame:
 
 
 def blame(rungs: Sequence[Rung]) -> list[Blame]:
-    """Which stage lost what; points that a stage gained are negative, and all of them add up to the last one's drop."""
-    found, before = [], rungs[0]
+    """Which stage lost what; points that a stage gained are negative, and those on the way to a stage add up to its drop.
+
+    What a stage was made from is what it was compared with, or the stage before it.
+    """
+    found, ran, before = [], {rungs[0].stage: rungs[0]}, rungs[0]
     for one in rungs[1:]:
         if one.images:
+            before = ran.get(one.compared_to or "", before)
             points = _drop(one) - (0.0 if before is rungs[0] else _drop(before))
             found.append(Blame(one.stage, before.stage, points, one.max_error))
-            before = one
+            before = ran[one.stage] = one
     return found
 
 

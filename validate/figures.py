@@ -147,8 +147,9 @@ def overgenerous(manifest: Manifest, golden: Golden) -> Iterator[str]:
         least = MIN_AGREEMENT[precision]
         if record.max_error is not None and record.min_agreement < least:
             yield f"onnx: {record.path}: min_agreement: {record.min_agreement:g} is less than an export asks for, {least:g}"
+    engines = manifest.engines_by_stage
     for one in manifest.rungs:
-        most = _most_allowed(stage_precision(one.stage, manifest.engine.precision), golden)
+        most = _most_allowed(stage_precision(one.stage, engines.get(one.stage, manifest.engine).precision), golden)
         if one.tolerance is not None and one.tolerance > most:
             yield f"rungs: {one.stage}: tolerance: {one.tolerance:.3g} is more than an export allows here, {most:.3g}"
         if one.batches is not None and one.batches.tolerance > most:

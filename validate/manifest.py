@@ -138,9 +138,12 @@ class Manifest(Results):
             raise ValueError("golden_images: a path or a row is listed twice")
         if pictures and self.preprocessing.rule is None:
             raise ValueError("golden_images: there is no preprocessing.rule to make tensors of them")
-        for path in [*graphs, *self.engine.files, *pictures, "plan.json", "golden.npz", "parity.json"]:
+        engine_files = [path for one in self.engines_by_stage.values() for path in one.files]
+        for path in [*graphs, *engine_files, *pictures, "plan.json", "golden.npz", "parity.json"]:
             if path not in names:
                 raise ValueError(f"files: lacks {path}")
+        if absent := [one.onnx for one in self.engines if one.onnx not in graphs]:
+            raise ValueError(f"engines: {absent[0]} is no file of onnx")
         if unrecorded := [name for name in names if name.casefold().endswith(".onnx") and name not in graphs]:
             raise ValueError(f"onnx: lacks {unrecorded[0]}")
         if all(record.max_error is None for record in self.onnx):

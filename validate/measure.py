@@ -80,13 +80,14 @@ def measure(
 def _subject(run: EngineRun, folder: Path, manifest: Manifest, how: Running) -> Subject:
     built = how.choice.built
     if run.recipe_sha256 is None or built is None:
-        settings = manifest.engine.settings if run.file in manifest.engine.files else {}
+        settings = next((one.settings for one in manifest.engines_by_stage.values() if run.file in one.files), {})
         return Subject(run.engine, folder, run.file, manifest.files, openvino=OpenVinoSettings.of_record(settings))
     return Subject(run.engine, built, run.file, read_build(built).files, run.recipe_sha256)
 
 
 def _stage(run: EngineRun, manifest: Manifest) -> str:
-    return next((record.stage for record in manifest.onnx if record.path == run.file), "engine")
+    engines = [stage for stage, one in manifest.engines_by_stage.items() if run.file in one.files]
+    return next((record.stage for record in manifest.onnx if record.path == run.file), next(iter(engines), "engine"))
 
 
 def _judged(found: Rung, run: EngineRun, manifest: Manifest, gates: ImageGates) -> Check:

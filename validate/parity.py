@@ -32,7 +32,7 @@ def logit_tolerance(precision: Precision, logits: Array) -> float:
 
 def stage_precision(stage: str, engine: str = "") -> Precision:
     """The precision by which a stage is judged: that of its name, or of the ``engine`` where it is one; else FP16."""
-    if stage in ("pytorch", "pytorch-slim", "onnx-slim"):
+    if stage in ("pytorch", "pytorch-slim", "onnx-slim", "onnx-slim-split", "onnx-slim-packed"):
         return "fp32"
     named = engine if stage.startswith("engine") else stage.rpartition("-")[2]
     return next((one for one in TOLERANCES if one == named and one != "fp32"), "fp16")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, JsonValue, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from patchslim.choices import Layout
 from patchslim.records import StrictRecord, VersionOne
@@ -24,9 +24,6 @@ from validate.fields import (
     Status,
     Text,
 )
-
-#: The stages of a parity report in order; an export may add others, such as ``onnx-slim-int8``.
-STAGES = ("pytorch", "pytorch-slim", "onnx-slim", "onnx-slim-fp16", "engine")
 
 _MOST_CLASSES = 1 << 16
 _ROUNDING = 1e-6  # points and percentages are written as floats; the integer counts beside them are the truth
@@ -199,6 +196,23 @@ class PrecisionTrial(StrictRecord):
     note: Text = ""
 
 
+class BundledEngine(StrictRecord):
+    """One of several engines of a bundle."""
+
+    name: Name = Field(description="as it is asked for: 'ort', 'openvino', 'trt'")
+    stage: StageName = Field(description="its rung")
+    onnx: PlainPath = Field(description="the ONNX file that it runs, or was built from")
+    macs: Macs = Field(description="as cuts are laid for it")
+    engine: EngineRecord
+    ms: Milliseconds | None = Field(
+        default=None,
+        description="median time of a batch where the bundle was made, milliseconds, side by side with others for its CPU",
+    )
+    batch: Size | None = Field(default=None, description="images of that batch")
+    kept_parts: list[Name] = Field(default_factory=list, max_length=1024, description="parts that int8 leaves as they are")
+    precision_trials: list[PrecisionTrial] = Field(default_factory=list, max_length=16, description="empty: it was asked for")
+
+
 class Evaluation(StrictRecord):
     """The images that the rungs were measured on."""
 
@@ -215,15 +229,46 @@ class Results(StrictRecord):
     evaluation: Evaluation
     rungs: list[Rung] = Field(min_length=1)
     engine: EngineRecord
+    engines: list[BundledEngine] = Field(
+        default_factory=list,
+        max_length=16,
+        description="every engine of a bundle of several, the first being engine",
+    )
 
     @model_validator(mode="after")
     def _check_rungs(self) -> Results:
-        stages = [rung.stage for rung in self.rungs]
-        if len(set(stages)) != len(stages):
+        rungs = {rung.stage: rung for rung in self.rungs}
+        if len(rungs) != len(self.rungs):
             raise ValueError("rungs: a stage is named twice")
-        if any(rung.stage == "engine" and rung.status != self.engine.status for rung in self.rungs):
+        if "engine" in rungs and rungs["engine"].status != self.engine.status:
             raise ValueError(f"engine: its status is {self.engine.status!r}, and its rung says otherwise")
+        if not self.engines:
+            return self
+        if len(self.engines) == 1 or self.engines[0].engine != self.engine or self.engines[0].macs != self.macs:
+            raise ValueError("engines: must be several, and engine and macs those of the first")
+        if any(len({getattr(one, name) for one in self.engines}) != len(self.engines) for name in ("name", "stage")):
+            raise ValueError("engines: a name or a stage is given twice")
+        for one in self.engines:
+            if one.stage not in rungs or rungs[one.stage].status != one.engine.status:
+                raise ValueError(f"engines: {one.name}: its status is {one.engine.status!r}, and no rung {one.stage} says so")
         return self
+
+    @model_serializer(mode="wrap")
+    def _write(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without ``engines`` where there is one: so it was written, and is read, by every earlier release."""
+        written: dict[str, Any] = write(self)
+        if not self.engines:
+            written.pop("engines", None)
+        return written
+
+    def bundled(self, backend: str) -> BundledEngine | None:
+        """Of several engines the one of ``backend``; None where it is not among them, or the bundle has one engine."""
+        return next((one for one in self.engines if one.engine.backend == backend), None)
+
+    @property
+    def engines_by_stage(self) -> dict[str, EngineRecord]:
+        """Every engine by its rung's stage, the first one first."""
+        return {one.stage: one.engine for one in self.engines} or {"engine": self.engine}
 
 
 class ParityReport(Results):

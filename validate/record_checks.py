@@ -37,11 +37,11 @@ def check_records(folder: Path, manifest: Manifest, say: Callable[[str], None]) 
         yield Check(name="plan", subject=files.PLAN, status="passed", detail=f"{manifest.tokens_per_block} tokens per block")
     except InputRejected as error:
         yield failed("plan", files.PLAN, error)
-    for name in manifest.engine.files:
+    for name, backend in [(name, one.backend) for one in manifest.engines_by_stage.values() for name in one.files]:
         try:
             if name not in [record.path for record in manifest.onnx]:
-                check_engine(folder / name, manifest.engine.backend)
-                detail = "not empty" if name.endswith(".bin") else f"the header is {manifest.engine.backend}'s"
+                check_engine(folder / name, backend)
+                detail = "not empty" if name.endswith(".bin") else f"the header is {backend}'s"
                 yield Check(name="engine", subject=name, status="passed", detail=detail)
         except InputRejected as error:
             yield failed("engine", name, error)
@@ -50,7 +50,7 @@ def check_records(folder: Path, manifest: Manifest, say: Callable[[str], None]) 
     path = folder / files.PARITY
     try:
         report = read_parity(folder, manifest)
-        for field in ("macs", "rungs", "engine", "evaluation"):
+        for field in ("macs", "rungs", "engine", "engines", "evaluation"):
             if getattr(report, field) != getattr(manifest, field):
                 raise InputRejected(f"{path}: {field} is not what manifest.json says")
         for fault in contradictions(report):
@@ -155,7 +155,8 @@ def _check_recipe(folder: Path, manifest: Manifest) -> Iterator[Check]:
     path = folder / RECIPE
     try:
         recipe = parse_recipe(read_file(folder, manifest, RECIPE, MAX_RECIPE_BYTES), path)
-        engine, expected = manifest.engine, recipe.expected
+        built = (one for one in manifest.engines_by_stage.values() if one.backend in ("tensorrt", "tensorrt_rtx"))
+        engine, expected = next(built, manifest.engine), recipe.expected
         stated: dict[str, tuple[object, object]] = {
             "input": (recipe.input, manifest.inputs[0]),
         }
@@ -216,14 +217,14 @@ def _check_preprocessing(folder: Path, manifest: Manifest, say: Callable[[str], 
 
 
 def check_engine_ran(manifest: Manifest, required: bool) -> Iterator[Check]:
-    engine = manifest.engine
-    if engine.status != "not executed":
-        return
-    detail = f"the engine ({engine.backend} for {', '.join(engine.targets) or 'no target'}) never ran where it was built"
-    if required:
-        yield failed("engine ran", "engine", f"{detail}, and --require-executed asks for that", EXIT_PARITY)
-    else:
-        yield Check(name="engine ran", subject="engine", status="not executed", detail=detail)
+    for stage, engine in manifest.engines_by_stage.items():
+        if engine.status != "not executed":
+            continue
+        detail = f"the engine ({engine.backend} for {', '.join(engine.targets) or 'no target'}) never ran where it was built"
+        if required:
+            yield failed("engine ran", stage, f"{detail}, and --require-executed asks for that", EXIT_PARITY)
+        else:
+            yield Check(name="engine ran", subject=stage, status="not executed", detail=detail)
 
 
 def _check_plan(folder: Path, manifest: Manifest) -> None:
@@ -240,6 +241,8 @@ def _check_plan(folder: Path, manifest: Manifest) -> None:
         "macs.dense": (plan.dense_macs(), manifest.macs.dense),
         "macs.slim": (plan.macs(manifest.macs.layout), manifest.macs.slim),
     }
+    for one in manifest.engines:
+        derived[f"engines.{one.name}.macs"] = (plan.dense_macs(), plan.macs(one.macs.layout)), (one.macs.dense, one.macs.slim)
     if (stated := manifest.calibration) is not None:
         derived["calibration"] = (
             None if calibration is None else (calibration.data, calibration.images, calibration.fingerprint),

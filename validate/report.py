@@ -19,10 +19,14 @@ def print_verdict(verdict: BundleVerdict, measured: list[Rung], console: Console
     """Print the build's rungs, the checks made here and, where images were given, the rungs measured on them."""
     if verdict.manifest is not None:
         manifest = verdict.manifest
-        macs, engine = manifest.macs, manifest.engine
+        macs = manifest.macs
+        engines = "; ".join(
+            f"{escape(engine.backend)} {escape(engine.precision)} for {escape(', '.join(engine.targets)) or 'no target'}"
+            for engine in manifest.engines_by_stage.values()
+        )
         console.print(
             f"{escape(manifest.name)}: {macs.slim / 1e9:.4g} of {macs.dense / 1e9:.4g} GMACs ({macs.reduction:.1%} saved), "
-            f"{escape(engine.backend)} {escape(engine.precision)} for {escape(', '.join(engine.targets)) or 'no target'}"
+            f"{engines}"
         )
         evaluation = manifest.evaluation
         where = f"{evaluation.data}, {evaluation.images} images"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from patchslim.choices import EngineName, Layout, Precision
-from patchslim.errors import UsageError
+from patchslim.errors import UsageError, did_you_mean
 from patchslim.targets import PORTABLE
 from validate.fields import Status
 from validate.parity_records import EngineRecord
@@ -60,6 +60,33 @@ ENGINES: dict[EngineName, EngineTraits] = {
 }
 """The engines that can be asked for: which takes which precision on which target. TensorRT's targets are TensorRT-RTX's; full
 TensorRT takes the GPU of its machine, in every precision that some target has."""
+
+ALL = "all"
+"""In the place of engines' names: those that work here."""
+
+
+def parse_engines(given: str) -> tuple[EngineName, ...]:
+    """The engines that ``--engine`` names, in their order; of ``all``, every one that there is.
+
+    Raises ``UsageError`` for a name that is none, or is given twice.
+    """
+    if given == ALL:
+        return tuple(ENGINES)
+    found: list[EngineName] = []
+    for word in given.split(","):
+        name = next((known for known in ENGINES if known == word.strip()), None)
+        if name is None:
+            near = did_you_mean(word, [*ENGINES, ALL])
+            shown = f"--engine {given}" if word == given else f"--engine {given}: {word or 'a name is missing'}"
+            if near:
+                raise UsageError(f"{shown}{near}")
+            alone = f"; {ALL} stands alone" if ALL in given.split(",") else ""
+            raise UsageError(f"{shown}: must be {', '.join(ENGINES)}, several of them with commas, or {ALL}{alone}")
+        if name in found:
+            raise UsageError(f"--engine {given}: names {name} twice")
+        found.append(name)
+    return tuple(found)
+
 
 TARGETS = tuple(ENGINES["trt"].targets)
 

@@ -13,7 +13,7 @@ from patchslim import cuda
 from patchslim.choices import Precision
 from patchslim.errors import Unavailable
 from patchslim.ort_runner import CPU, SETTINGS, OrtRunner
-from patchslim.packages import install_command
+from patchslim.packages import install_command, missing
 
 _CUDA = "CUDAExecutionProvider"
 
@@ -32,7 +32,12 @@ def open_runner(path: Path, *, threads: int = 0) -> OrtRunner:
 
 
 def choose_backend(targets: Sequence[str] | None = None, precision: Precision | None = None) -> Backend:
-    """ONNX Runtime, on the GPU where it can use that; it has no other targets, and runs every precision."""
+    """ONNX Runtime, on the GPU where it can use that; it has no other targets, and runs every precision.
+
+    Raises ``Unavailable`` where it is not installed.
+    """
+    if missing(["onnxruntime"]):
+        raise Unavailable(f"ONNX Runtime is not installed; install it: {install_command('export')}")
     return Backend("onnxruntime", ("cuda" if has_cuda() else "cpu",))
 
 

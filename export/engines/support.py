@@ -47,6 +47,21 @@ def engine_support() -> list[EngineSupport]:
     ]
 
 
+def engines_here(precision: Precision | Literal["auto"] | None = None) -> tuple[list[EngineName], dict[EngineName, str]]:
+    """The engines that work here in ``precision``, None: each in its default one; and why each other engine does not."""
+    here, left_out, support = list[EngineName](), dict[EngineName, str](), engine_support()
+    for engine, traits in ENGINES.items():
+        wanted = traits.default if precision in (None, "auto") else precision
+        found = [row for row in support if row.engine == engine and row.precision == wanted]
+        if not found or (precision == "auto" and engine != "openvino"):
+            left_out[engine] = f"takes {', '.join(traits.precisions)}, not {precision}"
+        elif any(row.status in ("runs", "builds") for row in found):
+            here.append(engine)
+        else:
+            left_out[engine] = found[0].reason
+    return here, left_out
+
+
 def _targets(engine: EngineName) -> list[str]:
     """What can be asked for: the table's targets, and for TensorRT the GPU of this machine."""
     here = [local] if engine == "trt" and (local := cuda.local_target()) else []

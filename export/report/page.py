@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from export.cache import tool_versions
 from export.engines.base import EngineResult
 from export.report.charts import accuracy_chart, class_chart, ladder_chart, latency_chart, name_of, walk_chart
+from export.stage_names import ENGINE
 from patchslim.packages import wheel_command
 from patchslim.plan import SlimPlan
 from validate.explain import verdict_of, what_it_proves
@@ -32,6 +33,7 @@ class ReportFacts:
     plan: SlimPlan
     parity: ParityReport
     engine: EngineResult
+    others: Sequence[EngineResult]
     labels: list[str]
     latency: LatencySheet | None
     kept_patches: Path
@@ -70,6 +72,7 @@ def report_html(facts: ReportFacts, read: Callable[[Path], bytes] = Path.read_by
         parity=parity,
         plan=facts.plan,
         engine=engine,
+        engines=parity.engines,
         compared=parity.comparison,
         differing=_differing(parity),
         headline=headline(parity, sheet),
@@ -80,12 +83,10 @@ def report_html(facts: ReportFacts, read: Callable[[Path], bytes] = Path.read_by
         sheet=sheet,
         worst=[_worst(one, facts, read) for one in parity.comparison.worst] if parity.comparison else [],
         kept=_data_url(read(facts.kept_patches)),
-        kernels=[(target, engine.kernels.get(target), engine.fused.get(target)) for target in engine.targets]
-        if engine.kernels or engine.fused
-        else [],
+        kernels=[row for one in (engine, *facts.others) for row in _kernels(one)],
         provenance=facts.provenance,
         check_command=_check_command(facts.name),
-        next_step=_next_step(parity, engine),
+        next_step=_next_step(parity, [engine, *facts.others]),
         **helpers,
     )
 
@@ -93,7 +94,9 @@ def report_html(facts: ReportFacts, read: Callable[[Path], bytes] = Path.read_by
 def headline(parity: ParityReport, sheet: LatencySheet | None) -> str:
     """What was saved and what it cost, in a sentence."""
     said = [f"{parity.macs.reduction:.1%} of the multiply-accumulates removed"]
-    last = [one for one in parity.rungs if one.images][-1]
+    served = [one for one in parity.rungs if one.images]
+    served = served[: next((at + 1 for at, one in enumerate(served) if one.stage == ENGINE), None)]  # of several, the first
+    last = served[-1]
     if last.top1 is not None and last.top1_drop is not None and last.drop_interval is not None:
         low, high = last.drop_interval
         lost = f"{last.top1_drop:.2f} points lost" if last.top1_drop >= 0 else f"{-last.top1_drop:.2f} points gained"
@@ -136,12 +139,20 @@ def _check_command(name: str) -> str:
     return f"(cd {folder} && sha256sum -c SHA256SUMS)\n{wheel}\npython -m validate.run {folder}"
 
 
-def _next_step(parity: ParityReport, engine: EngineResult) -> str:
+def _kernels(engine: EngineResult) -> list[tuple[str, int | None, int | None, int]]:
+    """Kernels and fused attentions by target, of how many attentions; none where the backend does not tell."""
+    if not engine.kernels and not engine.fused:
+        return []
+    return [(target, engine.kernels.get(target), engine.fused.get(target), engine.attentions) for target in engine.targets]
+
+
+def _next_step(parity: ParityReport, engines: Sequence[EngineResult]) -> str:
     if not parity.passed:
         return "This bundle did not pass its gate, and is not to be served."
-    if not engine.executed:
+    if idle := [one for one in engines if not one.executed]:
+        which = "The engine" if len(engines) == 1 else f"The engine of {' and '.join(one.backend for one in idle)}"
         return (
-            "The engine was built for another machine and has not run yet: check it there before it serves. There, with the "
+            f"{which} was built for another machine and has not run yet: check it there before it serves. There, with the "
             "extra rtx or trt beside edge, the same command runs it on the golden images; with --build it makes an engine "
             "of its own first, by recipe.json."
         )

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from patchslim.packages import wheel_command
-from validate.manifest import Manifest
+from validate.manifest import Manifest, OnnxRecord
 from validate.parity import MIN_AGREEMENT, stage_precision
 from validate.preprocessing import Preprocessing
 
@@ -68,15 +68,14 @@ def serving_facts(manifest: Manifest) -> ServingFacts:
     name = _plain_name(manifest.name)
     batch = manifest.target.get("batch")
     largest = batch[-1] if isinstance(batch, list) and batch and isinstance(batch[-1], int) else _LARGEST_BATCH
-    files = [record for record in manifest.onnx if record.dtype == "float32"]
-    runnable = [record for record in files if record.max_error is not None][-1]
-    typed = [record for record in files if stage_precision(record.stage) != "int8"]  # TensorRT is given no INT8
+    runnable, buildable = _runnable(manifest), _buildable(manifest)
     max_error, min_agreement = runnable.max_error or 0.0, runnable.min_agreement
-    ir = next(iter(manifest.engine.files), "") if manifest.engine.backend == "openvino" else ""
-    if ir:
-        allowed = next((one.tolerance for one in manifest.rungs if one.stage == "engine"), None)
-        precision = stage_precision("engine", manifest.engine.precision)
-        max_error, min_agreement = max(max_error, allowed or 0.0), min(min_agreement, MIN_AGREEMENT[precision])
+    engines, ir = manifest.engines_by_stage, ""
+    for stage, engine in engines.items():
+        if engine.backend == "openvino" and engine.files:
+            ir, precision = engine.files[0], stage_precision(stage, engine.precision)
+            allowed = next((one.tolerance for one in manifest.rungs if one.stage == stage), None)
+            max_error, min_agreement = max(max_error, allowed or 0.0), min(min_agreement, MIN_AGREEMENT[precision])
     channels, height, width = manifest.preprocessing.input_size
     return ServingFacts(
         name=name,
@@ -90,17 +89,32 @@ def serving_facts(manifest: Manifest) -> ServingFacts:
         shape=(channels, height, width),
         classes=manifest.classes,
         max_batch=largest,
-        onnx=typed[-1].path,
+        onnx=buildable.path,
         runnable=runnable.path,
         max_error=max_error,
         min_agreement=min_agreement,
         precision=manifest.precision,
         engines=_engines(manifest),
         ir=ir,
-        rtx=manifest.engine.backend == "tensorrt_rtx",
+        rtx=any(one.backend == "tensorrt_rtx" for one in engines.values()),
         preprocessing=manifest.preprocessing,
         install=wheel_command("edge", _one_line(manifest.tools.get("patchslim", "VERSION"))),
     )
+
+
+def _runnable(manifest: Manifest) -> OnnxRecord:
+    """What ONNX Runtime runs: of several engines its own file, or what the first of them was built from."""
+    files = [record for record in manifest.onnx if record.dtype == "float32" and record.max_error is not None]
+    own = sorted(manifest.engines, key=lambda one: one.engine.backend != "onnxruntime")
+    built = [record for one in own for record in files if record.path == one.onnx]
+    return built[0] if built else files[-1]
+
+
+def _buildable(manifest: Manifest) -> OnnxRecord:
+    """What TensorRT is given, which takes no INT8: of several engines what its own was built from."""
+    files = [record for record in manifest.onnx if record.dtype == "float32" and stage_precision(record.stage) != "int8"]
+    own = [one.onnx for one in manifest.engines if one.engine.backend in ("tensorrt", "tensorrt_rtx")]
+    return next((record for record in files if record.path in own), files[0] if manifest.engines else files[-1])
 
 
 def _plain_name(name: str) -> str:
@@ -126,7 +140,6 @@ def _one_line(text: str) -> str:
 
 def _engines(manifest: Manifest) -> list[EngineFile]:
     """The engines of full TensorRT: those of TensorRT-RTX are no files that Triton or nvinfer can load."""
-    if manifest.engine.backend != "tensorrt":
-        return []
-    found = [(path, _TARGET.search(path.rpartition("/")[2])) for path in manifest.engine.files]
+    files = [path for one in manifest.engines_by_stage.values() if one.backend == "tensorrt" for path in one.files]
+    found = [(path, _TARGET.search(path.rpartition("/")[2])) for path in files]
     return [EngineFile(path, f"{target[1]}.{target[2]}") for path, target in found if target is not None]
