@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any, Self
 
-from benchmarks.accuracy.rows import DEFAULT
+from benchmarks.accuracy.rows import BLOCKS, DEFAULT
 from benchmarks.gpu.subject import GpuSubject
 from patchslim.cli import run_command
 from patchslim.errors import InputRejected, UsageError
@@ -67,7 +67,7 @@ def measure_engines(options: EnginesOptions) -> dict[str, Any]:
     results = {"command": command, "device": device_of(options.device)} | found_results(options)
     bench = Bench(options.of_tables())
     draw = CalibrationDraw(bench, bench.options.modes[0], 0)
-    case = dataclasses.replace(bench.options.default_case(), budget=options.budgets[0])
+    case = dataclasses.replace(bench.options.default_case(), method=f"{BLOCKS}auto", budget=options.budgets[0])
     found = draw.found(case)
     draw.close()
     results |= {"reduction": 1 - found.plan.macs() / found.plan.dense_macs(), "counts": found.plan.counts}

@@ -5,7 +5,7 @@
 
 ViT-Ti/16 at 224 px on CIFAR-10, all on the same held-out images, at each of ``--budgets``:
 
-1. without training: the default plan, merging in a few blocks alone, ToMe, and the same weights at a lower resolution;
+1. without training: the default plan, merging in every block, ToMe, and the same weights at a lower resolution;
 2. distilled: ``--distilled-images`` unlabelled calibration images and the dense model's answers are all that it sees;
 3. fine-tuned on all training images, the dense original as the teacher, and as controls the dense model and a lower resolution
    with the same recipe, teacher and epochs. They share the minutes that are left by then.

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from benchmarks.accuracy.rows import Case
+from benchmarks.accuracy.rows import BLOCKS, Case
 from benchmarks.gpu.subject import GpuSubject
 from patchslim.errors import InputRejected, UsageError
 from patchslim.records import atomic_path
@@ -150,7 +150,7 @@ class Headline:
         """The default plan at a budget, or one that merges where ``merge_blocks`` says, with its closed-form fit."""
         from slimming.session import search
 
-        case = dataclasses.replace(self.bench.options.default_case(), budget=budget)
+        case = dataclasses.replace(self.bench.options.default_case(), method=f"{BLOCKS}auto", budget=budget)
         if merge_blocks is None:
             return self.draw.found(case)
         options = self.bench.options.slimming(case)

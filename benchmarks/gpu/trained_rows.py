@@ -14,7 +14,7 @@ from benchmarks.gpu.untrained_rows import Student
 from slimming.fitting.recipe import Recipe
 
 #: What is fine-tuned at the default budgets, in this order.
-FINE_TUNED: tuple[str, ...] = ("dense", "slim-46.2%", "slim-60.0%", "slim-45.0%", "few-block-46.2%", "at-176px")
+FINE_TUNED: tuple[str, ...] = ("dense", "slim-46.2%", "slim-60.0%", "slim-45.0%", "ramp-46.2%", "at-176px")
 
 
 def distilled(run: Headline, students: dict[str, Student]) -> None:

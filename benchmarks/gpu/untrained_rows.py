@@ -54,10 +54,10 @@ def training_free(run: Headline) -> dict[str, Student]:
 
 
 def plans(run: Headline) -> dict[str, tuple[FoundPlan, float]]:
-    """The default plan and the one of few merging blocks at every budget, with the seconds that each took."""
+    """The default plan and one that merges in every block at every budget, with the seconds that each took."""
     wanted: dict[str, tuple[float, str | None]] = {}
     for budget in run.options.budgets:
-        wanted |= {f"slim-{budget:.1%}": (budget, None), f"few-block-{budget:.1%}": (budget, "2")}
+        wanted |= {f"slim-{budget:.1%}": (budget, None), f"ramp-{budget:.1%}": (budget, "ramp")}
     found: dict[str, tuple[FoundPlan, float]] = {}
     for name, (budget, merge_blocks) in wanted.items():
         start = time.monotonic()

@@ -12,7 +12,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Literal, TypeAlias
 
 from patchslim.errors import BudgetUnreachable, UsageError
@@ -114,7 +114,23 @@ def spread_evenly(sizes: CountSizes, blocks: int) -> Steps:
 def steps_within(steps: Steps, sizes: CountSizes, cost: Cost, limit: float, multiple: int = 1) -> list[int] | None:
     """Return the counts of ``steps`` that keep as much as ``limit`` allows; None where they cannot meet it."""
     end = highest_end(sizes, SnappedCost(cost, sizes, multiple), limit, lambda end: steps.counts(sizes, end))
-    return None if end is None else snapped(sizes, steps.counts(sizes, end), multiple, "down")
+    if end is None:
+        return None
+    return _filled(snapped(sizes, steps.counts(sizes, end), multiple, "down"), sizes, cost, limit, multiple)
+
+
+def _filled(counts: list[int], sizes: CountSizes, cost: Cost, limit: float, multiple: int) -> list[int]:
+    """What is left of the budget, spent on the first blocks of equal counts that it pays for, all of them alike."""
+    free, before = free_blocks(sizes) - (sizes.fixed_head is None), sizes.tokens
+    for count, blocks in [(count, len(list(run))) for count, run in groupby(counts[:free])]:
+        start, raised = counts.index(count), count
+        while raised + multiple < before:
+            more = [*counts[:start], *[raised + multiple] * blocks, *counts[start + blocks :]]
+            if cost.of(more) > limit:
+                break
+            counts, raised = more, raised + multiple
+        before = raised
+    return counts
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def test_rows_of_ours_are_what_find_and_the_slim_model_give(
     found = find_plan(
         loaded.module,
         calibration,
-        PlanRequest(budget, score, fit),
+        PlanRequest(budget, score, fit, merge_blocks="ramp" if score == "similarity" else None),
         name=loaded.architecture,
         transform=transform,
         settings=FinderSettings(seed=1),
@@ -125,19 +125,27 @@ def test_rows_of_ours_are_what_find_and_the_slim_model_give(
     assert row["kl"] == pytest.approx(sum(divergences) / 24, rel=1e-3, abs=2e-6)
 
 
-@pytest.mark.parametrize("finetuned", [False, True], ids=["training-free", "fine-tuned"])
-def test_the_default_row_is_what_the_command_line_gives(
-    options: TableOptions, result: dict[str, Any], tmp_path: Path, finetuned: bool
+@pytest.mark.parametrize(
+    ("method", "said", "finetuned"),
+    [
+        ("", ["--merge-blocks", "ramp"], False),
+        ("", ["--merge-blocks", "ramp"], True),
+        ("blocks-auto", [], False),
+    ],
+    ids=["ramp", "ramp, fine-tuned", "default"],
+)
+def test_rows_are_what_the_command_line_gives(
+    options: TableOptions, result: dict[str, Any], tmp_path: Path, method: str, said: list[str], finetuned: bool
 ) -> None:
     """With the same images, seed and budget, and with nothing said of score, fit or mode."""
     case = dataclasses.replace(options.default_case(), seed=1, finetune=options.finetune_record() if finetuned else None)
     bench = Bench(options)
     found = CalibrationDraw(bench, case.mode or "compact", 1).found(
-        dataclasses.replace(case, method=bench.options.default_score)
+        dataclasses.replace(case, method=method or bench.options.default_score)
     )
     command = [sys.executable, "-m", "slimming.run", "--model", options.model, "--weights", options.weights]
     command += [word for argument in options.model_arg for word in ("--model-arg", argument)]
-    command += ["--calibration-images", "12", "--macs-reduction", "0.4", "--seed", "1", "--device", "cpu"]
+    command += ["--calibration-images", "12", "--macs-reduction", "0.4", "--seed", "1", "--device", "cpu", *said]
     if finetuned:
         command += ["--finetune-epochs", "1", "--train-images", "8"]
     done = door_here([*command, "--output", str(tmp_path / "plan.json")])
@@ -147,7 +155,7 @@ def test_the_default_row_is_what_the_command_line_gives(
     assert found.plan == plan.model_copy(update={"weights": None})
     assert state_digest(found.model.state_dict()) == plan.weights.sha256
     assert found.fit == plan.weights.fit
-    if not finetuned:
+    if said and not finetuned:
         row = pick(result, method=plan.origin.score, fit=plan.weights.fit, mode=plan.mode, seed=1, budget=0.4, finetune=None)
         assert row["counts"] == plan.counts
         default = {"score": plan.origin.score, "fit": plan.weights.fit, "mode": plan.mode}
@@ -158,9 +166,9 @@ def test_the_default_row_is_what_the_command_line_gives(
 
 def test_the_defaults_of_the_tables_are_those_of_the_command_line() -> None:
     options, command = TableOptions(), SlimmingOptions()
-    assert dataclasses.replace(options.slimming(options.default_case()), macs_reduction=command.macs_reduction) == (
-        dataclasses.replace(command, device=options.device)
-    )
+    case = dataclasses.replace(options.default_case(), method="blocks-auto")
+    given = dataclasses.replace(options.slimming(case), macs_reduction=command.macs_reduction)
+    assert given == dataclasses.replace(command, device=options.device)
     assert command.budget.value in options.budgets
 
 

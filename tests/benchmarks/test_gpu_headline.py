@@ -60,9 +60,9 @@ def test_every_row_is_measured_and_a_second_call_goes_on(tmp_path: Path) -> None
     )
     result = measure_headline(options)
     rows = {row["name"]: row for row in result["rows"]}
-    slim, few = rows["slim-40.0%"], rows["few-block-40.0%"]
-    assert min(slim["reduction"], few["reduction"], rows["ToMe-40.0%"]["reduction"]) >= 0.4
-    assert len(set(few["counts"][:-1])) <= 1 + 2  # dense and two cuts; the last block has the head's token
+    slim, ramp = rows["slim-40.0%"], rows["ramp-40.0%"]
+    assert min(slim["reduction"], ramp["reduction"], rows["ToMe-40.0%"]["reduction"]) >= 0.4
+    assert len(set(slim["counts"][:-1])) <= 1 + 2  # dense and two cuts; the last block has the head's token
     assert {row["kind"] for row in rows.values()} == {"original", "training-free", "distilled", "fine-tuned"}
     assert rows["slim-40.0%-distilled"]["recipe"]["distill"] == 1
     tuned = [row for name, row in rows.items() if name.endswith("-finetuned")]
@@ -158,7 +158,7 @@ def test_another_resolution_answers_as_timm_does_on_resized_images(model: Any) -
 
 
 def test_the_headline_is_trained_first() -> None:
-    names = ["dense", "slim-45.0%", "few-block-45.0%", "slim-46.2%", "slim-60.0%", "at-176px"]
+    names = ["dense", "slim-45.0%", "ramp-45.0%", "slim-46.2%", "slim-60.0%", "at-176px"]
     assert order_of(dict.fromkeys(names))[:3] == ["dense", "slim-46.2%", "slim-60.0%"]  # type: ignore[arg-type]
 
 

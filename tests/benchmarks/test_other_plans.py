@@ -104,7 +104,7 @@ def test_a_model_that_pools_says_why_a_row_is_missing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["middle", "blocks-", "blocks-0", "blocks-x"])
 def test_names_that_mean_nothing_are_refused(name: str) -> None:
-    with pytest.raises(UsageError, match="must be resolution, radial, DiffRate or blocks-N"):
+    with pytest.raises(UsageError, match="must be resolution, radial, DiffRate, blocks-auto or blocks-N"):
         TableOptions(others=(name,)).check()
 
 

@@ -260,7 +260,7 @@ def test_find_meets_the_budget_with_the_merging_counted(layout: Any, more: dict[
     assert cost.of(plan.counts) == plan.macs(layout)
     assert SlimViT(found.model, plan)(images_for(model, 2)).isfinite().all()
     assert all(error >= 0 for error in plan.origin.errors)
-    assert plan.origin.errors[0] > 0
+    assert max(plan.origin.errors) > 0
     if "summary" in more:
         assert len({into for into in plan.merged_into if into >= 0}) == 1
 
