@@ -76,12 +76,11 @@ def parse_engines(given: str) -> tuple[EngineName, ...]:
     for word in given.split(","):
         name = next((known for known in ENGINES if known == word.strip()), None)
         if name is None:
-            near = did_you_mean(word, [*ENGINES, ALL])
-            shown = f"--engine {given}" if word == given else f"--engine {given}: {word or 'a name is missing'}"
-            if near:
-                raise UsageError(f"{shown}{near}")
-            alone = f"; {ALL} stands alone" if ALL in given.split(",") else ""
-            raise UsageError(f"{shown}: must be {', '.join(ENGINES)}, several of them with commas, or {ALL}{alone}")
+            if word.strip() in ("", ALL):
+                raise UsageError(f"--engine {given}: {f'{ALL} stands alone' if word.strip() else 'a name is missing'}")
+            shown = f"--engine {given}" if word == given else f"--engine {given}: {word}"
+            known = f": must be {', '.join(ENGINES)}, several of them with commas, or {ALL}"
+            raise UsageError(f"{shown}{did_you_mean(word, [*ENGINES, ALL]) or known}")
         if name in found:
             raise UsageError(f"--engine {given}: names {name} twice")
         found.append(name)

@@ -158,7 +158,7 @@ def test_the_fastest_precision_that_passes_is_taken(export_work: Path, monkeypat
         tried = list(seconds.values()) if len(runs) == 3 else [seconds["fp32"], seconds["int8"]]
         return [tried] * rounds
 
-    monkeypatch.setattr("export.precision.interleaved", interleaved)
+    monkeypatch.setattr("export.engine_times.interleaved", interleaved)
     outcome = export_bundle(tiny(export_work, "auto", engine="openvino"))
     best = "bf16" if computes_bfloat16() else "int8"
     assert outcome.engine.precision == best

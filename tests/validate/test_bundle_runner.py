@@ -98,6 +98,8 @@ def test_what_does_not_fit_is_refused(good: Path, monkeypatch: pytest.MonkeyPatc
         runner.infer(np.zeros((2, 3, 9, 9), dtype=np.float32))
     with pytest.raises(UsageError, match="engine tvm: must be one of ort, openvino, trt, rtx"):
         open_runner(good, "tvm")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="hint fast: must be one of latency, throughput, or None"):
+        open_runner(good, hint="fast")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="threads 0: must be at least 1"):
         open_runner(good, threads=0)
     there = importlib.util.find_spec

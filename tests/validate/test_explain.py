@@ -86,6 +86,19 @@ def test_the_stage_that_lost_is_named_and_the_points_add_up() -> None:
     assert sum(each.points for each in found) == pytest.approx(rungs[3].top1_drop)
 
 
+def test_stages_that_were_not_made_from_one_another_are_told_apart() -> None:
+    """As the graphs of two engines: both made from the plan, each with a loss of its own."""
+    original, targets = answers(100, 0), np.zeros(100, dtype=np.int64)
+    losses = {"slim": (1, "pytorch"), "a": (7, "slim"), "engine": (7, "a"), "b": (6, "slim"), "engine-b": (9, "b")}
+    rungs = [rung("pytorch", original, targets)]
+    rungs += [rung(name, answers(100, n), targets, original, original, compared_to=to) for name, (n, to) in losses.items()]
+    found = {each.stage: (each.before, each.points) for each in blame(rungs)}
+    assert found == {"slim": ("pytorch", 1), "a": ("slim", 6), "engine": ("a", 0), "b": ("slim", 5), "engine-b": ("b", 3)}
+    said = verdict_of(gate(rungs, 2.0)[0])
+    assert said.startswith("a: top-1 drops by 7.000 points, more than 2 (engine, made from it, drops with it); b: top-1 drops")
+    assert "engine-b: top-1 drops by 9.000" in said
+
+
 @pytest.mark.parametrize(("error", "status"), [(1e-5, "passed"), (0.5, "failed"), (None, "failed")])
 def test_answers_that_depend_on_the_batch_fail(error: float | None, status: str) -> None:
     rungs = ladder(100, 0)
