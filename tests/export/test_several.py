@@ -36,6 +36,7 @@ pytest.importorskip("openvino")
 
 if TYPE_CHECKING:
     from export.pipeline import Outcome
+    from export.precision import Attempt
 
 RUNGS = ["pytorch", "pytorch-slim", "onnx-slim", "engine", "engine-openvino"]
 EVERY = EngineChoice(None)
@@ -323,14 +324,29 @@ def test_a_named_engine_that_is_not_here_is_refused(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.slow
-def test_int8_graphs_that_keep_other_parts_lie_side_by_side(export_work: Path) -> None:
+def test_int8_graphs_that_keep_other_parts_lie_side_by_side(export_work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each engine is judged by its own rung, so that one may keep a block that the other does not."""
     pytest.importorskip("nncf")
-    outcome = export_bundle(tiny(export_work, "several-int8", engine="ort,openvino", precision="int8"))
-    manifest = load_manifest(outcome.bundle)
+    options = tiny(export_work, "several-int8", engine="ort,openvino", precision="int8")
+    manifest = load_manifest(export_bundle(options).bundle)
     assert [one.onnx for one in manifest.engines] == ["model.int8.onnx"] * 2  # nothing is kept by either
     assert [rung.stage for rung in manifest.rungs] == [*RUNGS[:3], "onnx-slim-int8", *RUNGS[3:]]
-    assert check_bundle(outcome.bundle, engines=EVERY).passed
+    assert check_bundle(options.bundle, engines=EVERY).passed
+
+    def lost(found: Attempt) -> bool:
+        return found.request.engine == "openvino" and not found.kept
+
+    monkeypatch.setattr("export.precision._lost_by_quantisation", lost)
+    manifest = load_manifest(export_bundle(options).bundle)
+    assert [one.onnx for one in manifest.engines] == ["model.int8.onnx", "model.openvino.int8.onnx"]
+    assert [len(one.kept_parts) for one in manifest.engines] == [0, 1]
+    rungs = {rung.stage: rung for rung in manifest.rungs}
+    assert list(rungs) == [*RUNGS[:3], "onnx-slim-int8", "engine", "onnx-slim-openvino-int8", "engine-openvino"]
+    assert rungs["engine-openvino"].compared_to == "onnx-slim-openvino-int8"
+    assert rungs["onnx-slim-openvino-int8"].max_error != rungs["onnx-slim-int8"].max_error
+    assert serving_facts(manifest).runnable == "model.int8.onnx"
+    verdict = check_bundle(options.bundle, engines=EVERY)
+    assert verdict.exit_code == 0, verdict.faults
 
 
 @pytest.mark.slow
