@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 #: The operators that take rows: see ``graph_passes.cutting.row_ops.take_rows``.
 CutForm = Literal["auto", "slice", "gather", "matmul"]
+#: How dropped rows are added to kept ones: a matrix times them, or each sum by itself; see ``graph_passes.cutting.row_ops``.
+MergeForm = Literal["matrix", "sum"]
 #: What images come as: float32 and normalised outside; bytes in one of two orders; or float32 from 0 to 255.
 ImageForm = Literal["float", "uint8-nchw", "uint8-nhwc", "float-nchw-255"]
 

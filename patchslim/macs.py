@@ -64,8 +64,8 @@ def macs_of(
     ``layout`` is that of a cut block's projections. ``split``: queries are computed for the kept tokens only. ``packed``: one
     qkv projection runs over every token that the block reads, so the dropped tokens' queries are computed too, and what of the
     MLP is projected with them. ``pool_reads`` of the last block's tokens go to an attention pool; None: as many as it can
-    read. The blocks ``merging`` add the tokens that they drop to those that they keep by a constant matrix: for the shortcut,
-    and for what is read at the queries alone, behind a packed projection, else behind each norm.
+    read. The blocks ``merging`` add the tokens that they drop to those that they keep. In ``split`` layout that is a product
+    with a constant matrix, for the shortcut and behind each norm; in ``packed`` layout sums of rows, which count zero.
     """
     reads = min(counts[-1], geometry.pool_tokens) if pool_reads is None else pool_reads
     ends = geometry.patch_macs + geometry.head_macs + geometry.pool_macs * reads
@@ -94,8 +94,7 @@ def block_macs_of(
         macs = queries * d * query + 2 * n_in * d * key + 2 * k * n_in * query + k * query * d + k * mlp
         macs += k * d * query if geometry.gate else 0
         macs += (n_in - k) * d * geometry.packed_mlp_dim if packed else 0
-        if block in merging:
-            projected = query + geometry.packed_mlp_dim + (d if geometry.gate else 0)
-            macs += k * (before - k) * (d + (projected if packed else d * geometry.attention_norms))
+        if block in merging and layout == "split":
+            macs += k * (before - k) * d * (1 + geometry.attention_norms)
         found.append(macs)
     return found

@@ -88,7 +88,7 @@ class BudgetGroup:
     merge_blocks: Annotated[str | None, tyro.conf.arg(metavar="auto|ramp|N|B,B,...")] = None
     """Where tokens go: a ramp over all blocks, N blocks whose places are searched, or these blocks, counted from 1 ("7,": block
     7 alone). auto takes two blocks, which run faster, unless their answers diverge by over 5 % more than the ramp's. Default:
-    auto where tokens are merged, else ramp."""
+    auto where tokens are merged, but for trt, whose engines have fewest kernels with a ramp; else ramp."""
     snap: int = 1
     """Round token counts to multiples of this, within the budget; 8 suits most GPUs."""
     score: ScoreName = "auto"

@@ -62,7 +62,14 @@ class Mixed:
     size: int
 
 
-Factor = Batch | Pixels | Grid | Tokens | Mixed | int
+@dataclass(frozen=True)
+class Gathered:
+    """Sums of tokens to come, whose terms lie on the next axis; see ``cutting.row_ops.sum_rows``."""
+
+    size: int
+
+
+Factor = Batch | Pixels | Grid | Tokens | Mixed | Gathered | int
 Axis = tuple[Factor, ...]
 Axes = tuple[Axis, ...]
 
@@ -79,7 +86,7 @@ def has(axis: Axis, *kinds: type) -> bool:
 
 def is_spatial(axis: Axis) -> bool:
     """Whether the axis tells places of the image apart: pixels, patches or tokens."""
-    return has(axis, Pixels, Grid, Tokens, Mixed)
+    return has(axis, Pixels, Grid, Tokens, Mixed, Gathered)
 
 
 def tokens_of(axis: Axis) -> Tokens | None:
@@ -200,6 +207,7 @@ def _named(factor: Factor) -> str:
         return f"{factor} features"
     if isinstance(factor, Batch):
         return "images"
-    if isinstance(factor, Tokens | Mixed):
-        return f"{factor.size} {'mixed ' if isinstance(factor, Mixed) else ''}tokens"
+    if isinstance(factor, Tokens | Mixed | Gathered):
+        kind = {Mixed: "mixed tokens", Gathered: "sums of tokens"}.get(type(factor), "tokens")
+        return f"{factor.size} {kind}"
     return f"{factor.size} {'rows' if factor.axis == 0 else 'columns'} of the {type(factor).__name__.lower()}"

@@ -24,12 +24,16 @@ class TokenTable:
 
 @dataclass(frozen=True)
 class MixingMatrix:
-    """A constant ``matrix [k, r]`` by which ``node`` multiplies r ``tokens``, behind ``level`` attentions."""
+    """A constant ``matrix [k, r]`` by which ``node`` multiplies r ``tokens``, behind ``level`` attentions.
+
+    ``summed``: it is no product, but the last node of sums of rows.
+    """
 
     node: gs.Node
     matrix: NDArray[np.generic]
     tokens: Tokens
     level: int
+    summed: bool = False
 
 
 @dataclass

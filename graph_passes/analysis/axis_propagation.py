@@ -22,6 +22,7 @@ from graph_passes.analysis.axes import (
     Axes,
     Axis,
     Batch,
+    Gathered,
     Mixed,
     Pixels,
     Tokens,
@@ -35,11 +36,13 @@ from graph_passes.analysis.axes import (
 from graph_passes.analysis.axis_map import AxisMap, TokenTable
 from graph_passes.analysis.axis_rules import rearranged
 from graph_passes.analysis.foreign_operators import einsum_failure, foreign_operator
+from graph_passes.analysis.merge_rules import sum_axes
 from graph_passes.analysis.operators import ELEMENTWISE_OPS, NORM_OPS, UNARY_OPS
 from graph_passes.analysis.patterns import MatchFailure, constant_shape, constant_value, label
 
-#: What may read tokens that a constant matrix mixes; everything else is refused.
+#: What may read tokens that a constant matrix mixes, and the terms of sums of tokens; everything else is refused.
 _MIXED_READER_OPS = {"Add", "Cast", "Identity", "Transpose"}
+_GATHERED_READER_OPS = {"Mul", "ReduceSum"}
 
 
 def propagate_axes(nodes: list[gs.Node], images: gs.Variable) -> AxisMap:
@@ -105,6 +108,11 @@ def _explained(axis_map: AxisMap, node: gs.Node) -> list[Axes]:
     first = inputs[0] if inputs else None
     if node.op not in _MIXED_READER_OPS and any(has(axis, Mixed) for axes in inputs for axis in axes or ()):
         raise MatchFailure(site, "expected tokens that a constant matrix mixes to be added to as many others")
+    if any(has(axis, Gathered) for axes in inputs for axis in axes or ()):
+        if node.op not in _GATHERED_READER_OPS:
+            raise MatchFailure(site, "expected rows of tokens that a table takes to be weighed and summed")
+        if node.op == "ReduceSum":
+            return [sum_axes(axis_map, node)]
     if node.op in UNARY_OPS and first is not None:
         return [_same_weights(axis_map, node, first)]
     if node.op in ELEMENTWISE_OPS:

@@ -11,6 +11,7 @@ from graph_passes.analysis.axes import (
     Axes,
     Axis,
     Batch,
+    Gathered,
     Grid,
     Pixels,
     Tokens,
@@ -91,13 +92,16 @@ def _parts(node: gs.Node, axes: Axes) -> list[Axes]:
     if node.op == "Gather":
         place = int(node.attrs.get("axis", 0)) % len(axes)
         index = constant_value(node.inputs[1])
-        if index is None or index.ndim > 1:
+        terms = tokens_of(axes[place]) is not None and index is not None and index.ndim == 2
+        if index is None or (index.ndim > 1 and not terms):
             raise MatchFailure(site, "expected a constant index, or a constant list of them")
         length = axis_size(axes[place])
         if index.size and not -length <= index.min() <= index.max() < length:
             raise MatchFailure(
                 site, f"expected indices within an axis of {length}; they go from {index.min()} to {index.max()}"
             )
+        if terms:
+            return [(*axes[:place], (Gathered(index.shape[0]),), canonical([index.shape[1]]), *axes[place + 1 :])]
         rows = [int(row) % length for row in index.reshape(-1)]
         chosen = _taken(axes, place, rows, site)
         return [chosen if index.ndim else (*chosen[:place], *chosen[place + 1 :])]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
 
-from graph_passes.analysis.axes import Grid, Mixed, Tokens, axis_size, has, token_axis
+from graph_passes.analysis.axes import Gathered, Grid, Mixed, Tokens, axis_size, has, token_axis
 from graph_passes.analysis.axis_map import Attention, AxisMap
 from graph_passes.analysis.axis_propagation import propagate_axes
 from graph_passes.analysis.foreign_operators import ensure_not_quantised, of_other_form
@@ -91,7 +91,7 @@ def find_structure(graph: gs.Graph) -> Structure:
         if id(output) in axis_map.faults:
             raise axis_map.faults[id(output)]
         tokens = axis_map.tokens(output)
-        if any(has(axis, Mixed) for axis in axis_map.of(output) or ()):
+        if any(has(axis, Mixed, Gathered) for axis in axis_map.of(output) or ()):
             raise MatchFailure(f"graph output '{output.name}'", "expected no tokens that a constant matrix mixes")
         if tokens is not None and tokens.size > 1:
             expected = f"expected the head's answer, not {tokens.size} tokens; choose other outputs with --outputs"
@@ -253,4 +253,4 @@ def _indices(node: gs.Node) -> list[int]:
 
 def _holds_tokens(axis_map: AxisMap, tensor: gs.Tensor) -> bool:
     axes = axis_map.of(tensor)
-    return axes is not None and any(has(axis, Tokens, Mixed) for axis in axes)
+    return axes is not None and any(has(axis, Tokens, Mixed, Gathered) for axis in axes)

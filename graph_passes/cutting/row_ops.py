@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,6 +13,9 @@ from numpy.typing import NDArray
 from graph_passes.analysis.patterns import MatchFailure
 from graph_passes.node_builder import NodeBuilder
 from graph_passes.pass_registry import CutForm
+
+#: Terms of one weighted sum of rows. Sums are padded to the longest, so that few long ones would take the memory of many.
+MOST_TERMS = 8
 
 
 class RowAxis(NamedTuple):
@@ -63,6 +67,46 @@ def merge_rows(
         column = own.astype(dtype).reshape(-1, *[1] * (at.rank - 1 - at.axis))
         kept = build.op("Mul", [kept, build.constant("own", column)], name="scaled")
     return build.op("Add", [kept, merged], name="mixed")
+
+
+def sum_rows(
+    build: NodeBuilder,
+    source: gs.Tensor,
+    rows: tuple[Sequence[int], Sequence[int]],
+    weights: tuple[NDArray[np.float64], NDArray[np.float64]],
+    at: RowAxis,
+) -> gs.Variable:
+    """Add the nodes that merge rows of ``source`` into others as ``merge_rows`` does, by weighted sums instead of a product.
+
+    A Gather takes the terms of all sums, ``[k, m]`` for at most m each; a Mul weighs them, and a ReduceSum adds them up. Sums
+    of more than ``MOST_TERMS`` rows are sums of sums. Raises ``MatchFailure`` where the rows are the last axis.
+    """
+    (kept, dropped), (own, taken) = rows, weights
+    if at.axis == at.rank - 1:
+        raise MatchFailure(f"tensor '{source.name}'", "expected the tokens before the last axis, to add them up")
+    sums = [
+        [(row, float(own[k])), *((dropped[r], float(taken[k, r])) for r in np.flatnonzero(taken[k]).tolist())]
+        for k, row in enumerate(kept)
+    ]
+    level = 0
+    while max(map(len, sums)) > MOST_TERMS:
+        parts = [[terms[start : start + MOST_TERMS] for start in range(0, len(terms), MOST_TERMS)] for terms in sums]
+        source = _weighted_sums(build.within(f"part_{level}"), source, [part for found in parts for part in found], at)
+        number = itertools.count()
+        sums, level = [[(next(number), 1.0) for _ in found] for found in parts], level + 1
+    return _weighted_sums(build, source, sums, at)
+
+
+def _weighted_sums(build: NodeBuilder, source: gs.Tensor, sums: list[list[tuple[int, float]]], at: RowAxis) -> gs.Variable:
+    """The sums of rows times weights; those of fewer terms than others take their first one again, times 0."""
+    most = max(map(len, sums))
+    full = [[*terms, *[(terms[0][0], 0.0)] * (most - len(terms))] for terms in sums]
+    table = np.asarray([[row for row, _ in terms] for terms in full], dtype=np.int64)
+    weights = np.asarray([[weight for _, weight in terms] for terms in full], dtype=source.dtype or np.float32)
+    terms = build.op("Gather", [source, build.constant("rows", table)], {"axis": at.axis}, name="terms")
+    columns = build.constant("weights", weights.reshape(*weights.shape, *[1] * (at.rank - 1 - at.axis)))
+    weighed = build.op("Mul", [terms, columns], name="weighed")
+    return build.op("ReduceSum", [weighed, build.constant("over", [at.axis + 1])], {"keepdims": 0}, name="merged")
 
 
 def _slice(build: NodeBuilder, source: gs.Tensor, run: tuple[int, int], axis: int) -> gs.Variable:

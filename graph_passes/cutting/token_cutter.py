@@ -16,28 +16,33 @@ from graph_passes.analysis.axes import UNKNOWN_BATCH, Axis, Tokens, axis_size, h
 from graph_passes.analysis.axis_map import Attention, TokenTable
 from graph_passes.analysis.patterns import MatchFailure, constant_value, integers, label
 from graph_passes.analysis.vit_structure import Structure
-from graph_passes.cutting.row_ops import RowAxis, merge_rows, take_rows
+from graph_passes.cutting.row_ops import RowAxis, merge_rows, sum_rows, take_rows
 from graph_passes.cutting.token_merging import add_key_bias, ensure_mergeable, merge_after_norm
 from graph_passes.cutting.token_sets import STEM, TokenLayout, TokenSets
 from graph_passes.node_builder import NodeBuilder, make_constant, replace_all_uses
-from graph_passes.pass_registry import CutForm
+from graph_passes.pass_registry import CutForm, MergeForm
 
 _TOKEN_SELECTING_OPS = {"Slice", "Gather", "Split", "Concat"}
 
 
-def apply_layout(graph: gs.Graph, structure: Structure, layout: TokenLayout, form: CutForm = "auto") -> None:
-    """Change ``graph`` so that its blocks read and compute the tokens of ``layout``, every cut in the form ``form``.
+def apply_layout(
+    graph: gs.Graph, structure: Structure, layout: TokenLayout, form: CutForm = "auto", merge: MergeForm = "matrix"
+) -> None:
+    """Change ``graph`` so that its blocks read and compute the tokens of ``layout``.
+
+    Every cut has the form ``form``, every merge of tokens the form ``merge``.
 
     Raises ``MatchFailure`` where the graph merges tokens already, or where rows cannot be taken.
     """
     if mixing := structure.axis_map.mixing_matrices:
         raise MatchFailure(label(mixing[0].node), "expected no tokens to be mixed yet; this matrix mixes them")
-    _Cutter(graph, structure, layout, form).run()
+    _Cutter(graph, structure, layout, form, merge).run()
 
 
 class _Cutter:
-    def __init__(self, graph: gs.Graph, structure: Structure, layout: TokenLayout, form: CutForm) -> None:
-        self.graph, self.structure, self.axis_map, self.form = graph, structure, structure.axis_map, form
+    def __init__(self, graph: gs.Graph, structure: Structure, layout: TokenLayout, form: CutForm, merge: MergeForm) -> None:
+        self.graph, self.structure, self.axis_map = graph, structure, structure.axis_map
+        self.form, self.merge = form, merge
         self.sets, self.merges = TokenSets(graph, structure, layout), layout.merges
         self.taken: dict[tuple[int, tuple[int, ...]], gs.Variable] = {}
         self.outputs: dict[int, gs.Variable] = {}  # the stream with its dropped rows put back
@@ -130,7 +135,10 @@ class _Cutter:
                 ensure_mergeable(self.axis_map, source, self.structure.stream[level])
                 dropped = [place[token] for token in have if token not in set(want)]
                 weights = self.merges.weights(level, have, want)
-                self.taken[key] = merge_rows(build, tensor, (rows, dropped), weights, at, self.form)
+                if self.merge == "sum":
+                    self.taken[key] = sum_rows(build, tensor, (rows, dropped), weights, at)
+                else:
+                    self.taken[key] = merge_rows(build, tensor, (rows, dropped), weights, at, self.form)
             else:
                 self.taken[key] = take_rows(build, tensor, rows, at, self.form)
         return self.taken[key]

@@ -188,8 +188,12 @@ def ensure_merged(structure: Structure, plan: SlimPlan) -> None:
             continue
         if not found:
             raise MatchFailure(block.site, "already cut without merging; the plan merges the dropped tokens into kept ones")
-        dropped, (_, taken) = tuple(name for name in read if name not in set(kept)), merges.weights(block.index, read, kept)
+        dropped, (own, taken) = tuple(name for name in read if name not in set(kept)), merges.weights(block.index, read, kept)
+        every = np.zeros((len(kept), len(read)))
+        every[:, [read.index(name) for name in dropped]] = taken
+        every[range(len(kept)), [read.index(name) for name in kept]] = own
         for mix in found:
-            same = mix.tokens.names == dropped and mix.matrix.shape == taken.shape
-            if not same or not np.allclose(mix.matrix, taken, atol=1e-3):
+            names, wanted = (tuple(read), every) if mix.summed else (dropped, taken)
+            same = mix.tokens.names == names and mix.matrix.shape == wanted.shape
+            if not same or not np.allclose(mix.matrix, wanted, atol=1e-3):
                 raise MatchFailure(label(mix.node), "tokens are merged already, but not as the plan says")

@@ -1,6 +1,6 @@
 """Counts that stay constant between a few blocks where tokens go: where these are, and how deep each cuts.
 
-A ramp drops tokens in every block. Each merging block costs a GPU kernels and a CPU passes over the tokens, and few merging
+A ramp drops tokens in every block. Each merging block costs a CPU passes over the tokens, and few merging
 blocks are often as accurate at equal MACs. With k blocks the tokens fall from N to e by the share ``(i / k)^s`` of the way on a
 logarithmic scale behind the i-th of them; s says how the fall is shared out, and the budget fixes e. Blocks and s are found by
 climbing, each trial judged by the KL divergence on a part of the calibration images.

@@ -33,7 +33,7 @@ class PlanRequest:
     layout: Layout = "split"
     summary: bool = False
     distillation: Distillation = Distillation()  # noqa: RUF009 - frozen
-    merge_blocks: MergeBlocks | None = None  # where tokens go; None: auto where the plan merges, else ramp
+    merge_blocks: MergeBlocks | None = None  # where tokens go; None: as is fast in the layout
 
     def check(self) -> None:
         """Raise ``UsageError`` for values that no search could use, and for those that contradict each other on any model."""
@@ -97,10 +97,13 @@ class PlanRequest:
 
     @property
     def where(self) -> MergeBlocks:
-        """``merge_blocks``, or few blocks where they are as good and merge; ask it of a request ``for_model``."""
+        """``merge_blocks``, or few blocks where merging in all of them would be slower; ask it of a request ``for_model``.
+
+        In packed layout a merge is fused like a cut, and every block that is cut has fewer kernels than one that is not.
+        """
         if self.merge_blocks is not None:
             return self.merge_blocks
-        return "auto" if self.merges else "ramp"
+        return "auto" if self.merges and self.layout == "split" else "ramp"
 
     @property
     def merges(self) -> bool:

@@ -19,12 +19,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from export.engines.build import build_engine
-from graph_passes import OnnxModel, save_model, slim
+from graph_passes import OnnxModel, save_model, slim, to_fp16
 from graph_passes.analysis.macs import macs_of_graph
 from graph_passes.analysis.vit_structure import find_structure
+from graph_passes.cutting.row_ops import MOST_TERMS
 from graph_passes.onnx_io.graph_convert import import_graph, with_shapes
 from graph_passes.pass_registry import CutForm
 from patchslim.choices import Layout
+from patchslim.errors import InputRejected
 from patchslim.macs import Geometry
 from patchslim.plan import Origin, SlimPlan
 from slimming.api import make_plan
@@ -127,10 +129,28 @@ def test_every_form_takes_kept_and_dropped_rows_and_costs_what_the_plan_says(lay
     result = slim(graph, plan, layout=layout, cut=form)
     np.testing.assert_allclose(ort_logits(result.model, IMAGES), logits_under(model, plan, IMAGES), atol=1e-4)
     assert total_macs(result.model) == plan.macs(layout)
-    takers = {node.op_type for node in result.model.graph.node if node.name.endswith((".shortcut.dropped", "queries.dropped"))}
-    assert takers == {{"auto": "Slice", "slice": "Slice", "gather": "Gather", "matmul": "MatMul"}[form]}
+    takers = {node.op_type for node in result.model.graph.node if node.name.endswith((".shortcut.dropped", ".kept.dropped"))}
+    forms = {"auto": "Slice", "slice": "Slice", "gather": "Gather", "matmul": "MatMul"}
+    assert takers == ({forms[form]} if layout == "split" else set())
+    products = [node.op_type for node in result.model.graph.node if node.name.endswith(".merged")]
+    assert {*products} == {"MatMul" if layout == "split" else "ReduceSum"}
     biases = [node for node in result.model.graph.node if node.name.endswith(".sizes")]
     assert len(biases) == 3  # not the first block, where each token is its own
+
+
+def test_sums_of_many_rows_are_sums_of_sums() -> None:
+    model, graph = dense("plain")
+    plan = plan_of([[0, 5], [0, 5], [0, 5], [0]])  # 15 tokens go into one
+    result = slim(graph, plan, layout="packed")
+    tables = {node.name: node.input[1] for node in result.model.graph.node if node.name.endswith(".terms")}
+    assert {"block_0.queries.part_0.terms", "block_0.queries.terms"} <= {*tables}
+    shapes = {tensor.name: list(tensor.dims) for tensor in result.model.graph.initializer}
+    assert max(shapes[table][1] for table in tables.values()) == MOST_TERMS
+    np.testing.assert_allclose(ort_logits(result.model, IMAGES), logits_under(model, plan, IMAGES), atol=1e-4)
+    assert total_macs(result.model) == plan.macs("packed")
+    assert not slim(result.model, plan, layout="packed").modified
+    with pytest.raises(InputRejected, match="merged already, but not as the plan says"):
+        slim(result.model, plan_of([[0, 5], [0, 5], [0, 5], [0]], merged_into=[*plan.merged_into[:-1], -1]), layout="packed")
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -328,14 +348,22 @@ def test_patches_that_the_first_block_merges_are_embedded(share: float) -> None:
 
 @AHEAD_OF_TIME[0]
 @AHEAD_OF_TIME[1]
-def test_every_attention_over_merged_tokens_is_fused(tmp_path: Any) -> None:
+def test_every_attention_over_merged_tokens_is_fused_and_merging_costs_no_kernels(tmp_path: Any) -> None:
     plan = tensorrt_plan("compact")
     into = merges_of(plan.kept, plan.tokens, 1, random.Random(0))
     merged = SlimPlan.model_validate(plan.model_dump() | {"merged_into": into})
-    path = tmp_path / "packed.onnx"
-    save_model(slim(wide()[1], merged, layout="packed", precision="fp16").model, path)
-    result = build_engine("trt", path, tmp_path / "packed", targets=["sm89"])
-    assert (result.fused_attentions, result.attentions, result.precision) == (4, 4, "fp16")
+    kernels: dict[str, int] = {}
+    for name, model in {
+        "dense": to_fp16(wide()[1]),
+        "dropped": slim(wide()[1], plan, layout="packed", precision="fp16").model,
+        "merged": slim(wide()[1], merged, layout="packed", precision="fp16").model,
+    }.items():
+        path = tmp_path / f"{name}.onnx"
+        save_model(model, path)
+        result = build_engine("trt", path, tmp_path / name, targets=["sm89"])
+        assert (result.fused_attentions, result.attentions, result.precision) == (4, 4, "fp16")
+        kernels[name] = result.kernels["sm89"]
+    assert kernels["merged"] == kernels["dropped"] < kernels["dense"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

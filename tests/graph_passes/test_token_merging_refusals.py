@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from graph_passes import Settings, run_passes, slim
+from patchslim.choices import Layout
 from patchslim.errors import InputRejected
 from slimming.api import make_plan
 from tests.helpers.corpus import built, by_name
@@ -81,9 +82,10 @@ def test_an_attention_node_is_expanded_first_or_refused() -> None:
     assert "expand_attention first" in refusal.reason
 
 
-def test_a_graph_that_was_cut_otherwise_is_refused() -> None:
+@pytest.mark.parametrize("layout", ["split", "packed"])
+def test_a_graph_that_was_cut_otherwise_is_refused(layout: Layout) -> None:
     graph = dense("plain")[1]
-    merged, lost = slim(graph, plan_of()).model, slim(graph, plan_of(merged_into=None)).model
+    merged, lost = (slim(graph, plan, layout=layout).model for plan in (plan_of(), plan_of(merged_into=None)))
     for model, plan, message in [
         (lost, plan_of(), "block 0: already cut without merging; the plan merges the dropped tokens"),
         (merged, plan_of(merged_into=None), "merged already, and the plan drops them without merging"),
@@ -91,7 +93,56 @@ def test_a_graph_that_was_cut_otherwise_is_refused() -> None:
         (merged, plan_of([KEPT[0], [0, 5], [0, 5], [0]]), "already cut to other tokens"),
     ]:
         with pytest.raises(InputRejected, match=message):
-            slim(model, plan)
+            slim(model, plan, layout=layout)
+
+
+def sums_of(graph: gs.Graph) -> tuple[gs.Node, gs.Node, gs.Node]:
+    """The Gather, the Mul and the ReduceSum of the first merge."""
+    name = "block_0.shortcut"
+    by_name = {node.name: node for node in graph.nodes}
+    return by_name[f"{name}.terms"], by_name[f"{name}.weighed"], by_name[f"{name}.merged"]
+
+
+def heavier(terms: gs.Node, weighed: gs.Node, merged: gs.Node) -> None:
+    weighed.inputs[1].values = weighed.inputs[1].values * 2
+
+
+def unweighed(terms: gs.Node, weighed: gs.Node, merged: gs.Node) -> None:
+    merged.inputs[0] = terms.outputs[0]
+
+
+def computed(terms: gs.Node, weighed: gs.Node, merged: gs.Node) -> None:
+    weighed.inputs[1] = weighed.inputs[0]
+
+
+def by_feature(terms: gs.Node, weighed: gs.Node, merged: gs.Node) -> None:
+    weighed.inputs[1].values = np.tile(weighed.inputs[1].values, (1, 1, 48))  # the model's width
+
+
+def alike(terms: gs.Node, weighed: gs.Node, merged: gs.Node) -> None:
+    weighed.inputs[1].values = weighed.inputs[1].values[:, :1]
+
+
+def normed(terms: gs.Node, weighed: gs.Node, merged: gs.Node) -> None:
+    weighed.op = "Div"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (heavier, "merged already, but not as the plan says"),
+        (unweighed, "expected a sum of rows that a constant table takes, each times a constant"),
+        (computed, "expected a sum of rows that a constant table takes, each times a constant"),
+        (by_feature, "expected one weight for each of"),
+        (alike, "expected one weight for each of"),
+        (normed, "expected rows of tokens that a table takes to be weighed and summed"),
+    ],
+)
+def test_sums_of_tokens_that_no_plan_lays_are_refused(change: Callable[..., None], reason: str) -> None:
+    graph = gs.import_onnx(slim(dense("plain")[1], plan_of(), layout="packed").model.to_proto())
+    change(*sums_of(graph))
+    with pytest.raises(InputRejected, match=reason):
+        slim(edited_model(graph), plan_of(), layout="packed")
 
 
 def test_a_graph_whose_own_tokens_are_mixed_is_refused_by_node() -> None:

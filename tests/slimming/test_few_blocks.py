@@ -169,11 +169,12 @@ def test_counts_are_a_ramp_unless_more_is_asked_for() -> None:
 
 
 def test_where_tokens_go_by_default() -> None:
-    """In few blocks where tokens are merged, whatever the engine; a cut that drops them costs next to nothing."""
+    """In few blocks where tokens are merged by a product; a cut that drops or sums them costs next to nothing."""
     merging = PlanRequest(score="similarity")
     dropping = PlanRequest(score="paper")
     for layout in get_args(Layout):
-        assert replace(merging, layout=layout).where == replace(dropping, layout=layout, summary=True).where == "auto"
+        few = "auto" if layout == "split" else "ramp"
+        assert replace(merging, layout=layout).where == replace(dropping, layout=layout, summary=True).where == few
         assert replace(dropping, layout=layout).where == "ramp"
         assert replace(merging, layout=layout, merge_blocks="ramp").where == "ramp"
         assert replace(dropping, layout=layout, merge_blocks="auto").where == "auto"
