@@ -14,7 +14,7 @@ from export.parity import macs_of
 from export.precision import Attempt, Slimmed, attempt
 from export.source import ExportSource
 from export.stage_names import onnx_file
-from export.stages import EngineRequest, Workspace
+from export.stages import EngineRequest, Workspace, dense_kernels
 from patchslim.choices import EngineName
 from patchslim.plan import SlimPlan
 from validate.parity_records import BundledEngine, ParityReport, ladder_passed
@@ -63,7 +63,8 @@ def every_attempt(
             names = dataclasses.replace(request.names, quantised=request.engine)
             renamed = dataclasses.replace(request, names=names)
             found = attempt(options.for_engine(request.engine), renamed, source, slimmed, work)  # all of it is kept by now
-        attempts.append(found)
+        beside = dense_kernels(slimmed.dense, source.dense_plan, found.request, work)
+        attempts.append(dataclasses.replace(found, engine=dataclasses.replace(found.engine, dense_kernels=beside)))
         graphs |= found.graphs
     if len(attempts) == 1:
         return EveryAttempt(attempts, attempts[0].parity)

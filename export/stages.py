@@ -369,6 +369,19 @@ def built_engine(onnx: Path, request: EngineRequest, work: Workspace) -> EngineR
     return EngineResult.load(folder)
 
 
+def dense_kernels(dense: Path, plan: SlimPlan, request: EngineRequest, work: Workspace) -> dict[str, int]:
+    """How many kernels the dense model has in an engine for the first target, by that target; ``plan`` cuts nothing.
+
+    Empty where the engine does not tell, or quantises, which would take a calibration of its own.
+    """
+    if request.engine != "trt" or request.graph not in ("fp32", "fp16", "bf16"):
+        return {}
+    graph = slim_onnx(dense, plan, request, work)[request.names.onnx(request.graph)]
+    backend = dataclasses.replace(request.backend, targets=request.backend.targets[:1])
+    work.reporter.say("building the dense model as well, to compare its kernels")
+    return built_engine(graph, dataclasses.replace(request, backend=backend), work).kernels
+
+
 def kept_patches(plan: SlimPlan, layout: Layout, image: Array, model: ModelFacts, work: Workspace) -> Path:
     """The picture of which patches each block keeps of ``image`` (3, h, w), as the model takes it."""
     config = model.data_config

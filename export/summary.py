@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from typing import Any
 
+from export.engines.base import EngineResult
 from export.pipeline import Outcome
 from validate.explain import blame, compared, verdict_of, what_it_proves
 from validate.manifest import LatencyRecord
@@ -37,12 +38,17 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "advice": outcome.advice and dataclasses.asdict(outcome.advice),
         "kept_parts": list(outcome.kept_parts),
         "precision_trials": [each.model_dump(mode="json") for each in outcome.trials],
-        "engine": parity["engine"] | {"kernels": outcome.engine.kernels, "built": outcome.engine.status},
+        "engine": parity["engine"] | _built(outcome.engine),
     }
     if len(outcome.attempts) > 1:
-        built = [{"kernels": one.engine.kernels, "built": one.engine.status} for one in outcome.attempts]
+        built = [_built(one.engine) for one in outcome.attempts]
         found["engines"] = [stated | more for stated, more in zip(parity["engines"], built, strict=True)]
     return found
+
+
+def _built(engine: EngineResult) -> dict[str, Any]:
+    """What is known of an engine that its manifest does not say."""
+    return {"kernels": engine.kernels, "dense_kernels": engine.dense_kernels, "built": engine.status}
 
 
 def dense_onnx_holds(outcome: Outcome) -> str:

@@ -179,8 +179,8 @@ class EngineResult:
 
     ``fused_attentions`` is the smallest count over the targets, of ``attentions`` in the ONNX graph; None where the backend
     does not tell (ONNX Runtime, OpenVINO). ``kernels``, ``fused``, ``narrow`` (the share of the tensors between kernels that
-    has at most 16 bits) and ``seconds`` map each target to its own numbers. ``settings`` are what the engine is told, in its
-    own words.
+    has at most 16 bits) and ``seconds`` map each target to its own numbers, ``dense_kernels`` those targets that the dense
+    model was built for. ``settings`` are what the engine is told, in its own words.
     """
 
     backend: BackendName
@@ -194,6 +194,7 @@ class EngineResult:
     executed: bool
     reason: str = ""
     kernels: dict[str, int] = field(default_factory=dict)
+    dense_kernels: dict[str, int] = field(default_factory=dict)
     fused: dict[str, int] = field(default_factory=dict)
     narrow: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -219,6 +220,7 @@ class EngineResult:
             parts.append(f"{self.fused_attentions} of {self.attentions} attentions fused")
         elif self.backend not in ("onnxruntime", "openvino"):
             parts.append("fused attentions not known")
+        parts += [f"{self.kernels[name]} kernels ({count} dense)" for name, count in self.dense_kernels.items()]
         parts.append(self.status + (f" ({self.reason})" if self.reason else ""))
         return ", ".join(parts)
 

@@ -139,11 +139,14 @@ def _check_command(name: str) -> str:
     return f"(cd {folder} && sha256sum -c SHA256SUMS)\n{wheel}\npython -m validate.run {folder}"
 
 
-def _kernels(engine: EngineResult) -> list[tuple[str, int | None, int | None, int]]:
-    """Kernels and fused attentions by target, of how many attentions; none where the backend does not tell."""
+def _kernels(engine: EngineResult) -> list[tuple[str, int | None, int | None, int | None, int]]:
+    """Kernels, those of the dense model, and fused attentions by target, of how many; none where the backend does not tell."""
     if not engine.kernels and not engine.fused:
         return []
-    return [(target, engine.kernels.get(target), engine.fused.get(target), engine.attentions) for target in engine.targets]
+    return [
+        (target, engine.kernels.get(target), engine.dense_kernels.get(target), engine.fused.get(target), engine.attentions)
+        for target in engine.targets
+    ]
 
 
 def _next_step(parity: ParityReport, engines: Sequence[EngineResult]) -> str:

@@ -42,7 +42,7 @@ def report_page(facts: ReportFacts, work: Workspace) -> Path:
         name=facts.name,
         plan=facts.plan.model_dump(mode="json"),
         parity=facts.parity.model_dump(mode="json"),
-        engines=[(one.summary(), one.kernels, one.fused) for one in (facts.engine, *facts.others)],
+        engines=[(one.summary(), one.kernels, one.dense_kernels, one.fused) for one in (facts.engine, *facts.others)],
         labels=facts.labels,
         latency=facts.latency and facts.latency.model_dump(mode="json"),
         pictures=[work.facts.digest(path) for path in (facts.kept_patches, *facts.worst.values())],

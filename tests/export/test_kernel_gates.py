@@ -12,6 +12,7 @@ import torch
 
 from export import export_bundle
 from export.pipeline import GateFailed, missed_by
+from export.summary import as_json
 from patchslim.errors import UsageError
 from tests.helpers.exports import ARGUMENTS, DEPTH, MODEL, read, tiny
 
@@ -24,6 +25,17 @@ def test_what_the_kernels_show_is_in_the_manifest(trt_export: Outcome) -> None:
     assert engine["fused_attentions"] == DEPTH
     assert engine["narrow_share"] == trt_export.engine.narrow["sm89"] > 0.8
     assert missed_by(tiny(Path("work"), engine="trt", require_fused_attention=True), trt_export.engine) == []
+
+
+def test_the_dense_model_is_built_beside_the_slim_one(trt_export: Outcome) -> None:
+    """Its kernels, by the same builder, for the first target: the evidence of what a cut costs or saves there."""
+    engine, built = trt_export.engine, as_json(trt_export)["engine"]
+    assert engine.dense_kernels.keys() == {"sm89"} <= engine.kernels.keys()
+    assert 0.5 < engine.kernels["sm89"] / engine.dense_kernels["sm89"] < 2
+    assert (built["kernels"], built["dense_kernels"]) == (engine.kernels, engine.dense_kernels)
+    assert f"{engine.kernels['sm89']} kernels ({engine.dense_kernels['sm89']} dense)" in engine.summary()
+    page = (trt_export.bundle / "report.html").read_text()
+    assert f"<td>{engine.kernels['sm89']}</td><td>{engine.dense_kernels['sm89']}</td>" in page
 
 
 def test_attentions_that_are_not_fused_fail_where_that_is_asked_for(export_work: Path) -> None:
