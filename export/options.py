@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import tyro
 
 from export.engines.base import DEFAULT_BATCH, ENGINES, Batch, check_precision, parse_engines
-from patchslim.choices import EngineName, Layout, Precision
+from patchslim.choices import EngineName, Layout, PerformanceHint, Precision
 from patchslim.environment import processes
 from patchslim.errors import UsageError
 from slimming.options import DEFAULT_MARGIN, ModelOptions
@@ -63,6 +63,8 @@ class EngineGroup:
     is bf16. auto, the default of openvino: the fastest here that passes the gate. Default: fp16 for trt, fp32 for ort."""
     batch: Annotated[str, tyro.conf.arg(metavar="MIN:USUAL:MAX")] = "1:8:32"
     """Batch sizes that a TensorRT engine takes, the one that it is fastest at in the middle; one number for all three."""
+    hint: PerformanceHint = "latency"
+    """What OpenVINO is told: to give all cores to one batch (latency), or to run several at once (throughput)."""
     mixed: Literal["auto", "none"] = "auto"
     """Where int8 fails the gate: keep as few blocks as need be in higher precision, those that lose most first, and say which;
     or keep none, and fail."""
@@ -148,6 +150,10 @@ class ExportOptions(OutputGroup, GateGroup, EngineGroup, PlanGroup, ModelOptions
             if self.precision == "auto" and engine != "openvino":
                 able = ", ".join(ENGINES[engine].precisions)
                 raise UsageError(f"--precision auto is for --engine openvino; {engine} takes {able}")
+        if self.hint != "latency" and "openvino" not in self.engines:
+            raise UsageError(f"--hint {self.hint} is for --engine openvino")
+        if self.hint != "latency" and self.budget.criterion in LATENCY:
+            raise UsageError(f"--hint {self.hint} and {self.given_budgets[0]} contradict each other")
         if self.keep_fp32 and not any(self.for_engine(engine).may_be_int8 for engine in self.engines):
             raise UsageError("--keep-fp32 is for --precision int8")
         for pattern in self.keep_fp32:
@@ -212,6 +218,8 @@ class ExportOptions(OutputGroup, GateGroup, EngineGroup, PlanGroup, ModelOptions
         if engine != "trt":
             plain = EngineGroup()
             alone = dataclasses.replace(alone, target=plain.target, batch=plain.batch, require_fused_attention=False)
+        if engine != "openvino":
+            alone = dataclasses.replace(alone, hint="latency")
         return alone if alone.may_be_int8 else dataclasses.replace(alone, keep_fp32=())
 
     @property
@@ -221,7 +229,7 @@ class ExportOptions(OutputGroup, GateGroup, EngineGroup, PlanGroup, ModelOptions
 
     @property
     def search_layout(self) -> Layout:
-        """The layout of the search: packed where an engine's is, which saves less, and wants few merging blocks."""
+        """The layout of the search: packed where an engine's is, which saves less, so that a budget is kept in every one."""
         return "packed" if any(ENGINES[engine].layout == "packed" for engine in self.engines) else "split"
 
     @property

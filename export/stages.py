@@ -26,7 +26,7 @@ from export.source import ExportSource, LazyModule, ModelFacts
 from export.stage_names import ALONE, StageNames
 from patchslim import cuda
 from patchslim.arrays import Array
-from patchslim.choices import EngineName, Layout, Precision
+from patchslim.choices import EngineName, Layout, PerformanceHint, Precision
 from patchslim.errors import InputRejected, Unavailable
 from patchslim.latency_table import load_table
 from patchslim.plan import SlimPlan, load_plan
@@ -61,7 +61,7 @@ class Workspace:
 class EngineRequest:
     """The engine to build: by which backend, for which targets, of which precision, for which batches.
 
-    ``names`` are what its stages are called.
+    ``names`` are what its stages are called, ``hint`` is what OpenVINO is told.
     """
 
     engine: EngineName
@@ -69,6 +69,7 @@ class EngineRequest:
     precision: Precision
     batch: Batch = DEFAULT_BATCH
     names: StageNames = ALONE
+    hint: PerformanceHint = "latency"
 
     @property
     def graph(self) -> Precision:
@@ -340,6 +341,7 @@ def built_engine(onnx: Path, request: EngineRequest, work: Workspace) -> EngineR
         backend=dataclasses.asdict(request.backend),
         precision=request.precision,
         batch=request.batch,
+        hint=request.hint,
         here=(cuda.local_target(), onnxruntime_providers(work.facts)),
     )
 
@@ -360,6 +362,7 @@ def built_engine(onnx: Path, request: EngineRequest, work: Workspace) -> EngineR
                 targets=request.backend.targets,
                 precision=request.precision,
                 batch=request.batch,
+                hint=request.hint,
                 progress=progress,
             )
         result.save(part)

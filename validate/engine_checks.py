@@ -56,14 +56,17 @@ class Running:
             provider=self.provider or CPU if subject.engine == "ort" else CPU,
             threads=self.threads,
             backend=BACKENDS[subject.engine],
-            openvino=subject.openvino,
+            openvino=self.choice.told(subject),
         )
 
     def place(self, subject: Subject) -> str:
         """What ``subject`` runs on: an execution provider, a processor with its precision, a GPU generation."""
         if subject.engine == "ort":
             return self.provider or CPU
-        return f"CPU, {subject.openvino.precision}" if subject.engine == "openvino" else cuda.local_target() or "no GPU"
+        if subject.engine != "openvino":
+            return cuda.local_target() or "no GPU"
+        told = self.choice.told(subject)
+        return f"CPU, {told.precision}" + (", throughput" if told.hint == "throughput" else "")
 
 
 @dataclasses.dataclass(frozen=True)

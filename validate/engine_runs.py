@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from patchslim import cuda
+from patchslim.choices import PerformanceHint
 from patchslim.errors import Unavailable
 from patchslim.openvino_settings import OpenVinoSettings
 from patchslim.packages import PACKAGES, install_command, missing
@@ -44,12 +45,17 @@ class EngineChoice:
     """What the models are run in: ``keys`` None is all that runs here.
 
     ``built`` is a folder that ``export.build`` wrote, whose engine is run in place of the bundle's. ``latency`` is for how many
-    seconds each batch size is timed; 0: not at all.
+    seconds each batch size is timed; 0: not at all. ``hint`` is what OpenVINO is told; None: what the manifest says.
     """
 
     keys: tuple[EngineKey, ...] | None = ("ort",)
     built: Path | None = None
     latency: float = 0.0
+    hint: PerformanceHint | None = None
+
+    def told(self, subject: Subject) -> OpenVinoSettings:
+        """What OpenVINO is told to run ``subject``."""
+        return dataclasses.replace(subject.openvino, hint=self.hint or subject.openvino.hint)
 
     def has(self, key: EngineKey) -> bool:
         """Whether models may be run in ``key``."""

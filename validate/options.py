@@ -10,6 +10,7 @@ from typing import Annotated
 
 import tyro
 
+from patchslim.choices import PerformanceHint
 from patchslim.errors import UsageError
 from validate.engine_runs import EngineChoice, EngineKey
 
@@ -49,6 +50,9 @@ class EngineGroup:
     """The folder that --build writes the engine to, or finds it in from an earlier time. Default: BUNDLE-built."""
     latency_seconds: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 1.0
     """How long each of the batch sizes 1, 8 and 32 is timed in each engine; 0 times none."""
+    hint: PerformanceHint | None = None
+    """What OpenVINO is told: to give all cores to one batch (latency), or to run several at once (throughput). Default: what
+    the manifest says of an IR, latency for an ONNX file."""
     provider: str | None = None
     """ONNX Runtime's execution provider. Default: CPUExecutionProvider; without ONNX Runtime no model is run in it."""
     threads: int = 0
@@ -107,8 +111,10 @@ class ValidateOptions(OutputGroup, TrustGroup, EngineGroup, ImageGroup, BundleGr
             raise UsageError(f"--built {self.built} needs --build")
         if self.build and self.engine and not {"trt", "rtx"} & set(self.engine):
             raise UsageError(f"--build makes an engine for trt or rtx, and --engine {' '.join(self.engine)} runs none")
-        if self.attestation is not None and (self.images or self.build or self.engine or self.provider):
-            raise UsageError("--attestation runs no model: leave out --images, --engine, --build and --provider")
+        if self.hint is not None and self.engine and "openvino" not in self.engine:
+            raise UsageError(f"--hint {self.hint} is for --engine openvino, and --engine {' '.join(self.engine)} runs none")
+        if self.attestation is not None and (self.images or self.build or self.engine or self.provider or self.hint):
+            raise UsageError("--attestation runs no model: leave out --images, --engine, --build, --provider and --hint")
         sha256 = self.expect_manifest_sha256
         if sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
             raise UsageError(f"--expect-manifest-sha256 {sha256}: must be 64 hexadecimal digits, as sha256sum prints them")
@@ -116,7 +122,7 @@ class ValidateOptions(OutputGroup, TrustGroup, EngineGroup, ImageGroup, BundleGr
     @property
     def choice(self) -> EngineChoice:
         """The engines that are asked for."""
-        return EngineChoice(tuple(dict.fromkeys(self.engine)) or None, latency=self.latency_seconds)
+        return EngineChoice(tuple(dict.fromkeys(self.engine)) or None, latency=self.latency_seconds, hint=self.hint)
 
     @property
     def built_folder(self) -> Path:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from patchslim.choices import EngineName, Layout, Precision
+from patchslim.choices import EngineName, Layout, PerformanceHint, Precision
 from patchslim.errors import UsageError, did_you_mean
 from patchslim.targets import PORTABLE
 from validate.fields import Status
@@ -166,6 +166,7 @@ class BuildOptions:
     progress: BuildProgressCallback = lambda report: None
     backend: BackendName | None = None
     settings: BuildSettings | None = None  # None: those of the precision
+    hint: PerformanceHint = "latency"  # of OpenVINO
 
     @property
     def builder_settings(self) -> BuildSettings:

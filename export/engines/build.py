@@ -9,7 +9,7 @@ from pathlib import Path
 from export.engines import onnx_runtime, openvino_build, tensorrt_build
 from export.engines.base import DEFAULT_BATCH, ENGINES, Backend, Batch, BuildOptions, BuildProgressCallback, EngineResult
 from export.engines.onnx_info import OnnxFacts, read_onnx
-from patchslim.choices import EngineName, Precision
+from patchslim.choices import EngineName, PerformanceHint, Precision
 from patchslim.errors import InputRejected, UsageError
 
 
@@ -45,6 +45,7 @@ def build_engine(
     targets: Sequence[str] | None = None,
     precision: Precision = "fp16",
     batch: Batch = DEFAULT_BATCH,
+    hint: PerformanceHint = "latency",
     progress: BuildProgressCallback | None = None,
 ) -> EngineResult:
     """Make ``onnx_path`` ready to run and say what was made.
@@ -52,8 +53,8 @@ def build_engine(
     ``ort`` opens the file in ONNX Runtime and runs it once. ``openvino`` writes it as an IR into ``output_dir`` and runs that
     once. ``trt`` writes ``STEM.TARGET.engine`` per target and one ``engine_layers.json`` into ``output_dir``: all of them, or
     none. ``precision`` must be what the ONNX file says, since engines are strongly typed, but for bf16 in OpenVINO, which makes
-    that of float32. ``targets`` None means this machine's GPU with full TensorRT, ``DEFAULT_TARGETS`` with TensorRT-RTX. An
-    ONNX file with a fixed batch overrides ``batch``.
+    that of float32. ``hint`` is what OpenVINO is told. ``targets`` None means this machine's GPU with full TensorRT,
+    ``DEFAULT_TARGETS`` with TensorRT-RTX. An ONNX file with a fixed batch overrides ``batch``.
 
     Raises ``UsageError`` for an unknown target, an impossible batch, or fp32 for sm75; ``InputRejected`` where the ONNX file
     cannot be used, or is of another precision; ``Unavailable`` where there is no backend here, or it cannot build this graph
@@ -70,7 +71,7 @@ def build_engine(
         )
     if facts.fixed_batch:
         batch = (facts.fixed_batch,) * 3
-    options = BuildOptions(targets, precision, batch)
+    options = BuildOptions(targets, precision, batch, hint=hint)
     if progress is not None:
         options = replace(options, progress=progress)
     return BUILDERS[kind].build(onnx_path, output_dir, facts, options)

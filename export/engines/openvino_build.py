@@ -40,7 +40,7 @@ def build(onnx_path: Path, output_dir: Path, facts: OnnxFacts, options: BuildOpt
     """
     choose_backend(options.targets, options.precision)
     output_dir.mkdir(parents=True, exist_ok=True)
-    xml, settings = output_dir / f"{onnx_path.stem}.xml", OpenVinoSettings(inference_precision(options.precision))
+    xml, settings = output_dir / f"{onnx_path.stem}.xml", OpenVinoSettings(inference_precision(options.precision), options.hint)
     save_ir(onnx_path, xml)
     with OpenVinoRunner(xml, settings) as runner:
         runner.infer(np.zeros((options.batch[0], *facts.image_shape), dtype=runner.dtype))

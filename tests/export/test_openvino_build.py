@@ -159,6 +159,16 @@ def test_what_was_compiled_of_another_model_or_for_another_setting_is_not_taken(
         assert np.abs(runner.infer(images) - first).max() > 1e-4
 
 
+def test_the_hint_is_kept_and_can_be_changed_where_it_runs(export_work: Path) -> None:
+    options = tiny(export_work, "throughput", engine="openvino", precision="fp32", hint="throughput")
+    bundle = export_bundle(options).bundle
+    assert read(bundle / "manifest.json")["engine"]["settings"]["PERFORMANCE_HINT"] == "THROUGHPUT"
+    for choice, on in ((OPENVINO, "CPU, f32, throughput"), (dataclasses.replace(OPENVINO, hint="latency"), "CPU, f32")):
+        verdict = check_bundle(bundle, engines=choice)
+        assert verdict.exit_code == 0, verdict.faults
+        assert [run.on for run in verdict.engines if run.file == "engine/model.xml"] == [on]
+
+
 def test_an_ir_is_the_same_bytes_again(outcome: Outcome, tmp_path: Path) -> None:
     onnx, precision = outcome.bundle / "model.onnx", outcome.engine.precision
     built = [build_engine("openvino", onnx, tmp_path / name, precision=precision) for name in ("a", "b")]

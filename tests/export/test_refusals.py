@@ -52,6 +52,12 @@ def refused(tmp_path: Path, **changes: Any) -> PatchslimError:
         ({"engine": "ort,openvino", "target": ("sm89",)}, 2, "--target needs --engine trt"),
         ({"engine": "ort,openvino", "batch": "1:2:4"}, 2, "--batch 1:2:4 needs --engine trt"),
         ({"engine": "ort,openvino", "require_fused_attention": True}, 2, "--require-fused-attention needs --engine trt"),
+        ({"engine": "ort,trt", "hint": "throughput"}, 2, "--hint throughput is for --engine openvino"),
+        (
+            {"engine": "ort,openvino", "hint": "throughput", "latency_reduction": 0.2},
+            2,
+            "--hint throughput and --latency-reduction contradict each other",
+        ),
         ({"engine": "ort,trt", "keep_fp32": ("x",)}, 2, "--keep-fp32 is for --precision int8"),
         ({"eval_images": 0}, 2, "--eval-images 0"),
         ({"calibration_images": 0}, 2, "--calibration-images 0"),

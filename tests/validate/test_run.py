@@ -342,6 +342,8 @@ def test_a_gate_that_one_image_decides(good: Path, tmp_path: Path, capsys: pytes
         {"max_top1_drop": 1.0},
         {"min_top1": 101.0, "images": Path()},
         {"expect_manifest_sha256": "12ab"},
+        {"hint": "throughput", "engine": ("ort",)},
+        {"hint": "latency", "attestation": Path("attestation.json")},
     ],
 )
 def test_options_that_mean_nothing(good: Path, options: dict[str, object]) -> None:
