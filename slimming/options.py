@@ -107,7 +107,7 @@ class FittingGroup:
 
     fit: FitChoice = "closed-form"
     """Refit the slimmed blocks: not (none), by ridge regression (closed-form), or the paper's gradient descent (sgd).
-    distill is closed-form, and then all weights learn the dense model's answers on the calibration images, without labels.
+    distill is closed-form, and then all weights learn the dense model's answers and features, without labels.
     auto distils from 1,024 calibration images on, where there is a GPU or it would take a core at most 15 minutes."""
     distill_steps: int = Distillation.steps
     """Steps of --fit distill, of 128 images each; about as long as as many steps of training."""

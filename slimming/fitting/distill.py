@@ -1,10 +1,11 @@
-"""Label-free reconstruction of a slimmed model: it learns the dense model's answers on the calibration images, and no labels.
+"""Label-free reconstruction of a slimmed model: it learns the dense model's answers and features on the calibration images.
 
 A closed-form refit levels off: it changes two projections of a block, one block after the other. Here all weights learn
-together, and the images are varied so that a few hundred are enough: moved by up to an eighth of a side over a reflected
-border, mirrored, and blended pairwise (mixup, Zhang et al., 2018, shares uniform from 0 to 1). The dense model answers the same
-varied images, so a blend of two subjects is as good a question as a picture of one. Related: Beyer et al., "Knowledge
-distillation: A good teacher is patient and consistent" (2022), whose long schedules on varied images this shortens.
+together, from the answers and from every block's features (``slimming.fitting.feature_targets``), and the images are varied:
+moved by up to an eighth of a side over a reflected border, mirrored, and blended pairwise (mixup, Zhang et al., 2018, shares
+uniform from 0 to 1). The dense model sees the same varied images, so a blend of two subjects is as good a question as a
+picture of one. Related: Beyer et al., "Knowledge distillation: A good teacher is patient and consistent" (2022), whose long
+schedules on varied images this shortens.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def distill(
     checkpoint: Path | None = None,
     progress: StageProgress | None = None,
 ) -> FinetuneReport:
-    """Train ``slim`` (a ``SlimViT``) in place towards the answers of ``teacher``, the dense original, on ``images``.
+    """Train ``slim`` (a ``SlimViT``) in place towards ``teacher``, the dense original: its answers and features on ``images``.
 
     ``fingerprint`` tells the preprocessed images from others; with a folder ``checkpoint`` an interrupted run goes on from
     there, as ``finetune`` says. Every process of the group calls it, and each ends with equal weights. ``progress`` is called
@@ -119,6 +120,7 @@ def distill(
             lr=recipe.lr,
             label_smoothing=0.0,
             distill=1.0,
+            features=recipe.features,
             precision=recipe.precision,
             seed=seed,
         ),

@@ -43,10 +43,12 @@ from torch.nn import functional
 from patchslim.errors import InputRejected, UsageError
 from patchslim.progress import StageProgress
 from slimming.data.source import ImageSet
+from slimming.fitting.feature_targets import DenseTargets, SlimStreams, feature_loss
 from slimming.fitting.finetune_checkpoint import as_found, resume, save
 from slimming.fitting.finetune_data import Draws, identity_of, loader_of, read, train_transform
 from slimming.fitting.recipe import FinetuneReport, Recipe
 from slimming.models.fused_attention import unfused_attention
+from slimming.models.slim_vit import SlimViT
 from slimming.models.weights import state_digest
 
 _LEAST_LR, _WARMUP_LR = 1 / 50, 1 / 500  # of the learning rate, as in DeiT
@@ -105,7 +107,9 @@ def finetune(
     given = {id(parameter) for parameter in slim.parameters()}
     if teacher is not None and any(id(parameter) in given for parameter in teacher.parameters()):
         raise InputRejected("the teacher shares parameters with the slimmed model: give it a deep copy of the original")
-    if teacher is None or recipe.distill == 0:
+    if recipe.features and (teacher is None or not isinstance(slim, SlimViT)):
+        raise UsageError("fine-tuning: features are the dense original's, for a SlimViT: give both, or leave features at 0")
+    if teacher is None or (recipe.distill == 0 and not recipe.features):
         teacher = None
     with as_found(slim, teacher, images.samples):
         slim.requires_grad_(True)
@@ -191,7 +195,11 @@ def _train(
     decay = recipe.ema if recipe.ema is not None else max(0.0, 1 - 1 / max(1.0, _EMA_SHARE * steps))
     average = ModelEmaV3(slim, decay=decay)
     position = _Position(accelerator.device)
-    wrapped, optimizer = accelerator.prepare(slim, optimizer)
+    student: nn.Module = slim
+    if recipe.features and teacher is not None:
+        assert isinstance(slim, SlimViT)
+        student, teacher = SlimStreams(slim), DenseTargets(teacher, slim.plan)
+    wrapped, optimizer = accelerator.prepare(student, optimizer)
     classes = int(network.num_classes)
     feed = feed or _LoaderFeed(accelerator, run, total, classes)
     states = {"average": average, "schedule": scheduler, "position": position}  # the checkpoint's part beside Accelerate's
@@ -274,19 +282,26 @@ def _optimiser(network: Any, recipe: Recipe, lr: float, steps: int) -> tuple[Any
 def _loss(
     accelerator: Accelerator, wrapped: Any, teacher: nn.Module | None, inputs: Tensor, targets: Tensor, recipe: Recipe
 ) -> Tensor:
-    """(1 - w) cross entropy + w tau^2 KL(original || slim), the soft distillation of Hinton et al. (2015); w is ``distill``."""
-    logits = wrapped(inputs).float()
+    """(1 - w) cross entropy + w tau^2 KL(original || slim), the soft distillation of Hinton et al. (2015); w is ``distill``.
+
+    With ``features`` the error of the blocks' tokens is added, in the weight that it says.
+    """
+    answered = wrapped(inputs)
+    logits, streams = answered if isinstance(answered, tuple) else (answered, [])
+    logits = logits.float()
     smoothing = recipe.label_smoothing if targets.ndim == 1 else 0.0  # mixed targets are smooth already
     labelled = functional.cross_entropy(logits, targets, label_smoothing=smoothing)
     if teacher is None:
         return labelled
     with torch.no_grad(), accelerator.autocast():
         known = teacher(inputs)
+    known, wanted = known if isinstance(known, tuple) else (known, [])
     if known.shape != logits.shape:
         raise InputRejected(f"the teacher gives logits {tuple(known.shape)}, the slimmed model {tuple(logits.shape)}")
     student, target = ((value.float() / recipe.temperature).log_softmax(-1) for value in (logits, known))
     divergence = functional.kl_div(student, target, log_target=True, reduction="batchmean")
-    return (1 - recipe.distill) * labelled + recipe.distill * recipe.temperature**2 * divergence
+    loss = (1 - recipe.distill) * labelled + recipe.distill * recipe.temperature**2 * divergence
+    return loss + recipe.features * feature_loss(streams, wanted) if wanted else loss
 
 
 def _mix(recipe: Recipe, classes: int) -> Mixup | None:

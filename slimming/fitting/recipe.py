@@ -35,6 +35,9 @@ class Recipe:
     clip_grad: float = 1.0  # norm
     distill: float = 0.5  # weight of the KL divergence to the original's logits; labels have the rest. 0: labels alone
     temperature: float = 1.0  # of both logits in that divergence
+    features: float = (
+        0.0  # weight of the relative error of the blocks' features, added to all that; the original's are the target
+    )
     precision: TrainingPrecision = "no"
     seed: int = 0
 
@@ -58,6 +61,7 @@ class Recipe:
             "clip_grad": self.clip_grad > 0,
             "distill": 0 <= self.distill <= 1,
             "temperature": 0 < self.temperature < math.inf,
+            "features": 0 <= self.features < math.inf,
             "precision": self.precision in ("no", "bf16", "fp16"),
             "seed": self.seed >= 0,
         }

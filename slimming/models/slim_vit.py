@@ -38,11 +38,20 @@ class SlimViT(nn.Module):
         """Return the logits (b, classes) of images (b, 3, h, w)."""
         reader = ModelReader(self.model)  # made anew: a copy of this module must read the copy's layers
         *_, tokens = self._walk(reader, images)
-        return reader.head.logits(tokens.index_select(1, self.head_rows))
+        return self._logits(reader, tokens)
+
+    def logits_and_streams(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the logits, and what ``streams`` returns."""
+        reader = ModelReader(self.model)
+        streams = list(self._walk(reader, images))
+        return self._logits(reader, streams[-1]), streams
 
     def streams(self, images: Tensor) -> list[Tensor]:
         """Return the residual stream behind 0, 1, ... blocks: tokens (b, n, d) in their original order."""
         return list(self._walk(ModelReader(self.model), images))
+
+    def _logits(self, reader: ModelReader, tokens: Tensor) -> Tensor:
+        return reader.head.logits(tokens.index_select(1, self.head_rows))
 
     def _walk(self, reader: ModelReader, images: Tensor) -> Iterator[Tensor]:
         tokens, ropes = reader.embed(images), reader.ropes()

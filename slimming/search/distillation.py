@@ -23,11 +23,12 @@ TrainingPrecision = Literal["no", "bf16", "fp16"]
 
 @dataclass(frozen=True)
 class Distillation:
-    """How a slimmed model learns the dense one's answers on unlabelled images; see ``slimming.fitting.distill``."""
+    """How a slimmed model learns from the dense one on unlabelled images; see ``slimming.fitting.distill``."""
 
     steps: int = 400
     batch_size: int = 128  # images per step, over all processes
     lr: float = 1e-4  # the highest
+    features: float = 5.0  # weight of the blocks' features beside the answers; 0: answers alone
     precision: TrainingPrecision = "no"
 
     def check(self) -> None:
