@@ -87,8 +87,8 @@ class BudgetGroup:
     """A latency_table.json that an earlier export.run measured (it is in its bundle)."""
     merge_blocks: Annotated[str | None, tyro.conf.arg(metavar="auto|ramp|N|B,B,...")] = None
     """Where tokens go: a ramp over all blocks, N blocks whose places are searched, or these blocks, counted from 1 ("7,": block
-    7 alone). auto takes two blocks, which run faster, unless their answers diverge by over 5 % more than the ramp's. Default:
-    auto where tokens are merged, but for trt, whose engines have fewest kernels with a ramp; else ramp."""
+    7 alone). auto takes three, evenly spread, unless their answers diverge by over 5 % more than the ramp's before the fit.
+    Default: auto where tokens are merged, but for trt, whose engines have fewest kernels with a ramp; else ramp."""
     snap: int = 1
     """Round token counts to multiples of this, within the budget; 8 suits most GPUs."""
     score: ScoreName = "auto"

@@ -28,7 +28,7 @@ class Sizes:
 
 
 def few_block_counts(model: Any, name: str, reduction: float) -> list[int]:
-    """Counts that fall behind two evenly spread blocks, as the search for a GPU starts, and use the budget.
+    """Counts that fall behind few evenly spread blocks, as ``--merge-blocks auto`` tries, and use the budget.
 
     Raises ``BudgetUnreachable``.
     """

@@ -4,7 +4,7 @@
     python -m benchmarks.gpu.sizes --tiny --output tiny.json    # on a CPU, in a minute: does it run?
 
 Weights and images are random: only time is looked at. Plans remove ``--reduction`` of the MACs: tokens merged after every block
-(ramp), merged in two blocks (few-block), or left out with the ramp's counts (lost); ToMe at the same MACs beside them. Every
+(ramp), merged in three blocks (few-block), or left out with the ramp's counts (lost); ToMe at the same MACs beside them. Every
 row is one model in one form at one batch, all of a batch timed in turn; ratios are taken within each round. Matrix products of
 8,192 give the card's own rate in the same run.
 """

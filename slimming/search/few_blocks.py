@@ -38,9 +38,10 @@ SHAPES = (0.5, 0.7, 1.0, 1.4, 2.0)
 _EVEN = 2
 #: Trials of one search, each on a part of the images: all together about one dense pass over all of them.
 TRIALS = 8
-#: Merging blocks that ``auto`` compares with the ramp.
-AUTO = 2
-#: They may diverge so much more than the ramp, since they run faster.
+#: Merging blocks that ``auto`` compares with the ramp, evenly spread. Searched places diverged less before the fit on the
+#: models of ``benchmarks.accuracy``, and more after it.
+AUTO = 3
+#: They may diverge so much more than the ramp before the fit, which mends few deep merges better than many small ones.
 WORTH = 1.05
 #: KL divergence, nats, that is next to nothing: in the tables of ``benchmarks.accuracy`` merging loses at most 55 points of
 #: top-1 a nat, which makes 0.1 points. Few blocks that diverge by less are taken, and no ramp is searched.
@@ -214,9 +215,9 @@ class FewBlocks:
         """Few blocks, unless the ramp diverges clearly less."""
         evaluator, few, told = self.evaluator, math.inf, ""
         counts: list[int] = []
-        with contextlib.suppress(BudgetUnreachable):
-            if free_blocks(evaluator) >= AUTO:
-                counts = self.climb(spread_evenly(evaluator, AUTO))
+        if free_blocks(evaluator) >= AUTO:
+            with contextlib.suppress(BudgetUnreachable):
+                counts = self.counts(self._reachable(spread_evenly(evaluator, AUTO), moves=True)) or []
                 few = evaluator.divergence(counts)
                 told = f"in {_named(places_of(counts, evaluator))}"
         if few <= NEGLIGIBLE:

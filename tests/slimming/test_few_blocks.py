@@ -20,6 +20,7 @@ from slimming.run import SlimmingOptions
 from slimming.search.budget import Budget
 from slimming.search.counts import counts_within
 from slimming.search.few_blocks import (
+    AUTO,
     NEGLIGIBLE,
     TRIALS,
     WORTH,
@@ -121,34 +122,48 @@ def test_places_move_to_the_front_where_the_budget_asks_for_that() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ramp", "two", "places"),
-    [(1.0, 0.9, 2), (1.0, WORTH - 0.001, 2), (1.0, WORTH + 0.001, 11), (1.0, 1.2, 11), (NEGLIGIBLE / 2, NEGLIGIBLE * 1.01, 11)],
+    ("ramp", "few", "places"),
+    [(1.0, 0.9, 3), (1.0, WORTH - 0.001, 3), (1.0, WORTH + 0.001, 11), (1.0, 1.2, 11), (NEGLIGIBLE / 2, NEGLIGIBLE * 1.01, 11)],
 )
-def test_auto_takes_two_blocks_unless_the_ramp_is_clearly_better(ramp: float, two: float, places: int) -> None:
+def test_auto_takes_three_blocks_unless_the_ramp_is_clearly_better(ramp: float, few: float, places: int) -> None:
     evaluator = Made(197, 12, 1)
-    evaluator.merit = lambda counts: two if len(places_of(list(counts), evaluator)) == 2 else ramp
+    evaluator.merit = lambda counts: few if len(places_of(list(counts), evaluator)) == AUTO else ramp
     choice = search(evaluator).chosen("auto")
     assert len(places_of(choice.counts, evaluator)) == places
     assert choice.reason is not None
-    assert f"KL {two if places == 2 else ramp:.4f} before the fit" in choice.reason
+    assert f"KL {few if places == AUTO else ramp:.4f} before the fit" in choice.reason
     if places == 11:
         assert choice.counts == profile_within(evaluator, macs(evaluator), search(evaluator).limit)
         assert choice.reason.startswith("in every block: ")
 
 
-def test_where_two_blocks_cost_next_to_nothing_no_ramp_is_searched() -> None:
+def test_where_few_blocks_cost_next_to_nothing_no_ramp_is_searched() -> None:
     evaluator = Made(197, 12, 1, merit=lambda counts: NEGLIGIBLE)
     choice = search(evaluator).chosen("auto")
-    assert len(places_of(choice.counts, evaluator)) == 2
-    assert choice.reason == f"in blocks 4, 8: KL {NEGLIGIBLE:.4f} before the fit"
-    assert evaluator.asked == [choice.counts]
+    assert choice.reason == f"in blocks 3, 6, 9: KL {NEGLIGIBLE:.4f} before the fit"
+    assert places_of(choice.counts, evaluator) == (3, 6, 9)
+    assert (evaluator.asked, evaluator.asked_quickly) == ([choice.counts], [])
 
 
-@pytest.mark.parametrize("removed", [0.45, 0.8])
-def test_auto_falls_back_to_the_ramp_where_a_model_is_too_short_for_two_blocks(removed: float) -> None:
-    evaluator = Made(37, 2, 1)
-    limit = search(evaluator, removed).limit
-    assert search(evaluator, removed).chosen("auto").counts == profile_within(evaluator, macs(evaluator), limit)
+@pytest.mark.parametrize("depth", [2, 3])
+def test_auto_is_the_ramp_where_a_model_is_too_short_for_few_blocks(depth: int) -> None:
+    evaluator = Made(37, depth, 1)
+    few = search(evaluator)
+    assert few.chosen("auto").counts == profile_within(evaluator, macs(evaluator), few.limit)
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_what_is_left_of_the_budget_is_spent(multiple: int) -> None:
+    """The oracle: no run of equal counts can be raised any more, the first ones first."""
+    evaluator = Made(197, 12, 1)
+    few = search(evaluator, multiple=multiple)
+    counts = few.counts(Steps((3, 6, 9)))
+    assert counts is not None
+    assert few.cost.of(counts) <= few.limit
+    first, second, third = places_of(counts, evaluator)
+    for start, stop in pairwise((first - 1, second - 1, third - 1, 11)):
+        more = [count + multiple * (start <= block < stop) for block, count in enumerate(counts)]
+        assert few.cost.of(more) > few.limit or more[start] >= more[start - 1]
 
 
 def test_a_budget_that_the_last_block_meets_drops_nothing_else() -> None:
