@@ -6,8 +6,8 @@ At every budget, on the same held-out images, all but the first and the last fit
 images, none trained with labels:
 
 - resolution, blocks-N, DiffRate, radial: as ``benchmarks.accuracy.other_plans`` says;
-- ramp: the default plan;
-- distilled: the default plan, then ``--fit distill`` for ``--distill-steps``; 0 leaves it out.
+- ramp: tokens go in every block (``--merge-blocks ramp``);
+- distilled: the ramp, then ``--fit distill`` for ``--distill-steps``; 0 leaves it out.
 
 Rows are written as they are done, and a second call of the same command goes on from there.
 """
@@ -144,7 +144,7 @@ class Alternatives:
         return self.draw.finder(options).find_plan(options.request())
 
     def distilled(self, budget: float) -> FoundPlan:
-        """Our plan at a budget, distilled; an interrupted run goes on from a folder beside the results."""
+        """The ramp at a budget, distilled; an interrupted run goes on from a folder beside the results."""
         given = self.options
         options = dataclasses.replace(
             self.ours(budget),

@@ -4,7 +4,7 @@
 - blocks-N: our merging, in N blocks that are searched (``--merge-blocks N``);
 - DiffRate: the counts that Chen et al. (ICCV 2023, 2305.17997) publish for a DeiT-Ti of 0.7 GFLOPs, drawn out or in to the
   budget and over other depths, our merging;
-- radial: the default plan's counts, of which the patches nearest to the centre are kept and the others dropped.
+- radial: the counts of a ramp (``--merge-blocks ramp``); the patches nearest to the centre are kept, the others dropped.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _by_diffrates_counts(finder: PlanFinder, options: SlimmingOptions) -> FoundP
 
 
 def _around_the_centre(finder: PlanFinder, options: SlimmingOptions) -> FoundPlan:
-    """The default plan's counts with the patches nearest to the centre; what is dropped is dropped."""
+    """A ramp's counts with the patches nearest to the centre; what is dropped is dropped."""
     from slimming.api import FoundPlan, make_plan
     from slimming.fitting.closed_form import can_compensate, compensate
 
