@@ -76,7 +76,15 @@ def print_dry_run(options: ExportOptions) -> None:
 
     table = Table.grid(padding=(0, 2))
     for name, value in described.items():
-        table.add_row(name, escape(" ".join(map(str, value)) if isinstance(value, list) else str(value)))
+        if name == "engines":
+            for one in value:
+                said = f"{one['backend']} for {' '.join(one['targets'])}, {one['precision']}, {one['layout']} qkv"
+                table.add_row(f"engine {one['engine']}", escape(said))
+        elif name == "left_out":
+            for engine, reason in value.items():
+                table.add_row(f"left out {engine}", escape(reason))
+        else:
+            table.add_row(name, escape(" ".join(map(str, value)) if isinstance(value, list) else str(value)))
     Console(highlight=False).print(table)
 
 

@@ -110,13 +110,13 @@ def open_runner(
 
 def _subjects(folder: Path, manifest: Manifest) -> Iterator[Subject]:
     """The files of a bundle and what each runs in, the fastest first."""
-    for engine in _fastest_first(manifest):
+    for engine in fastest_first(manifest):
         yield from _engine_subjects(folder, manifest, engine)
     for key in reversed(ON_ONNX):
         yield Subject(key, folder, _served(manifest), manifest.files)
 
 
-def _fastest_first(manifest: Manifest) -> list[EngineRecord]:
+def fastest_first(manifest: Manifest) -> list[EngineRecord]:
     """The engines for a GPU, then those for a CPU by the times that the manifest has of them."""
     if not manifest.engines:
         return [manifest.engine]

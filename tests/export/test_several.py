@@ -29,8 +29,11 @@ from tests.helpers.exports import digests, read, stages_in, tiny
 from validate import check_bundle, load_manifest, open_runner
 from validate.attestation import attest, check_attestation
 from validate.bundle_differences import compare_bundles
+from validate.bundle_runner import fastest_first
 from validate.engine_runs import EngineChoice
 from validate.manifest import Manifest
+from validate.options import ValidateOptions
+from validate.run import run as validate_run
 
 pytest.importorskip("openvino")
 
@@ -140,6 +143,20 @@ def test_every_engine_is_checked_where_it_works(outcome: Outcome, tmp_path: Path
         check_bundle(outcome.bundle, engines=EngineChoice(("openvino",)))
 
 
+def test_each_is_measured_on_images_of_the_device(outcome: Outcome, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = load_manifest(outcome.bundle)
+    with np.load(outcome.bundle / "golden.npz", allow_pickle=False) as golden:
+        for image in manifest.golden_images:
+            folder = tmp_path / "images" / manifest.labels[int(golden["labels"][image.row])]
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(outcome.bundle / image.path, folder)
+    options = ValidateOptions(outcome.bundle, images=tmp_path / "images", latency_seconds=0, json=True)
+    assert validate_run(options) == 0
+    engines = json.loads(capsys.readouterr().out)["engines"]
+    assert [one["accuracy"]["stage"] for one in engines] == ["onnx-slim", "onnx-slim", "engine-openvino"]
+    assert len({one["accuracy"]["top1"] for one in engines}) == 1
+
+
 @pytest.mark.parametrize(
     ("times", "opened"),
     [((1.0, 2.0), "ort"), ((2.0, 1.0), "openvino"), ((None, None), "openvino"), ((3.0, None), "ort")],
@@ -159,6 +176,15 @@ def test_the_engine_that_was_fastest_is_opened(
         with open_runner(bundle, "openvino", hint="throughput") as several:
             many = several.infer(np.tile(golden["inputs"], (4, 1, 1, 1)))
         np.testing.assert_allclose(many, np.tile(first, (4, 1)), atol=1e-4)
+
+
+def test_an_engine_for_a_gpu_comes_before_those_for_a_cpu(outcome: Outcome) -> None:
+    first, second = load_manifest(outcome.bundle).engines
+    gpu = second.engine.model_copy(update={"backend": "tensorrt", "targets": ["sm89"]})
+    third = second.model_copy(update={"name": "trt", "stage": "engine-trt", "engine": gpu})
+    timed = [first.model_copy(update={"ms": 2.0}), second.model_copy(update={"ms": 1.0}), third]
+    manifest = load_manifest(outcome.bundle).model_copy(update={"engines": timed})
+    assert [one.backend for one in fastest_first(manifest)] == ["tensorrt", "openvino", "onnxruntime"]
 
 
 def test_damage_to_the_second_engine_is_found(outcome: Outcome, tmp_path: Path) -> None:
@@ -272,6 +298,8 @@ def test_the_dry_run_describes_each(export_work: Path, capsys: pytest.CaptureFix
         {"engine": "openvino", "backend": "openvino", "targets": ["cpu"], "precision": "auto", "layout": "split"},
     ]
     assert "left_out" not in described
+    assert run(tiny(export_work, "several", engine="ort,openvino", dry_run=True)) == 0
+    assert "openvino for cpu, auto, split qkv" in capsys.readouterr().out
     assert run(tiny(export_work, "several", dry_run=True, json=True)) == 0
     assert "engines" not in json.loads(capsys.readouterr().out)
 
@@ -308,6 +336,8 @@ def test_all_takes_what_is_here_and_says_why_not_the_rest(
     assert "pip install" in begun.left_out["trt"]
     assert run(tiny(tmp_path / "work", engine="all", precision="bf16", dry_run=True, json=True)) == 0
     assert json.loads(capsys.readouterr().out)["left_out"]["ort"] == "takes fp32, fp16, int8, not bf16"
+    assert run(tiny(tmp_path / "work", engine="all", precision="bf16", dry_run=True)) == 0
+    assert "left out ort" in capsys.readouterr().out
     without(monkeypatch, "openvino", "onnxruntime")
     with pytest.raises(Unavailable, match=r"--engine all: none works here: ort: .*pip install.*openvino: .*trt: ") as caught:
         begin(tiny(tmp_path / "work", engine="all"))

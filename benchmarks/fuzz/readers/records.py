@@ -94,11 +94,31 @@ def _drawing(record: RecordFile) -> Callable[[Random], str]:
     return drawn_records(record.kind, json.loads(record.text()))
 
 
+@cache
+def _of_two_engines(name: str) -> str:
+    """A record of the seed's bundle, as if OpenVINO were in it too."""
+    record = json.loads(seeds.bundle()[name])
+    slim = next(rung for rung in record["rungs"] if rung["stage"] == "onnx-slim")
+    record["rungs"].append(slim | {"stage": "engine-openvino", "compared_to": "onnx-slim"})
+    second = record["engine"] | {"backend": "openvino", "status": slim["status"]}
+    trial = {"precision": "fp32", "status": "passed", "ms": 2.0, "batch": 8, "top1_drop": 0.0, "chosen": True}
+    first = {"name": "ort", "stage": "engine", "onnx": "model.onnx", "macs": record["macs"], "engine": record["engine"]}
+    more = {
+        "name": "openvino",
+        "stage": "engine-openvino",
+        "engine": second,
+        "ms": 2.0,
+        "batch": 8,
+        "precision_trials": [trial],
+    }
+    return json.dumps(record | {"engines": [first, first | more | {"precision_trials": [trial]}]})
+
+
 _RECORDS = (
     RecordFile("plan.json", SlimPlan, lambda: _text(seeds.plan), _plan),
     RecordFile("latency_table.json", LatencyTable, lambda: _text(seeds.latency_table), _latency_table),
-    RecordFile("manifest.json", Manifest, lambda: seeds.bundle()["manifest.json"].decode(), _manifest),
-    RecordFile("parity.json", ParityReport, lambda: seeds.bundle()["parity.json"].decode(), _parity),
+    RecordFile("manifest.json", Manifest, lambda: _of_two_engines("manifest.json"), _manifest),
+    RecordFile("parity.json", ParityReport, lambda: _of_two_engines("parity.json"), _parity),
 )
 _VALID_FACT = json.dumps({"value": {"digest": "0" * 64, "sizes": [1, 2, 3], "share": 0.5}})
 
