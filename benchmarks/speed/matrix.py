@@ -63,7 +63,7 @@ class MatrixOptions(SubjectOptions):
     threads: int = os.cpu_count() or 1
     """Threads of everything that is timed."""
     sizes: tuple[str, ...] = ("vit_small_patch16_224",)
-    """More timm models, with random weights: speed alone, by plans of evenly spread tokens."""
+    """More timm models, with random weights: speed alone, by plans of evenly spread tokens, merged as the default does."""
     batches: tuple[int, ...] = (1, 8, 32)
     """Images per run."""
     rounds: int = 15
@@ -174,14 +174,14 @@ def random_subject(options: MatrixOptions, name: str) -> SpeedSubject:
     import timm
     import torch
 
-    from benchmarks.gpu.few_blocks import ramp_counts
+    from benchmarks.gpu.few_blocks import few_block_counts
     from benchmarks.gpu.sizes import plan_of_counts
 
     torch.manual_seed(0)
     model: Any = timm.create_model(name).eval()
     slims = {}
     for budget in options.budgets:
-        slims[budget] = (plan_of_counts(model, name, ramp_counts(model, name, budget), merges=True), model)
+        slims[budget] = (plan_of_counts(model, name, few_block_counts(model, name, budget), merges=True), model)
     height, width = model.patch_embed.img_size
     images = np.random.default_rng(0).standard_normal((max(options.batches), 3, height, width), dtype=np.float32)
     return SpeedSubject(name, model, slims, images, images[:16], None)
