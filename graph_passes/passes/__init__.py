@@ -18,6 +18,9 @@ from graph_passes.passes import repair_reshapes as repair_reshapes  # isort: ski
 # Before split_qkv: the scale goes into the projection as it was exported, and is split with it.
 from graph_passes.passes import fold_scale as fold_scale  # isort: skip
 
+# Before split_qkv and cut_tokens, which put rows between a norm and the projections that read it.
+from graph_passes.passes import fold_norm as fold_norm  # isort: skip
+
 # Before drop_patches, which leaves no convolution whose weights could take the normalisation.
 from graph_passes.passes import image_input as image_input  # isort: skip
 

@@ -22,10 +22,10 @@ pytestmark = pytest.mark.numeric
 ALL = list(range(17))
 # Block 1 keeps what block 0 left, so in compact mode it needs no cut; the last block keeps the class token only.
 KEPT = [[0, 2, 5, 6, 9, 11, 14, 16], [0, 2, 5, 6, 9, 11, 14, 16], [0, 5, 11, 16], [0]]
-OF_ANY_GRAPH = ["fold_constants", "expand_attention", "drop_unit_axes", "elide_identities", "softmax_output"]
+OF_ANY_GRAPH = ["fold_constants", "expand_attention", "drop_unit_axes", "elide_identities", "fold_norm", "softmax_output"]
 ORDER = [
-    "fold_constants", "expand_attention", "find_blocks", "repair_reshapes", "fold_scale", "order_tokens", "split_qkv",
-    "cut_tokens", "drop_unit_axes", "elide_identities", "fold_bias", "to_fp16",
+    "fold_constants", "expand_attention", "find_blocks", "repair_reshapes", "fold_scale", "fold_norm", "order_tokens",
+    "split_qkv", "cut_tokens", "drop_unit_axes", "elide_identities", "fold_bias", "to_fp16",
 ]  # fmt: skip
 #: Sites of passes that change the same whatever mode and layout are.
 OFTEN = {"repair_reshapes": 8, "fold_scale": 4, "order_tokens": 1}
@@ -43,10 +43,10 @@ def settings(mode: Mode = "compact", layout: Layout = "split") -> Settings:
 @pytest.mark.parametrize(
     ("mode", "layout", "sites"),
     [
-        ("compact", "split", {**OFTEN, "cut_tokens": 3, "split_qkv": 3, "fold_bias": 3, "drop_unit_axes": 9}),
-        ("compact", "packed", {**OFTEN, "cut_tokens": 3, "split_qkv": 0, "fold_bias": 0, "drop_unit_axes": 0}),
-        ("stale", "split", {**OFTEN, "cut_tokens": 4, "split_qkv": 4, "fold_bias": 4, "drop_unit_axes": 12}),
-        ("stale", "packed", {**OFTEN, "cut_tokens": 4, "split_qkv": 0, "fold_bias": 0, "drop_unit_axes": 0}),
+        ("compact", "split", {**OFTEN, "cut_tokens": 3, "split_qkv": 3, "fold_norm": 8, "fold_bias": 3, "drop_unit_axes": 9}),
+        ("compact", "packed", {**OFTEN, "cut_tokens": 3, "split_qkv": 0, "fold_norm": 0, "fold_bias": 0, "drop_unit_axes": 0}),
+        ("stale", "split", {**OFTEN, "cut_tokens": 4, "split_qkv": 4, "fold_norm": 8, "fold_bias": 4, "drop_unit_axes": 12}),
+        ("stale", "packed", {**OFTEN, "cut_tokens": 4, "split_qkv": 0, "fold_norm": 0, "fold_bias": 0, "drop_unit_axes": 0}),
     ],
 )
 def test_sites_numbers_and_second_run_of_every_pass(mode: Mode, layout: Layout, sites: dict[str, int]) -> None:
@@ -102,16 +102,16 @@ def test_a_plan_that_keeps_the_order_needs_no_gather() -> None:
     plan = plan_of(kept=[ALL, ALL, ALL[:9], [0]])
     result = slim(exported, plan)
     assert {entry.name: entry.sites for entry in result.results} == {
-        "fold_constants": 0, "expand_attention": 0, "find_blocks": 0, "repair_reshapes": 8, "fold_scale": 4, "order_tokens": 0,
-        "split_qkv": 2, "cut_tokens": 2, "fold_bias": 2, "drop_unit_axes": 6, "elide_identities": 0,
+        "fold_constants": 0, "expand_attention": 0, "find_blocks": 0, "repair_reshapes": 8, "fold_scale": 4, "fold_norm": 8,
+        "order_tokens": 0, "split_qkv": 2, "cut_tokens": 2, "fold_bias": 2, "drop_unit_axes": 6, "elide_identities": 0,
     }  # fmt: skip
     np.testing.assert_allclose(ort_logits(result.model, IMAGES), reference(model, plan, IMAGES), atol=1e-4)
 
 
-def test_a_dense_plan_only_folds_the_scale() -> None:
+def test_a_dense_plan_only_folds_into_weights() -> None:
     _, exported = dense("plain")
     result = slim(exported, plan_of(kept=[ALL] * 4))
-    assert [entry.name for entry in result.results if entry.modified] == ["fold_scale"]
+    assert [entry.name for entry in result.results if entry.modified] == ["fold_scale", "fold_norm"]
 
 
 def test_equal_inputs_give_equal_bytes() -> None:

@@ -60,8 +60,8 @@ def test_it_writes_the_slim_model_a_report_and_the_intermediates(
     assert summary["plan_macs"] == plan.macs("packed")
     sites = {entry["name"]: entry["sites"] for entry in summary["passes"]}
     assert [*sites] == [
-        "fold_constants", "expand_attention", "find_blocks", "repair_reshapes", "fold_scale", "order_tokens", "cut_tokens",
-        "drop_unit_axes", "elide_identities", "fold_bias",
+        "fold_constants", "expand_attention", "find_blocks", "repair_reshapes", "fold_scale", "fold_norm", "order_tokens",
+        "cut_tokens", "drop_unit_axes", "elide_identities", "fold_bias",
     ]  # fmt: skip
     wanted = {"find_blocks": 0, "repair_reshapes": 8, "fold_scale": 4, "order_tokens": 1, "cut_tokens": 3}
     assert {name: sites[name] for name in wanted} == wanted
