@@ -4,8 +4,8 @@
 scales the rows of W: exact, and one pass over the tokens less for runtimes that compute scale and shift by themselves, as
 OpenVINO does. TensorRT has them in the kernel of the norm, so that this runs for the layout ``split`` only.
 
-Before: a LayerNormalization with scale and shift, read by products with a bias, and by nothing else but for its shape. After: its
-scale is one, it has no shift, and the products have new constants. Site: a norm.
+Before: a LayerNormalization with scale and shift, read by products with a bias, and by nothing else but for its shape. After:
+its scale is one, it has no shift, and the products have new constants. Site: a norm.
 """
 
 from __future__ import annotations
