@@ -6,13 +6,13 @@ import dataclasses
 from dataclasses import dataclass
 
 from export.cache import StageCache
-from export.engines.base import ALL
+from export.engines.base import ALL, QUANTISED
 from export.engines.build import choose_backend
 from export.engines.support import engines_here
-from export.int8 import ensure_nncf
 from export.options import ExportOptions
 from export.places import check_places
 from export.publication import check_place
+from export.quantised_graphs import ensure_quantiser
 from export.source import ExportSource
 from export.stage_names import ALONE, StageNames
 from export.stages import EngineRequest, Workspace, find_plan, known_latency_table, needs_latency_table, plan_folder
@@ -61,8 +61,8 @@ def _with_engines_here(options: ExportOptions) -> tuple[ExportOptions, dict[Engi
 def _request(options: ExportOptions, first: EngineName) -> EngineRequest:
     """What to build of one engine, beside the ``first`` of its bundle. Raises as ``choose_backend`` does, ``ParityFailed``."""
     backend = choose_backend(options.primary, options.targets, options.engine_precision)
-    if options.engine_precision == "int8":
-        ensure_nncf()
+    if options.engine_precision in QUANTISED:
+        ensure_quantiser(options.primary, options.engine_precision)
     if options.require_executed and backend.ahead_of_time and target_for(cuda.local_target(), backend.targets) is None:
         raise ParityFailed(
             f"--require-executed: an engine for {', '.join(backend.targets)} cannot run on this machine; "

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from export.cache import copy_verified, tool_versions
-from export.engines.base import BuildSettings, EngineResult
+from export.engines.base import QUANTISED, BuildSettings, EngineResult
 from export.golden import preprocessing
 from export.logits import Measured
 from export.onnx_export import INPUT, OUTPUT
@@ -113,7 +113,8 @@ def _write_recipe(contents: BundleContents, folder: Path) -> None:
     """How a device builds a TensorRT engine by itself: of what the bundle's was built from, or of the file that is served."""
     attempt = next((one for one in contents.attempts if one.request.engine == "trt"), contents.first)
     engine, request = attempt.engine, attempt.request
-    precision = "fp32" if request.graph == "int8" else request.graph  # INT8 is not TensorRT's here
+    quantised_for_others = request.graph in QUANTISED and request.engine != "trt"  # TensorRT would lose its fused attentions
+    precision = "fp32" if quantised_for_others else request.graph
     name = onnx_file(attempt.names.onnx(precision))
     served = folder / name
     defaults, ahead_of_time = BuildSettings.default(precision), request.backend.ahead_of_time

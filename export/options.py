@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from export.engines.base import DEFAULT_BATCH, ENGINES, Batch, check_precision, parse_engines
+from export.engines.base import DEFAULT_BATCH, ENGINES, QUANTISED, Batch, check_precision, parse_engines
 from patchslim.choices import EngineName, Layout, PerformanceHint, Precision
 from patchslim.environment import processes
 from patchslim.errors import UsageError
@@ -59,17 +59,18 @@ class EngineGroup:
     """GPU generations to build TensorRT-RTX engines for: several with spaces, commas or again. Default: portable, one engine
     for sm80, sm86, sm89 and from sm120 on."""
     precision: Precision | Literal["auto"] | None = None
-    """Type of the engine's weights and activations. int8 is quantised by NNCF on the calibration images; in openvino the rest
-    is bf16. auto, the default of openvino: the fastest here that passes the gate. Default: fp16 for trt, fp32 for ort."""
+    """Type of the engine's weights and activations. int8 is quantised on the calibration images by NNCF, for trt by ModelOpt;
+    so is fp8, for trt alone (sm89, and from sm120 on). The rest is then bf16 in openvino, fp16 in trt. auto, the default of
+    openvino: the fastest here that passes the gate. Default: fp16 for trt, fp32 for ort."""
     batch: Annotated[str, tyro.conf.arg(metavar="MIN:USUAL:MAX")] = "1:8:32"
     """Batch sizes that a TensorRT engine takes, the one that it is fastest at in the middle; one number for all three."""
     hint: PerformanceHint = "latency"
     """What OpenVINO is told: to give all cores to one batch (latency), or to run several at once (throughput)."""
     mixed: Literal["auto", "none"] = "auto"
-    """Where int8 fails the gate: keep as few blocks as need be in higher precision, those that lose most first, and say which;
-    or keep none, and fail."""
+    """Where int8 or fp8 fails the gate: keep as few blocks as need be in higher precision, those that lose most first, and say
+    which; or keep none, and fail."""
     keep_fp32: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="PATTERN")] = ()
-    """Nodes that int8 leaves as they are: a regular expression that is found in their names. May be given again."""
+    """Nodes that int8 or fp8 leaves as they are: a regular expression that is found in their names. May be given again."""
 
 
 @dataclass(frozen=True)
@@ -154,16 +155,17 @@ class ExportOptions(OutputGroup, GateGroup, EngineGroup, PlanGroup, ModelOptions
             raise UsageError(f"--hint {self.hint} is for --engine openvino")
         if self.hint != "latency" and self.budget.criterion in LATENCY:
             raise UsageError(f"--hint {self.hint} and {self.given_budgets[0]} contradict each other")
-        if self.keep_fp32 and not any(self.for_engine(engine).may_be_int8 for engine in self.engines):
-            raise UsageError("--keep-fp32 is for --precision int8")
+        if self.keep_fp32 and not any(self.for_engine(engine).may_be_quantised for engine in self.engines):
+            raise UsageError("--keep-fp32 is for --precision int8 and fp8")
         for pattern in self.keep_fp32:
             try:
                 re.compile(pattern)
             except re.error as error:
                 raise UsageError(f"--keep-fp32 {pattern}: is no regular expression: {error}") from error
-        if self.precision in ("int8", "auto") and self.given_budgets and self.budget.criterion in LATENCY:
+        if self.precision in (*QUANTISED, "auto") and self.given_budgets and self.budget.criterion in LATENCY:
+            given = "int8" if self.precision == "auto" else self.precision
             raise UsageError(
-                "a latency budget is timed on single blocks, which int8 is not made for", next_step="use --precision bf16"
+                f"a latency budget is timed on single blocks, which {given} is not made for", next_step="use --precision bf16"
             )
 
     def check_inputs(self) -> None:
@@ -220,7 +222,7 @@ class ExportOptions(OutputGroup, GateGroup, EngineGroup, PlanGroup, ModelOptions
             alone = dataclasses.replace(alone, target=plain.target, batch=plain.batch, require_fused_attention=False)
         if engine != "openvino":
             alone = dataclasses.replace(alone, hint="latency")
-        return alone if alone.may_be_int8 else dataclasses.replace(alone, keep_fp32=())
+        return alone if alone.may_be_quantised else dataclasses.replace(alone, keep_fp32=())
 
     @property
     def layout(self) -> Layout:
@@ -244,9 +246,9 @@ class ExportOptions(OutputGroup, GateGroup, EngineGroup, PlanGroup, ModelOptions
         return unsaid or self.precision == "auto"
 
     @property
-    def may_be_int8(self) -> bool:
-        """Whether the first engine is, or may come to be, in INT8."""
-        return self.engine_precision == "int8" or self.chooses_precision
+    def may_be_quantised(self) -> bool:
+        """Whether the first engine is, or may come to be, in INT8 or FP8."""
+        return self.engine_precision in QUANTISED or self.chooses_precision
 
     @property
     def bundle(self) -> Path:

@@ -14,7 +14,7 @@ from export.begin import Begun, begin
 from export.bisect import Bisection, bisect
 from export.bundle import BundleContents, write_contents
 from export.cache import StageDamaged
-from export.engines.base import EngineResult
+from export.engines.base import QUANTISED, EngineResult
 from export.golden import golden_images
 from export.logits import slimmed_module
 from export.options import ExportOptions
@@ -46,6 +46,8 @@ from validate.parity_records import Macs, ParityReport, PrecisionTrial
 
 #: The least share of the tensors between the kernels of an FP16 engine that must have 16 bits; those built so far have 0.8.
 _LEAST_NARROW = 0.5
+#: And of 8 bits, in an engine whose products are all quantised; the bundled model's has 0.5.
+_LEAST_EIGHT_BIT = 0.25
 #: Stages of one run that may be found damaged and made anew.
 _REPAIRS = 3
 
@@ -198,11 +200,11 @@ def missed_by(options: ExportOptions, engine: EngineResult, names: StageNames = 
             "it is not known which" if engine.fused_attentions is None else f"{engine.fused_attentions} of {engine.attentions}"
         )
         faults.append(f"{names.engine}: {found} attentions are one kernel each, and --require-fused-attention asks for all")
-    share = engine.narrow_share
-    if engine.precision != "fp32" and share is not None and share < _LEAST_NARROW:
-        faults.append(
-            f"{names.engine}: {share:.0%} of the tensors between its kernels have 16 bits: it is no {engine.precision} engine"
-        )
+    share, eight = engine.narrow_share, engine.precision in QUANTISED
+    least = _LEAST_EIGHT_BIT * engine.quantised if eight else _LEAST_NARROW
+    if engine.precision != "fp32" and share is not None and share < least:
+        found = f"{share:.0%} of the tensors between its kernels have {8 if eight else 16} bits"
+        faults.append(f"{names.engine}: {found}: it is no {engine.precision} engine")
     return [fault for fault in faults if fault]
 
 

@@ -1,4 +1,4 @@
-"""Engines of one precision or of several: the fastest that passes the gate is taken; in INT8 few parts are kept as they are."""
+"""Engines of one precision or of several: the fastest that passes the gate; of what is quantised few parts are kept."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export.engine_times import TIMED_BATCH, Timed, engine_times
-from export.engines.base import ENGINES, EngineResult
+from export.engines.base import ENGINES, QUANTISED, EngineResult
 from export.engines.build import choose_backend
-from export.int8 import Int8Graphs, why_no_int8
 from export.logits import BuiltGraphs, Measured, answering_stages, measured_logits
 from export.parity import parity_report
+from export.quantised_graphs import Quantised, QuantisedGraphs, quantiser_for, why_not_quantised
 from export.source import ExportSource, LazyModule
 from export.stage_names import StageNames
 from export.stages import EngineRequest, Workspace, built_engine, slim_onnx
@@ -40,7 +40,7 @@ class Slimmed:
 
 @dataclass(frozen=True)
 class Attempt:
-    """An engine, the ONNX files behind it by stage, and what they answer; ``kept`` are the parts that INT8 leaves alone."""
+    """An engine, the ONNX files behind it by stage, and what they answer; ``kept`` are the parts that are not quantised."""
 
     request: EngineRequest
     graphs: dict[str, Path]
@@ -74,15 +74,17 @@ def attempt(options: ExportOptions, request: EngineRequest, source: ExportSource
 
 
 def _one(options: ExportOptions, request: EngineRequest, source: ExportSource, slimmed: Slimmed, work: Workspace) -> Attempt:
-    """One precision; of INT8 the graph with the fewest parts kept that passes, or all quantised where none does."""
-    graphs, names = slim_onnx(slimmed.dense, slimmed.plan, request, work), request.names
-    if request.graph != "int8":
+    """One precision; of a quantised one the graph with the fewest parts kept that passes, or all quantised where none does."""
+    graphs, names, precision = slim_onnx(slimmed.dense, slimmed.plan, request, work), request.names, request.graph
+    if precision not in QUANTISED:
         return _measured(options, request, source, slimmed, graphs, work)
-    quantised = Int8Graphs(graphs[names.slim], slimmed.dense, options.keep_fp32, source, work)
+    typed, keep = graphs[names.onnx(request.typed)], tuple(options.keep_fp32)
+    inputs = Quantised(graphs[names.slim], typed, slimmed.dense, precision, keep)
+    quantised = QuantisedGraphs(inputs, quantiser_for(request.engine), source, work)
 
     def keeping(parts: Sequence[str]) -> Attempt:
-        with_int8 = graphs | {names.onnx("int8"): quantised.with_kept(parts)}
-        return dataclasses.replace(_measured(options, request, source, slimmed, with_int8, work), kept=list(parts))
+        with_it = graphs | {names.onnx(precision): quantised.with_kept(parts)}
+        return dataclasses.replace(_measured(options, request, source, slimmed, with_it, work), kept=list(parts))
 
     first = found = keeping([])
     if options.mixed == "none" or not _lost_by_quantisation(first):
@@ -91,7 +93,7 @@ def _one(options: ExportOptions, request: EngineRequest, source: ExportSource, s
     # Where the precision is chosen, one with most blocks kept is not worth the search: it is no faster than bf16.
     most = len(order) // 2 if options.chooses_precision else len(order) - 1
     for count in range(1, most + 1):
-        work.reporter.say(f"int8 fails the gate; keeping {', '.join(order[:count])}")
+        work.reporter.say(f"{precision} fails the gate; keeping {', '.join(order[:count])}")
         found = keeping(order[:count])
         if found.parity.passed:
             return found
@@ -118,7 +120,7 @@ def _measured(
 def _lost_by_quantisation(found: Attempt) -> bool:
     """Whether only what is quantised fails the gate."""
     failed = [one.stage for one in found.parity.rungs if one.status in ("failed", "undecided")]
-    return bool(failed) and {*failed} <= {found.names.onnx("int8"), found.names.engine}
+    return bool(failed) and {*failed} <= {*map(found.names.onnx, QUANTISED), found.names.engine}
 
 
 def _fastest(
@@ -134,7 +136,7 @@ def _fastest(
             left_out[precision] = f"{request.precision} does not pass"
             continue
         try:
-            if precision == "int8" and (reason := why_no_int8()):
+            if precision in QUANTISED and (reason := why_not_quantised(request.engine)):
                 raise Unavailable(reason)
             other = dataclasses.replace(request, backend=choose_backend(request.engine, (), precision), precision=precision)
             tried[precision] = _one(options, other, source, slimmed, work)

@@ -157,7 +157,7 @@ def rank_parts(
         alone = restore(quantised, original, set(everything) - set(names))
         found = _log_softmax(answers(alone))
         losses[title] = float((np.exp(reference) * (reference - found)).sum(axis=1).mean())
-        progress("ranking blocks by their loss in int8", index + 1, len(parts))
+        progress("ranking blocks by their loss in 8 bits", index + 1, len(parts))
     return sorted(losses, key=lambda title: -losses[title])
 
 

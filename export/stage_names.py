@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from export.engines.base import ENGINES
+from export.engines.base import ENGINES, QUANTISED
 from patchslim.choices import EngineName, Precision
 
 PYTORCH, PYTORCH_SLIM, ONNX_SLIM, ENGINE = "pytorch", "pytorch-slim", "onnx-slim", "engine"
-PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8", "fp8")
 
 
 @dataclass(frozen=True)
 class StageNames:
     """The names of one engine's stages: of its run, ``engine``, and of its graph in float32, ``slim``.
 
-    ``quantised`` is part of the name of an INT8 graph that is not that of an engine before it.
+    ``quantised`` is part of the name of a quantised graph that is not that of an engine before it.
     """
 
     engine: str = ENGINE
@@ -30,7 +30,7 @@ class StageNames:
 
     def onnx(self, precision: Precision) -> str:
         """The graph in ``precision``."""
-        own = f"-{self.quantised}" if precision == "int8" and self.quantised else ""
+        own = f"-{self.quantised}" if precision in QUANTISED and self.quantised else ""
         return self.slim if precision == "fp32" else f"{self.slim}{own}-{precision}"
 
     @property

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from export.cache import FactStore, StageCache
-from export.engines.base import DEFAULT_BATCH, ENGINES, Backend, Batch, BuildProgress, EngineResult
+from export.engines.base import DEFAULT_BATCH, ENGINES, QUANTISED, Backend, Batch, BuildProgress, EngineResult
 from export.latency.conditions import TimingConditions
 from export.source import ExportSource, LazyModule, ModelFacts
 from export.stage_names import ALONE, StageNames
@@ -39,9 +39,6 @@ from validate.manifest import LatencyRecord
 
 if TYPE_CHECKING:
     from export.options import ExportOptions
-
-#: The INT8 graph's file in the work folder.
-INT8_FILE = "model.int8.onnx"
 
 
 @dataclass(frozen=True)
@@ -75,6 +72,11 @@ class EngineRequest:
     def graph(self) -> Precision:
         """The precision of the ONNX file that it is built from."""
         return ENGINES[self.engine].graph(self.precision)
+
+    @property
+    def typed(self) -> Precision:
+        """The precision of the ONNX file that it is built from, or of that which is quantised to make it."""
+        return ENGINES[self.engine].rest if self.graph in QUANTISED else self.graph
 
     @property
     def layout(self) -> Layout:
@@ -308,8 +310,8 @@ def dense_folder(module: LazyModule, model: ModelFacts, cache: StageCache) -> Pa
 
 
 def slim_onnx(dense: Path, plan: SlimPlan, request: EngineRequest, work: Workspace) -> dict[str, Path]:
-    """The slim model by stage name: in float32, and typed where the ONNX file that is asked for is; INT8 is made of these."""
-    layout, precision = request.layout, "fp32" if request.graph == "int8" else request.graph
+    """The slim model by stage name: in float32, and typed where the ONNX file that is asked for is, or what that is made of."""
+    layout, precision = request.layout, request.typed
     folder = work.cache.path(
         "slim", dense=work.facts.digest(dense), plan=plan.model_dump(mode="json"), layout=layout, precision=precision
     )

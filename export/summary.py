@@ -126,7 +126,7 @@ def print_summary(outcome: Outcome) -> None:
         for trial in one.trials:
             facts.add_row("" if trial is not one.trials[0] else "precisions", escape(trial_text(trial)))
         if one.kept:
-            facts.add_row("not in int8", ", ".join(one.kept))
+            facts.add_row(f"not in {one.engine.precision}", ", ".join(one.kept))
     facts.add_row("size", f"{outcome.size / 1e6:.1f} MB")
     facts.add_row("dense ONNX", escape(f"{outcome.dense_onnx} ({dense_onnx_holds(outcome)})"))
     facts.add_row("bundle", escape(str(outcome.bundle)))

@@ -49,6 +49,7 @@ PACKAGES = (
     Package("tensorrt", "tensorrt-cu13", ("trt",)),
     Package("openvino", "openvino", ("openvino",)),
     Package("nncf", "nncf", ("nncf",)),
+    Package("modelopt", "nvidia-modelopt", ("modelopt",)),
     Package("ml_dtypes", "ml-dtypes", ("export",)),
     Package("PIL", "pillow", ("edge", "export")),
     Package("scipy", "scipy", ("edge", "export")),

@@ -15,11 +15,11 @@ from validate.parity_records import Rung, ladder_passed
 
 #: Largest difference of a logit that a stage may show, by its precision, as a fraction of the largest logit (of 1 where that
 #: is smaller). FP16 keeps 11 bits of each value, bfloat16 8: its rounding errors, and so its bound, are 2^3 times FP16's. INT8
-#: rounds to a 255th of a tensor's whole range, from which no bound on a logit follows: a quantisation is judged by its top-1,
-#: as slimming is, and this bound is for an engine that answers nonsense.
-TOLERANCES: dict[Precision, float] = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 8e-2, "int8": 1.0}
+#: rounds to a 255th of a tensor's whole range and FP8 keeps 4 bits, from which no bound on a logit follows: a quantisation is
+#: judged by its top-1, as slimming is, and this bound is for an engine that answers nonsense.
+TOLERANCES: dict[Precision, float] = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 8e-2, "int8": 1.0, "fp8": 1.0}
 #: Percent of images on which a graph must have float32's top-1, by its precision: fewer bits may turn near ties.
-MIN_AGREEMENT: dict[Precision, float] = {"fp32": 100.0, "fp16": 90.0, "bf16": 90.0, "int8": 75.0}
+MIN_AGREEMENT: dict[Precision, float] = {"fp32": 100.0, "fp16": 90.0, "bf16": 90.0, "int8": 75.0, "fp8": 75.0}
 
 
 def logit_tolerance(precision: Precision, logits: Array) -> float:

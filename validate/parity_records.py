@@ -174,7 +174,7 @@ class EngineRecord(StrictRecord):
     attentions: Count | None = Field(default=None, description="attentions in the graph")
     narrow_share: Annotated[float, Field(ge=0, le=1)] | None = Field(
         default=None,
-        description="share of the tensors between kernels with at most 16 bits; null where that is not known",
+        description="share of the tensors between kernels with at most 16 bits, in int8 and fp8 with 8; null where not known",
     )
     files: list[PlainPath] = Field(default_factory=list, description="the engine's files in the bundle")
     settings: dict[str, JsonValue] = Field(default_factory=dict, description="what the engine was told, in its own words")

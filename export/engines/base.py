@@ -21,13 +21,14 @@ class EngineTraits:
 
     ``targets`` are what it can be built for, each with the precisions that it takes there, the default one first. ``layout`` is
     how a plan's cuts are laid for it. ``graphs`` names, for precisions that the engine makes by itself, that of the ONNX file
-    that it is built from; for others the ONNX file is typed.
+    that it is built from; for others the ONNX file is typed. ``rest`` is the type of what a quantised graph leaves as it is.
     """
 
     targets: Mapping[str, tuple[Precision, ...]]
     layout: Layout
     graphs: Mapping[Precision, Precision] = field(default_factory=dict)
     default: Precision = "fp32"
+    rest: Precision = "fp32"
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
@@ -46,16 +47,17 @@ ENGINES: dict[EngineName, EngineTraits] = {
     # A packed qkv keeps TensorRT's kernels few.
     "trt": EngineTraits(
         {
-            PORTABLE: ("fp16", "bf16", "fp32"),
-            "sm75": ("fp16",),  # Turing has no fp32 and no bfloat16 matrix product in TensorRT-RTX
-            "sm80": ("fp16", "bf16", "fp32"),
-            "sm86": ("fp16", "bf16", "fp32"),
-            "sm89": ("fp16", "bf16", "fp32"),
-            "sm120": ("fp16", "bf16", "fp32"),
-            "sm121": ("fp16", "bf16", "fp32"),
+            PORTABLE: ("fp16", "bf16", "fp32", "int8"),  # it must run on sm80, which has no fp8; TensorRT-RTX would build it
+            "sm75": ("fp16", "int8"),  # Turing has no fp32 and no bfloat16 matrix product in TensorRT-RTX
+            "sm80": ("fp16", "bf16", "fp32", "int8"),
+            "sm86": ("fp16", "bf16", "fp32", "int8"),
+            "sm89": ("fp16", "bf16", "fp32", "int8", "fp8"),
+            "sm120": ("fp16", "bf16", "fp32", "int8", "fp8"),
+            "sm121": ("fp16", "bf16", "fp32", "int8", "fp8"),
         },
         "packed",
         default="fp16",
+        rest="fp16",
     ),
 }
 """The engines that can be asked for: which takes which precision on which target. TensorRT's targets are TensorRT-RTX's; full
@@ -89,8 +91,19 @@ def parse_engines(given: str) -> tuple[EngineName, ...]:
 
 TARGETS = tuple(ENGINES["trt"].targets)
 
-DEFAULT_TARGETS = (PORTABLE,)
-"""What TensorRT-RTX builds for unless targets are given: one engine, where one per generation would be for speed alone."""
+QUANTISED: tuple[Precision, ...] = ("int8", "fp8")
+"""The precisions in which a graph says of its tensors which are quantised, and by what scale."""
+
+
+def default_targets(precision: Precision | None = None) -> tuple[str, ...]:
+    """What TensorRT-RTX builds for unless targets are given: one engine, where one per generation would be for speed alone.
+
+    One for each generation that has the ``precision`` where not all that the one engine is for have it.
+    """
+    targets = ENGINES["trt"].targets
+    if precision is None or precision in targets[PORTABLE]:
+        return (PORTABLE,)
+    return tuple(target for target, precisions in targets.items() if precision in precisions)
 
 
 def check_precision(engine: EngineName, precision: Precision, targets: Iterable[str] = ()) -> None:
@@ -180,8 +193,9 @@ class EngineResult:
 
     ``fused_attentions`` is the smallest count over the targets, of ``attentions`` in the ONNX graph; None where the backend
     does not tell (ONNX Runtime, OpenVINO). ``kernels``, ``fused``, ``narrow`` (the share of the tensors between kernels that
-    has at most 16 bits) and ``seconds`` map each target to its own numbers, ``dense_kernels`` those targets that the dense
-    model was built for. ``settings`` are what the engine is told, in its own words.
+    has no more bits than the precision) and ``seconds`` map each target to its own numbers, ``dense_kernels`` those targets
+    that the dense model was built for. ``settings`` are what the engine is told, in its own words; ``quantised`` is the share
+    of the ONNX file's products that read what is quantised.
     """
 
     backend: BackendName
@@ -200,6 +214,7 @@ class EngineResult:
     narrow: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    quantised: float = 0.0
 
     @property
     def fused_attentions(self) -> int | None:

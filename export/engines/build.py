@@ -54,7 +54,7 @@ def build_engine(
     once. ``trt`` writes ``STEM.TARGET.engine`` per target and one ``engine_layers.json`` into ``output_dir``: all of them, or
     none. ``precision`` must be what the ONNX file says, since engines are strongly typed, but for bf16 in OpenVINO, which makes
     that of float32. ``hint`` is what OpenVINO is told. ``targets`` None means this machine's GPU with full TensorRT,
-    ``DEFAULT_TARGETS`` with TensorRT-RTX. An ONNX file with a fixed batch overrides ``batch``.
+    ``default_targets`` with TensorRT-RTX. An ONNX file with a fixed batch overrides ``batch``.
 
     Raises ``UsageError`` for an unknown target, an impossible batch, or fp32 for sm75; ``InputRejected`` where the ONNX file
     cannot be used, or is of another precision; ``Unavailable`` where there is no backend here, or it cannot build this graph

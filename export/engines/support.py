@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from export.engines import onnx_runtime, openvino_build, tensorrt_build
-from export.engines.base import ENGINES
+from export.engines.base import ENGINES, QUANTISED
 from patchslim import cuda
 from patchslim.choices import EngineName, Precision
 from patchslim.device import cpu_flags
 from patchslim.errors import PatchslimError
-from patchslim.packages import extra_for, install_command
+from patchslim.packages import extra_for, install_command, missing
 from patchslim.targets import runs_on
 
 Status = Literal["runs", "builds", "refused", "missing"]
@@ -109,6 +109,9 @@ def _trt(target: str, precision: Precision) -> EngineSupport:
     except PatchslimError as error:
         installed = any(importlib.util.find_spec(name) is not None for name in ("tensorrt", "tensorrt_rtx"))
         return EngineSupport("trt", target, precision, "refused" if installed else "missing", reason=str(error))
+    if precision in QUANTISED and missing(["modelopt"]):
+        reason = f"ModelOpt is not installed: {install_command('modelopt')}"
+        return EngineSupport("trt", target, precision, "missing", reason=reason)
     return EngineSupport("trt", target, precision, "runs" if runs_on(target, cuda.local_target()) else "builds", backend)
 
 

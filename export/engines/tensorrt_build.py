@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from export.engines.base import (
-    DEFAULT_TARGETS,
     TARGETS,
     Backend,
     BackendName,
@@ -25,6 +24,7 @@ from export.engines.base import (
     BuildProgressCallback,
     EngineResult,
     check_precision,
+    default_targets,
 )
 from export.engines.onnx_info import OnnxFacts
 from export.engines.tensorrt_worker import BuildRequest
@@ -68,7 +68,7 @@ def choose_backend(
             raise Unavailable(f"TensorRT-RTX does not build for {', '.join(foreign)}; {_INSTALL}")
         if precision is not None:
             check_precision("trt", precision, wanted)
-        return Backend("tensorrt_rtx", wanted or DEFAULT_TARGETS, ahead_of_time=True)
+        return Backend("tensorrt_rtx", wanted or default_targets(precision), ahead_of_time=True)
     if not full and backend is not None:
         extra = "trt" if backend == "tensorrt" else "rtx"
         raise Unavailable(f"{_NAMES[backend]} is not installed; install it: {install_command(extra)}")
@@ -98,6 +98,7 @@ def build(onnx_path: Path, output_dir: Path, facts: OnnxFacts, options: BuildOpt
         kernels={target: outcome["kernels"] for target, outcome in done.items() if "kernels" in outcome},
         fused={target: outcome["fused_attentions"] for target, outcome in done.items() if "fused_attentions" in outcome},
         narrow={target: outcome["narrow_share"] for target, outcome in done.items() if outcome.get("narrow_share") is not None},
+        quantised=facts.quantised,
         seconds={target: round(outcome["seconds"], 2) for target, outcome in done.items()},
     )
 

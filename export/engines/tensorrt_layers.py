@@ -18,8 +18,8 @@ _TENSOR = re.compile(r"\{ Name: (?P<name>.*?), Dimensions: \[(?P<shape>[^\]]*)\]
 _FUSED = re.compile(r"_+(?:[a-z]+_)?f?mha(?:_|$)")  # from the start: a kernel may also bear the name of an ONNX node called mha
 _ORIGIN = re.compile(r"\[ONNX Layer: (.*?)\](?=\[|$|\s)")
 
-#: Types of tensors, as TensorRT spells them.
-_NARROW, _WIDE = ("Half", "BFloat16", "FP8", "Int8"), ("Float",)
+#: The bits of tensors that hold numbers of a model, by their type as TensorRT spells it.
+_BITS = {"Int8": 8, "FP8": 8, "Half": 16, "BFloat16": 16, "Float": 32}
 
 Kernel = dict[str, Any]
 """One kernel: ``name``, ``type``, ``tactic``, ``onnx_nodes`` (names), ``inputs`` and ``outputs``.
@@ -64,8 +64,8 @@ def count_kernels(kernels: Iterable[Kernel]) -> int:
     return sum(kernel["type"] != "shape_call" for kernel in kernels)
 
 
-def narrow_share(kernels: Iterable[Kernel]) -> float | None:
-    """Which fraction of the floating-point tensors between kernels has at most 16 bits; None where there is none.
+def narrow_share(kernels: Iterable[Kernel], bits: int = 16) -> float | None:
+    """Which fraction of the tensors between kernels, indices aside, has at most so many bits; None where there is none.
 
     Constants are not counted, nor what a kernel computes inside.
     """
@@ -74,9 +74,9 @@ def narrow_share(kernels: Iterable[Kernel]) -> float | None:
         for kernel in kernels
         if kernel["type"] != "shape_call"
         for tensor in (*kernel["inputs"], *kernel["outputs"])
-        if tensor["dtype"] in (*_NARROW, *_WIDE)
+        if tensor["dtype"] in _BITS
     ]
-    return sum(kind in _NARROW for kind in kinds) / len(kinds) if kinds else None
+    return sum(_BITS[kind] <= bits for kind in kinds) / len(kinds) if kinds else None
 
 
 def count_fused_attentions(kernels: Iterable[Kernel], attentions: Iterable[str]) -> int:

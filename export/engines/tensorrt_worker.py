@@ -162,7 +162,7 @@ def _write_layers(request: BuildRequest, message: str) -> dict[str, Any]:
         print(f"kernels not listed: {error}", file=sys.stderr)
         return {}
     fused = count_fused_attentions(kernels, request.attentions)
-    share = narrow_share(kernels)
+    share = narrow_share(kernels, 8 if request.precision in ("int8", "fp8") else 16)
     layers = {"kernels": kernels, "fused_attentions": fused, "attentions": len(request.attentions), "narrow_share": share}
     Path(request.layers).write_text(json.dumps(layers))
     return {"kernels": count_kernels(kernels), "fused_attentions": fused, "narrow_share": share}

@@ -12,6 +12,7 @@ from validate.preprocessing import Preprocessing
 
 #: The largest batch that a server makes, where the engine's own is not known.
 _LARGEST_BATCH = 32
+_TENSORRT = ("tensorrt", "tensorrt_rtx")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\u0085\u2028\u2029]+")
 #: TensorRT's name of a GPU generation, as sm89, and the last digit apart.
 _TARGET = re.compile(r"sm(\d+)(\d)")
@@ -111,10 +112,13 @@ def _runnable(manifest: Manifest) -> OnnxRecord:
 
 
 def _buildable(manifest: Manifest) -> OnnxRecord:
-    """What TensorRT is given, which takes no INT8: of several engines what its own was built from."""
-    files = [record for record in manifest.onnx if record.dtype == "float32" and stage_precision(record.stage) != "int8"]
-    own = [one.onnx for one in manifest.engines if one.engine.backend in ("tensorrt", "tensorrt_rtx")]
-    return next((record for record in files if record.path in own), files[0] if manifest.engines else files[-1])
+    """What TensorRT is given: what its own engine was built from, or what is not quantised, which others' graphs are."""
+    files = [record for record in manifest.onnx if record.dtype == "float32"]
+    if not manifest.engines and manifest.engine.backend in _TENSORRT:
+        return files[-1]
+    own = [one.onnx for one in manifest.engines if one.engine.backend in _TENSORRT]
+    others = [record for record in files if stage_precision(record.stage) not in ("int8", "fp8")]
+    return next((record for record in files if record.path in own), others[0] if manifest.engines else others[-1])
 
 
 def _plain_name(name: str) -> str:

@@ -172,9 +172,9 @@ def test_the_fastest_precision_that_passes_is_taken(tmp_path: Path, monkeypatch:
 def test_what_cannot_be_is_refused_before_anything_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work = tmp_path / "work"
     for changes, named in (
-        ({"engine": "trt", "precision": "int8"}, "--precision int8: trt takes fp16, bf16, fp32"),
+        ({"engine": "openvino", "precision": "fp8"}, "--precision fp8: openvino takes fp32, bf16, int8"),
         ({"engine": "ort", "precision": "auto"}, "--precision auto is for --engine openvino"),
-        ({"engine": "ort", "keep_fp32": ("x",)}, "--keep-fp32 is for --precision int8"),
+        ({"engine": "ort", "keep_fp32": ("x",)}, "--keep-fp32 is for --precision int8 and fp8"),
         ({"engine": "ort", "precision": "int8", "keep_fp32": ("(",)}, r"--keep-fp32 \(: is no regular expression"),
         ({"engine": "ort", "precision": "int8", "latency_reduction": 0.2}, "a latency budget is timed on single blocks"),
         ({"engine": "openvino", "precision": "auto", "latency_reduction": 0.2}, "a latency budget is timed on single blocks"),

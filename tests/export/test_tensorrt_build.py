@@ -14,7 +14,7 @@ import onnx
 import pytest
 import torch
 
-from export.engines.base import DEFAULT_TARGETS, BuildProgress
+from export.engines.base import BuildProgress
 from export.engines.build import build_engine
 from export.engines.tensorrt_build import choose_backend
 from patchslim import cuda
@@ -177,7 +177,9 @@ def test_unknown_target_lists_the_valid_ones() -> None:
 @needs_rtx
 @ahead_of_time
 def test_one_engine_serves_many_by_default_and_repeats_are_dropped() -> None:
-    assert choose_backend().targets == DEFAULT_TARGETS == ("portable",)
+    assert choose_backend().targets == ("portable",)
+    assert choose_backend(precision="int8").targets == ("portable",)
+    assert choose_backend(precision="fp8").targets == ("sm89", "sm120", "sm121")
     assert choose_backend(["SM89", "sm80", "sm89"]).targets == ("sm89", "sm80")
 
 
