@@ -23,7 +23,7 @@ EVIT_FORMS: dict[str, dict[str, bool]] = {"summed": {}, "averaged": {"normalised
 
 RESOLUTION, BLOCKS = "resolution", "blocks-"
 #: Other ways to spend the same MACs, as ``benchmarks.accuracy.other_plans`` says; those but the first are fitted like ours.
-OTHERS: tuple[str, ...] = (RESOLUTION, "radial", "DiffRate", f"{BLOCKS}2", f"{BLOCKS}3")
+OTHERS: tuple[str, ...] = (RESOLUTION, "radial", "DiffRate", f"{BLOCKS}auto", f"{BLOCKS}2", f"{BLOCKS}3")
 
 
 class Row(TypedDict, total=False):
