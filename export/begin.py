@@ -69,7 +69,9 @@ def _request(options: ExportOptions, first: EngineName) -> EngineRequest:
             "run this command on one with such a GPU, or leave the option out here and give it to validate.run there"
         )
     names = ALONE if options.primary == first else StageNames.beside(options.primary, first)
-    return EngineRequest(options.primary, backend, options.engine_precision, options.batch_profile, names, options.hint)
+    request = EngineRequest(options.primary, backend, options.engine_precision, options.batch_profile, names, options.hint)
+    profiles = options.batch_profiles if len(options.batch_profiles) > 1 else ()
+    return dataclasses.replace(request, profiles=profiles, settings=options.builder_settings)
 
 
 def describe(options: ExportOptions) -> dict[str, object]:

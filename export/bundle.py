@@ -117,20 +117,21 @@ def _write_recipe(contents: BundleContents, folder: Path) -> None:
     precision = "fp32" if quantised_for_others else request.graph
     name = onnx_file(attempt.names.onnx(precision))
     served = folder / name
-    defaults, ahead_of_time = BuildSettings.default(precision), request.backend.ahead_of_time
+    told, ahead_of_time = request.settings or BuildSettings.default(precision), request.backend.ahead_of_time
     recipe = make_recipe(
         onnx=schema.FileRecord(path=name, size=served.stat().st_size, sha256=digest(served)),
         spec=_input(contents.model),
         batch=engine.batch,
         settings=RecipeSettings(
             precision=precision,
-            tf32=defaults.tf32,
-            workspace_mib=None,
-            optimization_level=defaults.optimization_level,
+            tf32=told.tf32,
+            workspace_mib=None if told.workspace is None else told.workspace >> 20,
+            optimization_level=told.optimization_level,
             compute_capabilities=[target for target in engine.targets if target != PORTABLE] if ahead_of_time else [],
         ),
         expected=ExpectedEngine(precision=precision, attentions=engine.attentions, fused_attentions=engine.fused_attentions),
         tools=tool_versions(),
+        profiles=request.profiles,
     )
     save_record(folder / RECIPE, recipe)
 

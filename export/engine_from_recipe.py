@@ -85,7 +85,10 @@ def _built(onnx: Path, folder: Path, asked: RecipeBuild, recipe: BuildRecipe, pr
     facts = read_onnx(onnx)
     _check_facts(facts, recipe, asked.recipe.parent / recipe.onnx.path)
     settings = _builder_settings(recipe)
-    options = BuildOptions(backend.targets, expected.precision, recipe.batch, progress, backend.name, settings)
+    profiles = [(one.min, one.opt, one.max) for one in recipe.profiles]
+    options = BuildOptions(
+        backend.targets, expected.precision, recipe.batch, progress, backend.name, settings, profiles=profiles
+    )
     result = build(onnx, folder, facts, options)
     fused, least = result.fused_attentions, expected.fused_attentions
     if fused is not None and least is not None and fused < least:

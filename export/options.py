@@ -11,16 +11,26 @@ from typing import Annotated, Literal
 
 import tyro
 
-from export.engines.base import DEFAULT_BATCH, ENGINES, QUANTISED, Batch, check_precision, parse_engines
+from export.engines.base import (
+    DEFAULT_BATCH,
+    ENGINES,
+    QUANTISED,
+    Batch,
+    BuildSettings,
+    all_of,
+    check_precision,
+    parse_engines,
+)
 from patchslim.choices import EngineName, Layout, PerformanceHint, Precision
 from patchslim.environment import processes
 from patchslim.errors import UsageError
 from slimming.options import DEFAULT_MARGIN, ModelOptions
 from slimming.search.budget import LATENCY
+from validate.build_recipe import MAX_PROFILES
 from validate.fields import GateRule
 
-#: Of a batch in a build recipe.
-_LARGEST_BATCH = 1 << 16
+#: Of a batch in a build recipe, and of a workspace in MiB.
+_LARGEST_BATCH, _MOST_WORKSPACE = 1 << 16, 1 << 20
 
 
 def default_work() -> Path:
@@ -62,8 +72,13 @@ class EngineGroup:
     """Type of the engine's weights and activations. int8 is quantised on the calibration images by NNCF, for trt by ModelOpt;
     so is fp8, for trt alone (sm89, and from sm120 on). The rest is then bf16 in openvino, fp16 in trt. auto, the default of
     openvino: the fastest here that passes the gate. Default: fp16 for trt, fp32 for ort."""
-    batch: Annotated[str, tyro.conf.arg(metavar="MIN:USUAL:MAX")] = "1:8:32"
-    """Batch sizes that a TensorRT engine takes, the one that it is fastest at in the middle; one number for all three."""
+    batch: Annotated[str, tyro.conf.arg(metavar="MIN:USUAL:MAX,...")] = "1:8:32"
+    """Batch sizes that a TensorRT engine takes, the one that it is fastest at in the middle; one number for all three. Several
+    with commas are as many optimisation profiles of one engine, of which each batch runs in the narrowest that takes it."""
+    workspace: Annotated[int | None, tyro.conf.arg(metavar="MIB")] = None
+    """Memory that a kernel of a TensorRT engine may use beside weights and activations. Default: what the GPU has."""
+    optimization_level: int | None = None
+    """Of TensorRT's builder: 0 builds fastest, 5 tries most. Default: 3."""
     hint: PerformanceHint = "latency"
     """What OpenVINO is told: to give all cores to one batch (latency), or to run several at once (throughput)."""
     mixed: Literal["auto", "none"] = "auto"
@@ -144,8 +159,15 @@ class ExportOptions(OutputGroup, GateGroup, EngineGroup, PlanGroup, ModelOptions
             raise UsageError("--target needs --engine trt")
         if self.require_fused_attention and "trt" not in self.engines:
             raise UsageError("--require-fused-attention needs --engine trt: other engines do not say what they fused")
-        if self.batch_profile != DEFAULT_BATCH and "trt" not in self.engines:
+        if self.batch_profiles != (DEFAULT_BATCH,) and "trt" not in self.engines:
             raise UsageError(f"--batch {self.batch} needs --engine trt: the others take any batch")
+        if self.workspace is not None and not 1 <= self.workspace <= _MOST_WORKSPACE:
+            raise UsageError(f"--workspace {self.workspace}: must be from 1 to {_MOST_WORKSPACE} MiB")
+        if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
+            raise UsageError(f"--optimization-level {self.optimization_level}: must be from 0 to 5")
+        for option, value in (("--workspace", self.workspace), ("--optimization-level", self.optimization_level)):
+            if value is not None and "trt" not in self.engines:
+                raise UsageError(f"{option} {value} needs --engine trt: it is TensorRT's builder that takes it")
         for engine in self.engines:
             check_precision(engine, self.for_engine(engine).engine_precision)
             if self.precision == "auto" and engine != "openvino":
@@ -192,17 +214,31 @@ class ExportOptions(OutputGroup, GateGroup, EngineGroup, PlanGroup, ModelOptions
         return self.max_top1_drop
 
     @property
+    def batch_profiles(self) -> tuple[Batch, ...]:
+        """``--batch``: smallest, most usual and largest batch of each profile. Raises ``UsageError`` for what is none."""
+        profiles = tuple(_profile(self.batch, words) for words in self.batch.split(","))
+        if len(profiles) > MAX_PROFILES:
+            raise UsageError(f"--batch {self.batch}: at most {MAX_PROFILES} profiles")
+        if len(set(profiles)) != len(profiles):
+            raise UsageError(f"--batch {self.batch}: a profile is given twice")
+        return profiles
+
+    @property
     def batch_profile(self) -> Batch:
-        """``--batch``: the smallest, most usual and largest batch. Raises ``UsageError`` for what is none."""
-        try:
-            smallest, usual, largest = (
-                int(size) for size in (self.batch.split(":") if ":" in self.batch else [self.batch] * 3)
-            )
-        except ValueError:
-            raise UsageError(f"--batch {self.batch}: must be MIN:USUAL:MAX, as 1:8:32, or one number") from None
-        if not 1 <= smallest <= usual <= largest <= _LARGEST_BATCH:
-            raise UsageError(f"--batch {self.batch}: needs 1 <= MIN <= USUAL <= MAX <= {_LARGEST_BATCH}")
-        return smallest, usual, largest
+        """What all of ``batch_profiles`` take together."""
+        return all_of(self.batch_profiles)
+
+    @property
+    def builder_settings(self) -> BuildSettings | None:
+        """What TensorRT's builder is told; None for the defaults of the precision."""
+        if self.workspace is None and self.optimization_level is None:
+            return None
+        settings = BuildSettings.default(self.engine_precision)
+        if self.workspace is not None:
+            settings = dataclasses.replace(settings, workspace=self.workspace << 20)
+        if self.optimization_level is not None:
+            settings = dataclasses.replace(settings, optimization_level=self.optimization_level)
+        return settings
 
     @property
     def engines(self) -> tuple[EngineName, ...]:
@@ -220,6 +256,7 @@ class ExportOptions(OutputGroup, GateGroup, EngineGroup, PlanGroup, ModelOptions
         if engine != "trt":
             plain = EngineGroup()
             alone = dataclasses.replace(alone, target=plain.target, batch=plain.batch, require_fused_attention=False)
+            alone = dataclasses.replace(alone, workspace=None, optimization_level=None)
         if engine != "openvino":
             alone = dataclasses.replace(alone, hint="latency")
         return alone if alone.may_be_quantised else dataclasses.replace(alone, keep_fp32=())
@@ -259,3 +296,14 @@ class ExportOptions(OutputGroup, GateGroup, EngineGroup, PlanGroup, ModelOptions
     def work_folder(self) -> Path:
         """``--work``, or its default."""
         return self.work or default_work()
+
+
+def _profile(given: str, words: str) -> Batch:
+    """One profile of ``--batch``. Raises ``UsageError`` for what is none."""
+    try:
+        smallest, usual, largest = (int(size) for size in (words.split(":") if ":" in words else [words] * 3))
+    except ValueError:
+        raise UsageError(f"--batch {given}: must be MIN:USUAL:MAX, as 1:8:32, or one number, several with commas") from None
+    if not 1 <= smallest <= usual <= largest <= _LARGEST_BATCH:
+        raise UsageError(f"--batch {given}: needs 1 <= MIN <= USUAL <= MAX <= {_LARGEST_BATCH}")
+    return smallest, usual, largest

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from export.cache import FactStore, StageCache
-from export.engines.base import DEFAULT_BATCH, ENGINES, QUANTISED, Backend, Batch, BuildProgress, EngineResult
+from export.engines.base import DEFAULT_BATCH, ENGINES, QUANTISED, Backend, Batch, BuildProgress, BuildSettings, EngineResult
 from export.latency.conditions import TimingConditions
 from export.source import ExportSource, LazyModule, ModelFacts
 from export.stage_names import ALONE, StageNames
@@ -58,7 +58,8 @@ class Workspace:
 class EngineRequest:
     """The engine to build: by which backend, for which targets, of which precision, for which batches.
 
-    ``names`` are what its stages are called, ``hint`` is what OpenVINO is told.
+    ``names`` are what its stages are called, ``hint`` is what OpenVINO is told. ``profiles`` and ``settings`` are
+    TensorRT's, as ``BuildOptions`` has them.
     """
 
     engine: EngineName
@@ -67,6 +68,14 @@ class EngineRequest:
     batch: Batch = DEFAULT_BATCH
     names: StageNames = ALONE
     hint: PerformanceHint = "latency"
+    profiles: tuple[Batch, ...] = ()
+    settings: BuildSettings | None = None
+
+    @property
+    def told(self) -> dict[str, object]:
+        """What a TensorRT builder is told that is not the default."""
+        settings = {} if self.settings is None else {"settings": dataclasses.asdict(self.settings)}
+        return settings | ({"profiles": self.profiles} if self.profiles else {})
 
     @property
     def graph(self) -> Precision:
@@ -344,6 +353,7 @@ def built_engine(onnx: Path, request: EngineRequest, work: Workspace) -> EngineR
         precision=request.precision,
         batch=request.batch,
         hint=request.hint,
+        **request.told,
         here=(cuda.local_target(), onnxruntime_providers(work.facts)),
     )
 
@@ -364,6 +374,8 @@ def built_engine(onnx: Path, request: EngineRequest, work: Workspace) -> EngineR
                 targets=request.backend.targets,
                 precision=request.precision,
                 batch=request.batch,
+                profiles=request.profiles,
+                settings=request.settings,
                 hint=request.hint,
                 progress=progress,
             )

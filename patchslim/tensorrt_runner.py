@@ -38,6 +38,33 @@ def can_execute(backend: str, targets: Sequence[str]) -> tuple[bool, str]:
     return True, ""
 
 
+def engine_faults(trt: Any, runtime: Any, plan: bytes) -> str:
+    """What TensorRT-RTX's own check has against an engine, by its header alone; "" where it names nothing, or is not there.
+
+    Without a driver it takes any engine for invalid, and names nothing.
+    """
+    check = getattr(runtime, "get_engine_validity", None)
+    if check is None:  # full TensorRT
+        return ""
+    validity, diagnostics = check(plan)
+    if validity != trt.EngineValidity.INVALID:
+        return ""
+    known = {name: int(getattr(trt.EngineInvalidityDiagnostics, name)) for name in trt.EngineInvalidityDiagnostics.__members__}
+    named = [name.lower().replace("_", " ") for name, bit in known.items() if int(diagnostics) & bit]
+    return ", ".join(named)
+
+
+def narrowest_profile(profiles: Sequence[tuple[int, int]], batch: int) -> int | None:
+    """The number of the optimisation profile, fewest and most images each, that takes ``batch`` with the fewest others."""
+    able = [(most - fewest, number) for number, (fewest, most) in enumerate(profiles) if fewest <= batch <= most]
+    return min(able)[1] if able else None
+
+
+def profiles_in_words(profiles: Sequence[tuple[int, int]]) -> str:
+    """What optimisation profiles take: "1, 8 to 32 images"."""
+    return ", ".join(str(fewest) if fewest == most else f"{fewest} to {most}" for fewest, most in profiles) + " images"
+
+
 class TrtRunner:
     """An engine on the first visible GPU, a ``Runner``: one input, images, and its first output, logits.
 
@@ -56,7 +83,12 @@ class TrtRunner:
         self._trt: Any = importlib.import_module(backend)
         self._logger = self._trt.Logger(self._trt.Logger.ERROR)
         self._runtime = self._trt.Runtime(self._logger)
-        self._engine = self._runtime.deserialize_cuda_engine(model.read_bytes() if isinstance(model, Path) else model)
+        plan = model.read_bytes() if isinstance(model, Path) else model
+        if faults := engine_faults(self._trt, self._runtime, plan):
+            raise InputRejected(
+                f"{path}: {backend} {self._trt.__version__} says of this engine, on {cuda.local_target()}: {faults}"
+            )
+        self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise InputRejected(
                 f"{path}: not an engine that {backend} {self._trt.__version__} can load on {cuda.local_target()}"
@@ -74,8 +106,28 @@ class TrtRunner:
         if len(self.input_shape) != 4 or min(self.input_shape[1:]) < 1:
             raise InputRejected(f"{path}: expected an input (batch, channels, height, width), found {self.inputs[0]}")
         self.image_shape: tuple[int, int, int] = self.input_shape[1], self.input_shape[2], self.input_shape[3]
+        free = self.input_shape[0] < 0
+        self.profiles = [self._profile(number) for number in range(self._engine.num_optimization_profiles)] if free else []
+        self._chosen = 0  # what a new context has
         self._held: list[int] = []  # what lies on the GPU until the runner is closed
         self.dtype = np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(self.input_name)))
+
+    def _profile(self, number: int) -> tuple[int, int]:
+        """Fewest and most images of an optimisation profile."""
+        fewest, _, most = self._engine.get_tensor_profile_shape(self.input_name, number)
+        return int(fewest[0]), int(most[0])
+
+    def _choose_profile(self, batch: int) -> None:
+        """Take the narrowest profile for ``batch`` images. Raises ``InputRejected`` where none takes so many."""
+        chosen = narrowest_profile(self.profiles, batch)
+        if chosen is None:
+            takes = profiles_in_words(self.profiles)
+            raise InputRejected(f"{self.name}: {batch} images fit none of the engine's optimisation profiles: {takes}")
+        if chosen != self._chosen:
+            if not self._context.set_optimization_profile_async(chosen, self._stream.handle):
+                raise Unavailable(f"{self.name}: the engine's optimisation profile {chosen} cannot be taken on the GPU")
+            self._stream.wait()
+            self._chosen = chosen
 
     def _described(self, name: str) -> TensorInfo:
         kind = np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(name))).name
@@ -84,11 +136,10 @@ class TrtRunner:
 
     @property
     def batch_limits(self) -> BatchLimits:
-        """Fewest and most images that one run takes: the fixed batch, or those of the optimisation profile."""
+        """Fewest and most images that one run takes: the fixed batch, or those of all optimisation profiles."""
         if self.input_shape[0] > 0:
             return self.input_shape[0], self.input_shape[0]
-        fewest, _, most = self._engine.get_tensor_profile_shape(self.input_name, 0)
-        return int(fewest[0]), int(most[0])
+        return min(fewest for fewest, _ in self.profiles), max(most for _, most in self.profiles)
 
     def infer(self, images: NDArray[Any]) -> NDArray[np.float32]:
         """Return logits (b, classes) float32 for ``images`` (b, channels, height, width), cast to the engine's type.
@@ -127,6 +178,8 @@ class TrtRunner:
     def _bound(self, values: NDArray[Any]) -> tuple[list[NDArray[Any]], list[int]]:
         """Arrays for the outputs of a run on ``values``, and where its input and these are on the GPU, in this order."""
         source = np.ascontiguousarray(values, dtype=self.dtype)
+        if self.profiles:
+            self._choose_profile(len(source))
         if not self._context.set_input_shape(self.input_name, source.shape):
             raise InputRejected(f"{self.name}: an input of shape {source.shape} lies outside the engine's optimisation profile")
         results = [

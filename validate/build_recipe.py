@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shlex
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
@@ -18,6 +19,8 @@ from validate.manifest import FileRecord, TensorSpec
 RECIPE = "recipe.json"
 #: A recipe of more bytes is refused.
 MAX_RECIPE_BYTES = 1 << 20
+#: Optimisation profiles of one engine.
+MAX_PROFILES = 8
 
 _Batch = Annotated[int, Field(ge=1, le=1 << 16)]
 _Target = Annotated[str, Field(pattern=r"^sm[1-9][0-9]{1,2}$")]
@@ -69,7 +72,9 @@ class BuildRecipe(StrictRecord):
     schema_version: VersionOne = 1
     onnx: FileRecord = Field(description="the typed ONNX file; its path is relative to the recipe's folder")
     input: TensorSpec
-    profiles: list[BatchProfile] = Field(max_length=1, description="none where the batch is fixed in the ONNX file")
+    profiles: list[BatchProfile] = Field(
+        max_length=MAX_PROFILES, description="one or several of one engine; none where the batch is fixed in the ONNX file"
+    )
     settings: BuildSettings
     expected: ExpectedEngine
     tools: dict[str, str] = Field(description="versions of the tools that made the ONNX file and built an engine of it here")
@@ -82,6 +87,8 @@ class BuildRecipe(StrictRecord):
             raise ValueError(f"input: shape {shape} is not (batch, channels, height, width) with only the batch free")
         if (shape[0] == "batch") != bool(self.profiles):
             raise ValueError("profiles: there must be one where the batch is free, and none where it is fixed")
+        if len({(one.min, one.opt, one.max) for one in self.profiles}) != len(self.profiles):
+            raise ValueError("profiles: one is given twice")
         if self.expected.precision != self.settings.precision:
             raise ValueError("expected: precision is not the one of settings")
         if self.settings.precision == "fp32" and self.settings.tf32:
@@ -102,10 +109,10 @@ class BuildRecipe(StrictRecord):
 
     @property
     def batch(self) -> tuple[int, int, int]:
-        """Smallest, most usual and largest batch."""
+        """Smallest, most usual and largest batch; the usual one is that of the profile for the largest batches."""
         if self.profiles:
-            profile = self.profiles[0]
-            return profile.min, profile.opt, profile.max
+            widest = max(self.profiles, key=lambda profile: profile.max)
+            return min(profile.min for profile in self.profiles), widest.opt, widest.max
         return (int(self.input.shape[0]),) * 3
 
 
@@ -117,8 +124,11 @@ def make_recipe(
     settings: BuildSettings,
     expected: ExpectedEngine,
     tools: dict[str, str],
+    profiles: Sequence[tuple[int, int, int]] = (),
 ) -> BuildRecipe:
     """A recipe for the ONNX file ``onnx`` with the input ``spec``; ``batch`` is smallest, most usual and largest.
+
+    ``profiles`` are as many optimisation profiles, in place of one of ``batch``.
 
     Raises ``ValueError`` where the parts contradict each other.
     """
@@ -126,7 +136,7 @@ def make_recipe(
     fields: dict[str, Any] = {
         "onnx": onnx,
         "input": spec,
-        "profiles": [BatchProfile(min=batch[0], opt=batch[1], max=batch[2])] if free else [],
+        "profiles": [BatchProfile(min=one[0], opt=one[1], max=one[2]) for one in (profiles or [batch])] if free else [],
         "settings": settings,
         "expected": expected,
         "tools": tools,
@@ -141,8 +151,9 @@ def trtexec_line(recipe: BuildRecipe) -> str:
     onnx, settings = PurePosixPath(recipe.onnx.path), recipe.settings
     words = ["trtexec", f"--onnx={onnx}", f"--saveEngine={onnx.stem}.engine", "--stronglyTyped"]
     image = "x".join(map(str, recipe.input.shape[1:]))
-    for profile in recipe.profiles:
+    for number, profile in enumerate(recipe.profiles):
         sizes = {"min": profile.min, "opt": profile.opt, "max": profile.max}
+        words += [f"--profile={number}"] if len(recipe.profiles) > 1 else []
         words += [f"--{which}Shapes={recipe.input.name}:{size}x{image}" for which, size in sizes.items()]
     if not settings.tf32:
         words.append("--noTF32")

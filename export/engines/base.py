@@ -128,6 +128,12 @@ Batch = tuple[int, int, int]
 DEFAULT_BATCH: Batch = (1, 8, 32)
 
 
+def all_of(profiles: Sequence[Batch]) -> Batch:
+    """What several optimisation profiles take together; the most usual batch is that of the one for the largest batches."""
+    widest = max(profiles, key=lambda profile: profile[2])
+    return min(profile[0] for profile in profiles), widest[1], widest[2]
+
+
 @dataclass(frozen=True)
 class BuildProgress:
     """One report from a running build: ``step`` of ``total`` steps of ``phase`` are done (``parent``: the phase around it)."""
@@ -171,7 +177,10 @@ class BuildSettings:
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How an engine is built: ``targets`` and ``backend`` None leave them to what is installed and visible here."""
+    """How an engine is built: ``targets`` and ``backend`` None leave them to what is installed and visible here.
+
+    ``profiles`` are the optimisation profiles of a TensorRT engine where they are several, which ``batch`` is all of.
+    """
 
     targets: Sequence[str] | None
     precision: Precision
@@ -180,6 +189,12 @@ class BuildOptions:
     backend: BackendName | None = None
     settings: BuildSettings | None = None  # None: those of the precision
     hint: PerformanceHint = "latency"  # of OpenVINO
+    profiles: Sequence[Batch] = ()
+
+    @property
+    def every_profile(self) -> Sequence[Batch]:
+        """``profiles``, or that of ``batch`` alone."""
+        return self.profiles or (self.batch,)
 
     @property
     def builder_settings(self) -> BuildSettings:

@@ -7,7 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from export.engines import onnx_runtime, openvino_build, tensorrt_build
-from export.engines.base import DEFAULT_BATCH, ENGINES, Backend, Batch, BuildOptions, BuildProgressCallback, EngineResult
+from export.engines.base import (
+    DEFAULT_BATCH,
+    ENGINES,
+    Backend,
+    Batch,
+    BuildOptions,
+    BuildProgressCallback,
+    BuildSettings,
+    EngineResult,
+)
 from export.engines.onnx_info import OnnxFacts, read_onnx
 from patchslim.choices import EngineName, PerformanceHint, Precision
 from patchslim.errors import InputRejected, UsageError
@@ -45,6 +54,8 @@ def build_engine(
     targets: Sequence[str] | None = None,
     precision: Precision = "fp16",
     batch: Batch = DEFAULT_BATCH,
+    profiles: Sequence[Batch] = (),
+    settings: BuildSettings | None = None,
     hint: PerformanceHint = "latency",
     progress: BuildProgressCallback | None = None,
 ) -> EngineResult:
@@ -55,13 +66,15 @@ def build_engine(
     none. ``precision`` must be what the ONNX file says, since engines are strongly typed, but for bf16 in OpenVINO, which makes
     that of float32. ``hint`` is what OpenVINO is told. ``targets`` None means this machine's GPU with full TensorRT,
     ``default_targets`` with TensorRT-RTX. An ONNX file with a fixed batch overrides ``batch``.
+    ``profiles`` are TensorRT's optimisation profiles where they are several, ``settings`` what its builder is told.
 
     Raises ``UsageError`` for an unknown target, an impossible batch, or fp32 for sm75; ``InputRejected`` where the ONNX file
     cannot be used, or is of another precision; ``Unavailable`` where there is no backend here, or it cannot build this graph
     for a target; ``KeyboardInterrupt`` where ``progress`` returned False.
     """
-    if not 1 <= batch[0] <= batch[1] <= batch[2]:
-        raise UsageError(f"batch {batch}: needs 1 <= smallest <= usual <= largest")
+    for profile in (batch, *profiles):
+        if not 1 <= profile[0] <= profile[1] <= profile[2]:
+            raise UsageError(f"batch {profile}: needs 1 <= smallest <= usual <= largest")
     facts = read_onnx(onnx_path)
     graph = ENGINES[kind].graph(precision)
     if facts.precision not in (None, graph):
@@ -71,7 +84,7 @@ def build_engine(
         )
     if facts.fixed_batch:
         batch = (facts.fixed_batch,) * 3
-    options = BuildOptions(targets, precision, batch, hint=hint)
+    options = BuildOptions(targets, precision, batch, hint=hint, profiles=profiles, settings=settings)
     if progress is not None:
         options = replace(options, progress=progress)
     return BUILDERS[kind].build(onnx_path, output_dir, facts, options)

@@ -136,7 +136,7 @@ def build_files(onnx_path: Path, output_dir: Path, facts: OnnxFacts, backend: Ba
                 precision=options.precision,
                 input_name=facts.input_name,
                 image_shape=facts.image_shape,
-                batch=None if facts.fixed_batch else options.batch,
+                profiles=[] if facts.fixed_batch else [list(profile) for profile in options.every_profile],
                 attentions=facts.attentions,
                 tf32=settings.tf32,
                 workspace=settings.workspace,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 LAYERS_PREFIX = "Layers:"
@@ -16,6 +16,7 @@ _KERNEL = re.compile(
 )
 _TENSOR = re.compile(r"\{ Name: (?P<name>.*?), Dimensions: \[(?P<shape>[^\]]*)\],[^{}]*?Datatype: (?P<dtype>[^,{}]*)")
 _FUSED = re.compile(r"_+(?:[a-z]+_)?f?mha(?:_|$)")  # from the start: a kernel may also bear the name of an ONNX node called mha
+_REGION = re.compile(r"_myl(\d+)_")
 _ORIGIN = re.compile(r"\[ONNX Layer: (.*?)\](?=\[|$|\s)")
 
 #: The bits of tensors that hold numbers of a model, by their type as TensorRT spells it.
@@ -57,6 +58,18 @@ def parse_layers(message: str) -> list[Kernel]:
     if not kernels:
         raise ValueError("the list of layers is empty")
     return kernels
+
+
+def of_profiles(kernels: Sequence[Kernel], profiles: int) -> list[list[Kernel]]:
+    """The kernels of each of so many optimisation profiles: the engine has its own for each, one region behind the other.
+
+    All together where the kernels' names do not tell the profiles apart.
+    """
+    regions: dict[str, list[Kernel]] = {}
+    for kernel in kernels:
+        found = _REGION.findall(kernel["name"])
+        regions.setdefault(found[-1] if found else "", []).append(kernel)
+    return list(regions.values()) if len(regions) == profiles and "" not in regions else [list(kernels)]
 
 
 def count_kernels(kernels: Iterable[Kernel]) -> int:

@@ -18,7 +18,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from export.engines.tensorrt_layers import LAYERS_PREFIX, count_fused_attentions, count_kernels, narrow_share, parse_layers
+from export.engines.tensorrt_layers import (
+    LAYERS_PREFIX,
+    count_fused_attentions,
+    count_kernels,
+    narrow_share,
+    of_profiles,
+    parse_layers,
+)
 from patchslim.targets import PORTABLE
 
 _STEP_INTERVAL = 0.05  # seconds, at least, between two reported steps: a ViT-Ti takes TensorRT about 1,500 steps
@@ -30,8 +37,8 @@ class BuildRequest:
 
     ``backend`` is the Python module (``tensorrt``, ``tensorrt_rtx``); ``onnx``, ``engine`` and ``layers`` are paths;
     ``target`` is an architecture (``sm89``) or ``portable``, None for this machine's GPU; ``image_shape`` is (channels, height,
-    width); ``batch`` is the smallest, usual and largest batch, None where the ONNX file's is fixed; ``attentions`` are the
-    names of its Softmax and Attention nodes. ``tf32``, ``workspace`` (bytes) and ``optimization_level`` are those of
+    width); ``profiles`` are each the smallest, usual and largest batch, none where the ONNX file's is fixed; ``attentions`` are
+    the names of its Softmax and Attention nodes. ``tf32``, ``workspace`` (bytes) and ``optimization_level`` are those of
     ``export.engines.base.BuildSettings``.
     """
 
@@ -43,7 +50,7 @@ class BuildRequest:
     precision: str
     input_name: str
     image_shape: tuple[int, int, int]
-    batch: tuple[int, int, int] | None
+    profiles: list[list[int]]
     attentions: list[str]
     tf32: bool = False
     workspace: int | None = None
@@ -86,7 +93,7 @@ def build(request: BuildRequest, reports: TextIO) -> dict[str, Any]:
     """Build the engine, and write it and its list of layers to the paths of ``request``.
 
     Returns the fields of the ``done`` event: ``version`` of the backend, ``seconds`` of the build and, where the layers could
-    be read, ``kernels``, ``fused_attentions`` and ``narrow_share``. Raises ``BuildFailed``.
+    be read, ``kernels`` and ``fused_attentions`` (of several profiles the most and the fewest), and ``narrow_share``. Raises ``BuildFailed``.
     """
     try:
         trt: Any = importlib.import_module(request.backend)
@@ -139,9 +146,9 @@ def _configure(trt: Any, builder: Any, network: Any, request: BuildRequest) -> A
             raise BuildFailed("unavailable", f"{request.backend} {trt.__version__} does not build for {request.target}")
         config.num_compute_capabilities = 1
         config.set_compute_capability(capability, 0)
-    if request.batch is not None:
+    for sizes in request.profiles:
         profile = builder.create_optimization_profile()
-        profile.set_shape(request.input_name, *((size, *request.image_shape) for size in request.batch))
+        profile.set_shape(request.input_name, *((size, *request.image_shape) for size in sizes))
         config.add_optimization_profile(profile)
     return config
 
@@ -161,11 +168,12 @@ def _write_layers(request: BuildRequest, message: str) -> dict[str, Any]:
     except ValueError as error:
         print(f"kernels not listed: {error}", file=sys.stderr)
         return {}
-    fused = count_fused_attentions(kernels, request.attentions)
+    parts = of_profiles(kernels, len(request.profiles)) if len(request.profiles) > 1 else [kernels]
+    fused = min(count_fused_attentions(part, request.attentions) for part in parts)
     share = narrow_share(kernels, 8 if request.precision in ("int8", "fp8") else 16)
     layers = {"kernels": kernels, "fused_attentions": fused, "attentions": len(request.attentions), "narrow_share": share}
     Path(request.layers).write_text(json.dumps(layers))
-    return {"kernels": count_kernels(kernels), "fused_attentions": fused, "narrow_share": share}
+    return {"kernels": max(map(count_kernels, parts)), "fused_attentions": fused, "narrow_share": share}
 
 
 def _make_logger(trt: Any) -> Any:

@@ -181,6 +181,13 @@ def test_what_cannot_be_is_refused_before_anything_slow(tmp_path: Path, monkeypa
         ({"engine": "openvino", "batch": "1:4:8"}, "--batch 1:4:8 needs --engine trt"),
         ({"engine": "trt", "batch": "4:2:8"}, "--batch 4:2:8: needs 1 <= MIN <= USUAL <= MAX"),
         ({"engine": "trt", "batch": "many"}, "--batch many: must be MIN:USUAL:MAX"),
+        ({"engine": "trt", "batch": "1,1:8:4"}, "--batch 1,1:8:4: needs 1 <= MIN <= USUAL <= MAX"),
+        ({"engine": "trt", "batch": "1,1:1:1"}, "--batch 1,1:1:1: a profile is given twice"),
+        ({"engine": "trt", "batch": "1,2,3,4,5,6,7,8,9"}, "at most 8 profiles"),
+        ({"engine": "ort", "workspace": 64}, "--workspace 64 needs --engine trt"),
+        ({"engine": "ort", "optimization_level": 5}, "--optimization-level 5 needs --engine trt"),
+        ({"engine": "trt", "workspace": 0}, "--workspace 0: must be from 1 to 1048576 MiB"),
+        ({"engine": "trt", "optimization_level": 6}, "--optimization-level 6: must be from 0 to 5"),
     ):
         with pytest.raises(UsageError, match=named):
             export_bundle(tiny(work, **changes))

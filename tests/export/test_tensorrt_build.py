@@ -14,7 +14,7 @@ import onnx
 import pytest
 import torch
 
-from export.engines.base import BuildProgress
+from export.engines.base import BuildProgress, BuildSettings
 from export.engines.build import build_engine
 from export.engines.tensorrt_build import choose_backend
 from patchslim import cuda
@@ -130,6 +130,30 @@ def test_fp32_builds_without_fused_attentions(fp32: Path, tmp_path: Path) -> Non
     result = build_engine("trt", fp32, tmp_path, targets=["sm120"], precision="fp32")
     assert (result.fused_attentions, result.attentions, result.precision) == (0, DEPTH, "fp32")
     assert result.files[0].stat().st_size > 0
+
+
+@pytest.mark.slow
+@needs_rtx
+@ahead_of_time
+def test_several_profiles_are_one_engine_whose_kernels_are_counted_once(fp16: Path, tmp_path: Path) -> None:
+    alone = build_engine("trt", fp16, tmp_path / "alone", targets=["sm89"], batch=(1, 2, 4))
+    profiles = ((1, 1, 1), (1, 2, 4))
+    both = build_engine("trt", fp16, tmp_path / "both", targets=["sm89"], batch=(1, 2, 4), profiles=profiles)
+    assert (both.batch, both.fused_attentions) == ((1, 2, 4), DEPTH)
+    assert both.kernels["sm89"] < 1.5 * alone.kernels["sm89"]
+    listed = json.loads((tmp_path / "both" / "engine_layers.json").read_text())["sm89"]["kernels"]
+    assert sum(kernel["type"] != "shape_call" for kernel in listed) > 1.5 * alone.kernels["sm89"]  # those of both
+    with pytest.raises(UsageError, match=r"batch \(3, 2, 4\): needs 1 <= smallest"):
+        build_engine("trt", fp16, tmp_path / "not", targets=["sm89"], profiles=((3, 2, 4),))
+
+
+@pytest.mark.slow
+@needs_rtx
+@ahead_of_time
+def test_a_workspace_that_is_too_small_is_said(fp16: Path, tmp_path: Path) -> None:
+    settings = BuildSettings(tf32=True, workspace=1, optimization_level=0)
+    with pytest.raises(Unavailable, match=r"TensorRT-RTX did not build it for sm89: .*within workspace limit"):
+        build_engine("trt", fp16, tmp_path / "out", targets=["sm89"], settings=settings)
 
 
 @needs_rtx

@@ -43,6 +43,19 @@ def test_the_command_says_the_same_as_the_fields() -> None:
     assert " --noTF32 --memPoolSize=workspace:512 --builderOptimizationLevel=5 " in strict
 
 
+def test_several_profiles_are_one_engine() -> None:
+    fields = {"onnx": ONNX, "spec": FREE, "settings": recipe().settings, "expected": recipe().expected, "tools": {}}
+    made = make_recipe(batch=(1, 8, 32), profiles=[(1, 1, 1), (2, 8, 32)], **fields)  # type: ignore[arg-type]
+    assert [(one.min, one.opt, one.max) for one in made.profiles] == [(1, 1, 1), (2, 8, 32)]
+    assert made.batch == (1, 8, 32)
+    assert "--profile=0 --minShapes=images:1x3x224x224" in made.trtexec
+    assert "--profile=1 --minShapes=images:2x3x224x224" in made.trtexec
+    with pytest.raises(ValidationError, match="profiles: one is given twice"):
+        make_recipe(batch=(1, 8, 32), profiles=[(1, 1, 1), (1, 1, 1)], **fields)  # type: ignore[arg-type]
+    with pytest.raises(ValidationError, match="at most 8 items"):
+        make_recipe(batch=(1, 8, 32), profiles=[(size, size, size) for size in range(1, 10)], **fields)  # type: ignore[arg-type]
+
+
 def test_a_fixed_batch_has_no_profile() -> None:
     made = recipe(TensorSpec(name="images", dtype="float32", shape=[4, 3, 224, 224]))
     assert (made.profiles, made.batch, made.image_shape) == ([], (4, 4, 4), (3, 224, 224))

@@ -1,0 +1,49 @@
+"""What TensorRT's builder is told: from the command line into the engine, the recipe, and what a device builds of that."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from export import export_bundle
+from export.engine_from_recipe import RecipeBuild, build_recipe
+from export.engines.base import BuildSettings
+from tests.helpers.exports import DEPTH, read, tiny
+from tests.helpers.tensorrt_vit import AHEAD_OF_TIME
+from validate import check_bundle
+
+
+def test_options_are_profiles_and_settings() -> None:
+    options = tiny(Path("work"), engine="trt", batch="1,2:4:8", workspace=64, optimization_level=1)
+    options.check()
+    assert (options.batch_profiles, options.batch_profile) == (((1, 1, 1), (2, 4, 8)), (1, 4, 8))
+    assert options.builder_settings == BuildSettings(tf32=True, workspace=64 << 20, optimization_level=1)
+    exact = tiny(Path("work"), engine="trt", precision="fp32", optimization_level=5)
+    assert exact.builder_settings == BuildSettings(tf32=False, workspace=None, optimization_level=5)
+    assert tiny(Path("work"), engine="trt").builder_settings is None
+    several = tiny(Path("work"), engine="ort,trt", batch="1,2:4:8", workspace=64)
+    several.check()
+    ort, trt = (several.for_engine(name) for name in ("ort", "trt"))
+    assert (ort.batch_profiles, ort.builder_settings) == (((1, 8, 32),), None)
+    assert trt.batch_profiles == options.batch_profiles
+
+
+@pytest.mark.slow
+@AHEAD_OF_TIME[0]
+@AHEAD_OF_TIME[1]
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
+def test_a_device_builds_with_what_the_bundle_was_built_with(export_work: Path, tmp_path: Path) -> None:
+    asked = {"batch": "1,2:4:8", "workspace": 64, "optimization_level": 1}
+    outcome = export_bundle(tiny(export_work, "told", engine="trt", target=("sm89",), **asked))
+    recipe = read(outcome.bundle / "recipe.json")
+    assert recipe["profiles"] == [{"min": 1, "opt": 1, "max": 1}, {"min": 2, "opt": 4, "max": 8}]
+    assert (recipe["settings"]["workspace_mib"], recipe["settings"]["optimization_level"]) == (64, 1)
+    assert outcome.engine.batch == (1, 4, 8)
+    assert outcome.engine.fused_attentions == DEPTH
+    assert check_bundle(outcome.bundle).passed
+    built = build_recipe(RecipeBuild(outcome.bundle / "recipe.json", tmp_path / "engine"))
+    assert built.result.kernels == outcome.engine.kernels
+    ours, theirs = outcome.engine.files[0], built.folder / built.record.engine.files[0]
+    assert ours.read_bytes() == theirs.read_bytes()  # so it was told the same: builds are reproducible
