@@ -93,7 +93,8 @@ def build(request: BuildRequest, reports: TextIO) -> dict[str, Any]:
     """Build the engine, and write it and its list of layers to the paths of ``request``.
 
     Returns the fields of the ``done`` event: ``version`` of the backend, ``seconds`` of the build and, where the layers could
-    be read, ``kernels`` and ``fused_attentions`` (of several profiles the most and the fewest), and ``narrow_share``. Raises ``BuildFailed``.
+    be read, ``kernels`` and ``fused_attentions`` (of several profiles the most and the fewest), and ``narrow_share``. Raises
+    ``BuildFailed``.
     """
     try:
         trt: Any = importlib.import_module(request.backend)
