@@ -12,6 +12,7 @@ from torch import nn
 from benchmarks.gpu.headline_run import Headline, HeadlineOptions
 from benchmarks.gpu.untrained_rows import Student
 from slimming.fitting.recipe import Recipe
+from slimming.search.distillation import Distillation
 
 #: What is fine-tuned at the default budgets, in this order.
 FINE_TUNED: tuple[str, ...] = ("dense", "slim-46.2%", "slim-60.0%", "slim-45.0%", "ramp-46.2%", "at-176px")
@@ -26,6 +27,7 @@ def distilled(run: Headline, students: dict[str, Student]) -> None:
         lr=3e-4,
         distill=1.0,
         label_smoothing=0.0,
+        features=Distillation.features,
         precision="bf16",
     )
     for name in [name for name in students if name.startswith("slim-")]:

@@ -50,9 +50,16 @@ def test_there_are_three_of_them_with_ours_and_both_references() -> None:
         assert {"similarity, closed-form", "ToMe", "ToMe, last block cut", "EViT, best form"} <= set(table(text))
 
 
-def test_the_alternatives_are_what_their_file_says() -> None:
-    ((text, command),) = re.findall(r"<!-- alternatives -->\n(\|.*?)\n\n```sh\nuv run (.*?)\n```", PAGE, flags=re.DOTALL)
-    results = json.loads((ROOT / "benchmarks" / "results" / "cifar10-alternatives.json").read_text(encoding="utf-8"))
+@pytest.mark.parametrize(
+    ("mark", "images", "dense"),
+    [
+        ("alternatives", 2000, "2,000 held-out images (78.15 % dense)"),
+        ("distilled", 5000, "5,000 held-out images (78.98 % dense)"),
+    ],
+)
+def test_the_alternatives_are_what_their_file_says(mark: str, images: int, dense: str) -> None:
+    ((text, command),) = re.findall(rf"<!-- {mark} -->\n(\|.*?)\n\n```sh\nuv run (.*?)\n```", PAGE, flags=re.DOTALL)
+    results = json.loads((ROOT / "benchmarks" / "results" / f"cifar10-{mark}.json").read_text(encoding="utf-8"))
     assert results["command"] == command
     cells = [cell for row in table(text).values() for cell in row.values() if cell]
     wanted = [
@@ -61,8 +68,8 @@ def test_the_alternatives_are_what_their_file_says() -> None:
         if row["row"] != "dense"
     ]
     assert sorted(cells) == sorted(wanted)
-    assert "2,000 held-out images (78.15 % dense)" in PAGE
-    assert (results["evaluation"]["images"], f"{100 * results['model']['top1']:.2f}") == (2000, "78.15")
+    assert dense in PAGE
+    assert (results["evaluation"]["images"], f"{100 * results['model']['top1']:.2f} % dense" in dense) == (images, True)
 
 
 def test_the_fine_tuned_rows_are_what_the_results_say() -> None:

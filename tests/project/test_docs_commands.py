@@ -142,8 +142,16 @@ _ELSEWHERE = {
     "--model-arg img_size=32 patch_size=4 embed_dim=128 depth=8 num_heads=4 "
     "--weights benchmarks/accuracy/cifar10_vit.safetensors --data cifar10-test.tar "
     "--calibration-data cifar10-train.tar --calibration-images 1024 --budgets 0.45 0.6 "
-    "--distill-steps 200 --output benchmarks/results/cifar10-alternatives.json": (
+    "--output benchmarks/results/cifar10-alternatives.json": (
         "tests/benchmarks/test_alternatives.py::test_every_row_is_measured_once_and_costs_what_it_says"
+    ),
+    "uv run python -m benchmarks.accuracy.alternatives --name cifar10-distilled --model vit_tiny_patch16_224 "
+    "--model-arg img_size=32 patch_size=4 embed_dim=128 depth=8 num_heads=4 "
+    "--weights benchmarks/accuracy/cifar10_vit.safetensors --data cifar10-test.tar "
+    "--calibration-data cifar10-train.tar --eval-images 5000 --calibration-images 4096 --budgets 0.45 "
+    "--distill-steps 800 --distill-lr 0.0003 --distill-precision bf16 --rows ramp distilled "
+    "--output benchmarks/results/cifar10-distilled.json": (
+        "tests/benchmarks/test_alternatives.py::test_some_rows_alone_are_those_of_a_whole_run"
     ),
     "uv run python -m benchmarks.speed.matrix --data cifar10-test.tar --calibration-data cifar10-train.tar "
     "--output matrix.json": ("tests/benchmarks/test_speed_matrix.py::test_the_whole_matrix_at_tiny_size"),
