@@ -32,7 +32,8 @@ def dense_features(model: Any, images: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "mode"), [("class_token", "compact"), ("class_token", "stale"), ("avg_with_class", "compact")]
+    ("kind", "mode"),
+    [("class_token", "compact"), ("class_token", "stale"), ("avg_with_class", "compact"), ("map_with_class", "compact")],
 )
 @torch.no_grad()
 def test_targets_are_the_dense_features_of_the_kept_tokens(kind: str, mode: Any) -> None:
