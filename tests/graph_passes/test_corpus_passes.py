@@ -280,9 +280,9 @@ from export.engines.onnx_info import read_onnx
 from export.engines.tensorrt_worker import BuildFailed, BuildRequest, build
 for path in map(Path, sys.argv[1:]):
     facts, out = read_onnx(path), str(path.with_suffix(""))
-    batch = None if facts.fixed_batch else (1, 2, 4)
+    profiles = [] if facts.fixed_batch else [[1, 2, 4]]
     request = BuildRequest("tensorrt_rtx", str(path), f"{out}.engine", f"{out}.json", "sm89", "fp16", facts.input_name,
-                           facts.image_shape, batch, facts.attentions)
+                           facts.image_shape, profiles, facts.attentions)
     try:
         print(json.dumps([path.stem, build(request, io.StringIO()).get("fused_attentions"), len(facts.attentions)]), flush=True)
     except BuildFailed as error:
