@@ -18,12 +18,14 @@ from export import export_bundle
 from export.begin import begin
 from export.engine_times import engine_times
 from export.engines.base import parse_engines
+from export.pipeline import GateFailed
 from export.report.page import REPORT
 from export.run import run
 from export.serving.facts import serving_facts
 from export.several import joined
 from export.summary import as_json, print_summary
 from patchslim.errors import InputRejected, Unavailable
+from patchslim.latency_table import load_table
 from tests.helpers.bundles import reseal
 from tests.helpers.exports import digests, read, stages_in, tiny
 from validate import check_bundle, load_manifest, open_runner
@@ -410,3 +412,27 @@ def test_tensorrt_beside_the_engines_for_a_cpu(export_work: Path, engines: str) 
     assert set(idle.values()) == {"not executed"}
     with open_runner(outcome.bundle) as runner:
         assert runner.engine in ("ort", "openvino")
+
+
+@pytest.mark.slow
+def test_nothing_is_published_where_the_second_engine_fails_a_gate(export_work: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    options = tiny(
+        export_work, "unfused-second", engine="ort,trt", target=("sm89",), precision="fp32", require_fused_attention=True
+    )
+    with pytest.raises(GateFailed, match="engine-trt: 0 of 3 attentions are one kernel each") as caught:
+        export_bundle(options)
+    assert caught.value.exit_code == 5
+    assert not options.bundle.exists()
+    assert load_manifest(caught.value.outcome.bundle).bundled("tensorrt_rtx") is not None
+
+
+@pytest.mark.slow
+def test_a_latency_budget_is_timed_on_the_first_engine(export_work: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    options = tiny(export_work, "budget", engine="ort,trt", target=("sm89",), latency_reduction=0.2, batch_size=2, fit="none")
+    outcome = export_bundle(options)
+    table = load_table(outcome.bundle / "latency_table.json")
+    assert (table.engine, table.layout) == ("ort", "split")
+    assert table.of(outcome.plan.counts) <= 0.8 * table.dense()
+    assert check_bundle(outcome.bundle).passed
