@@ -171,9 +171,11 @@ def export_options(slimming: ModelOptions, found: FoundPlan, folder: Path, **mor
     plan.parent.mkdir(parents=True, exist_ok=True)
     save_fitted(found.plan, found.model, plan, found.fit, found.finetune)
     shared = {field.name: getattr(slimming, field.name) for field in dataclasses.fields(ModelOptions)}
-    budgets = {option.removeprefix("--").replace("-", "_"): None for option in slimming.given_budgets}  # the plan has met them
+    met = {
+        option.removeprefix("--").replace("-", "_"): None for option in (*slimming.given_budgets, "merge_blocks")
+    }  # by the plan
     places = {"output": folder / "bundle", "work": folder / "stages"}
-    return ExportOptions(**(shared | budgets | {"plan": plan, "eval_images": COMPARED, "max_top1_drop": 100} | places | more))
+    return ExportOptions(**(shared | met | {"plan": plan, "eval_images": COMPARED, "max_top1_drop": 100} | places | more))
 
 
 def fix_batch(model: ModelProto, batch: int) -> None:
