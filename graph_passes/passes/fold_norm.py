@@ -4,8 +4,8 @@
 scales the rows of W: exact, and one pass over the tokens less for runtimes that compute scale and shift by themselves, as
 OpenVINO does. TensorRT has them in the kernel of the norm, so that this runs for the layout ``split`` only.
 
-Before: a LayerNormalization with scale and shift, read by products with a bias, and by nothing else but for its shape. After:
-its scale is one, it has no shift, and the products have new constants. Site: a norm.
+Before: a LayerNormalization with scale and shift, read by products with a bias of at most a million weights (up to ViT-S), and
+by nothing else but for its shape. After: its scale is one, it has no shift, and the products have new constants. Site: a norm.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ from graph_passes.analysis.linear_layers import Linear, linear_at, set_bias, set
 from graph_passes.analysis.patterns import constant_value
 from graph_passes.node_builder import make_constant
 from graph_passes.pass_registry import Settings, graph_pass
+
+#: Weights of the largest layer that is folded into. Beyond it a pass over the tokens is little beside the product, and new
+#: weights would take the memory that those in the file do not.
+_LARGEST = 1 << 20
 
 
 @graph_pass("fold_norm", after=("fold_scale",))
@@ -43,17 +47,18 @@ def _fold(norm: gs.Node, outputs: set[int], name: str) -> bool:
     ):
         return False
     readers = [_layer(tensor, reader) for reader in tensor.outputs if reader.op != "Shape"]
-    layers = [layer for layer in readers if layer is not None and layer.weight.shape[0] == scale.size]
+    layers = [
+        layer
+        for layer in readers
+        if layer is not None and layer.weight.shape[0] == scale.size and layer.weight.size <= _LARGEST
+    ]
     if not layers or len(layers) < len(readers):
         return False
-    rows = scale.astype(np.float64)[:, None]
     for number, layer in enumerate(layers):
-        weight, bias = layer.weight.astype(np.float64), layer.bias
-        assert bias is not None
-        if shift is not None:
-            added = (shift.astype(np.float64)[:, None] * weight).sum(axis=0)  # BLAS takes memory for each of its threads
-            set_bias(layer, f"{name}.layer_{number}.bias", _rounded(bias.astype(np.float64) + added, bias))
-        set_weight(layer, f"{name}.layer_{number}.weight", _rounded(rows * weight, layer.weight))
+        weight, added = _folded(layer.weight, scale, np.zeros_like(scale) if shift is None else shift)
+        assert layer.bias is not None
+        set_weight(layer, f"{name}.layer_{number}.weight", weight)
+        set_bias(layer, f"{name}.layer_{number}.bias", (layer.bias.astype(np.float64) + added).astype(layer.bias.dtype))
     norm.inputs = [norm.inputs[0], make_constant(f"{name}.scale", np.ones_like(scale))]
     return True
 
@@ -67,5 +72,11 @@ def _layer(tensor: gs.Tensor, product: gs.Node) -> Linear | None:
     return layer if layer is not None and layer.product is product and layer.source is tensor else None
 
 
-def _rounded(values: NDArray[np.float64], like: NDArray[np.generic]) -> NDArray[np.generic]:
-    return values.astype(like.dtype)
+def _folded(
+    weight: NDArray[np.generic], scale: NDArray[np.generic], shift: NDArray[np.generic]
+) -> tuple[NDArray[np.generic], NDArray[np.float64]]:
+    """``g W`` rounded once, and ``h W``, for a weight [in, out]."""
+    wide = weight.astype(np.float64)
+    added: NDArray[np.float64] = (wide * shift.astype(np.float64)[:, None]).sum(axis=0)  # BLAS takes memory for each thread
+    wide *= scale.astype(np.float64)[:, None]
+    return wide.astype(weight.dtype), added
