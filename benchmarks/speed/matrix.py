@@ -64,6 +64,8 @@ class MatrixOptions(SubjectOptions):
     """Threads of everything that is timed."""
     sizes: tuple[str, ...] = ("vit_small_patch16_224",)
     """More timm models, with random weights: speed alone, by plans of evenly spread tokens, merged as the default does."""
+    trained: bool = True
+    """Time --model with its weights; without it --sizes alone."""
     batches: tuple[int, ...] = (1, 8, 32)
     """Images per run."""
     rounds: int = 15
@@ -89,6 +91,8 @@ class MatrixOptions(SubjectOptions):
             raise UsageError("--budgets: fractions between 0 and 1, at least one")
         if not self.batches or min(self.batches) < 1 or min(self.rounds, self.threads, self.eval_images or 1) < 1:
             raise UsageError("--batches, --rounds, --threads and --eval-images: at least 1")
+        if not (self.trained or self.sizes):
+            raise UsageError("--no-trained leaves nothing to time without --sizes")
         if self.prepare and self.work is None:
             raise UsageError("--prepare needs --work, a folder for what it makes")
 
@@ -118,7 +122,9 @@ def measure_matrix(options: MatrixOptions) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         place = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="patchslim-matrix-")))
         reporter = Reporter()
-        subjects = [partial(trained_subject, options), *(partial(random_subject, options, name) for name in options.sizes)]
+        subjects = [partial(random_subject, options, name) for name in options.sizes]
+        if options.trained:
+            subjects.insert(0, partial(trained_subject, options))
         for number, make in enumerate(subjects):
             folder = place / str(number)
             folder.mkdir(parents=True, exist_ok=True)

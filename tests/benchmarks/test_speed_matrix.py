@@ -54,6 +54,7 @@ def test_a_process_that_ends_is_a_fault() -> None:
         ({"batches": (0,)}, "--batches"),
         ({"rounds": 0}, "--rounds"),
         ({"prepare": True}, "--work"),
+        ({"trained": False, "sizes": ()}, "--no-trained leaves nothing"),
     ],
 )
 def test_wrong_values_are_refused_before_anything_is_made(options: dict[str, Any], named: str) -> None:
