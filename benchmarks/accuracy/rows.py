@@ -91,9 +91,13 @@ class SubjectOptions:
         words = []
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value != field.default and field.name not in unnamed:
-                values = value if isinstance(value, tuple) else (value,)
-                words += [f"--{field.name.replace('_', '-')}", *(public(str(each)) for each in values)]
+            if value == field.default or field.name in unnamed:
+                continue
+            name, values = field.name.replace("_", "-"), value if isinstance(value, tuple) else (value,)
+            if field.type == "bool":
+                words.append(f"--{name}" if value else f"--no-{name}")
+            else:
+                words += [f"--{name}", *(public(str(each)) for each in values)]
         return shlex.join(["python", "-m", module, *words])
 
 

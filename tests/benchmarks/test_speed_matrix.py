@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tyro
 
 from benchmarks.speed.contender import Contender, ContenderProcess
 from benchmarks.speed.contenders import PLAIN
@@ -130,3 +132,11 @@ def test_the_whole_matrix_at_tiny_size(tmp_path: Path) -> None:
     assert table.count("| **ours, -40%") == len([name for name in names if name.startswith("ours")])
     draw(read(output), tmp_path / "matrix.svg")
     assert (tmp_path / "matrix.svg").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("options", [{"trained": False}, {"tiny": True, "rounds": 3}, {"sizes": (), "compiled": False}])
+def test_the_command_that_results_name_gives_these_options(options: dict[str, Any]) -> None:
+    made = MatrixOptions(**options)
+    words = shlex.split(made.command())
+    assert words[:3] == ["python", "-m", "benchmarks.speed.matrix"]
+    assert tyro.cli(MatrixOptions, args=words[3:]) == made
