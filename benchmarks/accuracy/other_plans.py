@@ -70,7 +70,7 @@ def _by_diffrates_counts(finder: PlanFinder, options: SlimmingOptions) -> FoundP
     for step in range(_STEPS):
         counts = [*diffrate_counts(tokens, depth, 2 * step / _STEPS), len(reader.head.tokens)]
         if cost.of(counts) <= limit:
-            asked = dataclasses.replace(options, macs_reduction=None, tokens=",".join(map(str, counts)))
+            asked = dataclasses.replace(options, macs_reduction=None, merge_blocks=None, tokens=",".join(map(str, counts)))
             return finder.find_plan(asked.request())
     raise BudgetUnreachable(f"its counts cannot remove {options.budget.value:.0%}")
 
