@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,25 @@ def test_every_row_of_the_page_is_in_the_results() -> None:
         assert f"| {name} | {' | '.join(_shares(model, backend))} |" in text
 
 
+def test_the_page_says_of_vit_s_what_its_results_do() -> None:
+    (model,) = read(ROOT / "benchmarks/speed/matrix-vit_small.json")["models"]
+    text = (ROOT / "docs/speed.md").read_text(encoding="utf-8")
+    rows = {row["name"]: row for row in model["rows"]}
+    assert f"Its {len(rows)} rows" in text
+    backends = {"ONNX Runtime, FP32": "in ONNX Runtime", "OpenVINO, FP32": "in OpenVINO, fp32"}
+    backends |= {"OpenVINO, bfloat16": "in OpenVINO, bf16", "OpenVINO, INT8 and bfloat16": "in OpenVINO, int8"}
+    for name, backend in backends.items():
+        speeds = [rows[f"ours, -45%, {backend}"]["speed"][batch] for batch in ("1", "8")]
+        times, gained = (
+            f"{speeds[0]['speedup']:.2f}, {speeds[1]['speedup']:.2f}",
+            ", ".join(_shares(model, backend, ("1", "8"))),
+        )
+        rate = " %".join(
+            [", ".join(f"{100 * one['gemm_share']:.0f}" for one in speeds if "gemm_share" in one), ""]
+        ).removeprefix(" %")
+        assert f"| {name} | {times} | {gained} | {rate}".rstrip() in text
+
+
 def test_the_readme_has_the_same_numbers() -> None:
     (model,) = read(ROOT / "benchmarks/speed/matrix.json")["models"]
     at_8 = {row["name"]: f"{row['speed']['8']['speedup']:.2f}" for row in model["rows"]}
@@ -97,11 +117,11 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [*(f"{row['speed'][batch]['speedup']:.2f}" for batch in ("1", "8", "32")), f"{100 * row['top1']:.1f}"]
 
 
-def _shares(model: dict[str, Any], backend: str) -> list[str]:
+def _shares(model: dict[str, Any], backend: str, batches: Sequence[str] = ("1", "8", "32")) -> list[str]:
     rows = {row["name"]: row for row in model["rows"]}
     dense, slim = rows[f"timm export {backend}"], rows[f"ours, -45%, {backend}"]
     ratio = model["dense_macs"] / slim["macs"]
-    speeds = [[row["speed"][batch]["speedup"] for row in (slim, dense)] for batch in ("1", "8", "32")]
+    speeds = [[row["speed"][batch]["speedup"] for row in (slim, dense)] for batch in batches]
     return [f"{fast / slow / ratio:.2f}" for fast, slow in speeds]
 
 
