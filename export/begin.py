@@ -9,13 +9,14 @@ from export.cache import StageCache
 from export.engines.base import ALL, QUANTISED
 from export.engines.build import choose_backend
 from export.engines.support import engines_here
+from export.latency.budget_stages import known_latency_table, needs_latency_table
 from export.options import ExportOptions
 from export.places import check_places
 from export.publication import check_place
 from export.quantised_graphs import ensure_quantiser
 from export.source import ExportSource
 from export.stage_names import ALONE, StageNames
-from export.stages import EngineRequest, Workspace, find_plan, known_latency_table, needs_latency_table, plan_folder
+from export.stages import EngineRequest, Workspace, find_plan, plan_folder
 from patchslim import cuda
 from patchslim.choices import EngineName
 from patchslim.errors import ParityFailed, Unavailable

@@ -16,6 +16,7 @@ from export.bundle import BundleContents, write_contents
 from export.cache import StageDamaged
 from export.engines.base import QUANTISED, EngineResult
 from export.golden import golden_images
+from export.latency.budget_stages import latency_record, latency_table
 from export.logits import slimmed_module
 from export.options import ExportOptions
 from export.precision import Attempt, Slimmed
@@ -32,8 +33,6 @@ from export.stages import (
     find_plan,
     fitted_model,
     kept_patches,
-    latency_record,
-    latency_table,
 )
 from patchslim.errors import ParityFailed
 from patchslim.plan import SlimPlan
