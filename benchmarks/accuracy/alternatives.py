@@ -6,8 +6,8 @@ At every budget, on the same held-out images, all but the first and the last fit
 images, none trained with labels:
 
 - resolution, blocks-N, DiffRate, radial: as ``benchmarks.accuracy.other_plans`` says;
-- ramp: tokens go in every block (``--merge-blocks ramp``);
-- distilled: the ramp, then ``--fit distill`` for ``--distill-steps``; 0 leaves it out.
+- blocks-auto: the default plan; ramp: tokens go in every block (``--merge-blocks ramp``);
+- distilled: the default plan, then ``--fit distill`` for ``--distill-steps``; 0 leaves it out.
 
 Rows are written as they are done, and a second call of the same command goes on from there.
 """
@@ -65,7 +65,7 @@ class AlternativeOptions(SubjectOptions):
         if self.distill_steps < 0 or not self.merge_blocks or min(self.merge_blocks) < 1:
             raise UsageError("--distill-steps must not be negative, and --merge-blocks has numbers from 1")
         if unknown := [name for name in self.rows if name not in ("ramp", "distilled") and not is_other(name)]:
-            raise UsageError(f"--rows {unknown[0]}: must be ramp, distilled, resolution, radial, DiffRate or {BLOCKS}N")
+            raise UsageError(f"--rows {unknown[0]}: must be ramp, distilled, resolution, radial, DiffRate, {BLOCKS}auto or {BLOCKS}N")
         if "distilled" in self.rows and not self.distill_steps:
             raise UsageError("--rows distilled goes with --distill-steps")
         self.of_tables().check()
@@ -114,7 +114,7 @@ class Alternatives:
             "resolution": lambda: at_lower_resolution(self.bench.model, self.bench.options.model, budget),
             "ramp": lambda: self.slim(self.found(budget, merge_blocks="ramp")),
         }
-        for name in (*(f"{BLOCKS}{blocks}" for blocks in self.options.merge_blocks), "DiffRate", "radial"):
+        for name in (*(f"{BLOCKS}{blocks}" for blocks in ("auto", *self.options.merge_blocks)), "DiffRate", "radial"):
             makers[name] = lambda name=name: self.slim(self.other(name, budget))  # type: ignore[misc]
         if self.options.distill_steps and budget in self.options.distill_budgets:
             makers["distilled"] = lambda: self.slim(self.distilled(budget))
@@ -144,11 +144,11 @@ class Alternatives:
         return self.draw.finder(options).find_plan(options.request())
 
     def distilled(self, budget: float) -> FoundPlan:
-        """The ramp at a budget, distilled; an interrupted run goes on from a folder beside the results."""
+        """The default plan at a budget, distilled; an interrupted run goes on from a folder beside the results."""
         given = self.options
         options = dataclasses.replace(
             self.ours(budget),
-            merge_blocks="ramp",
+            merge_blocks="auto",
             fit="distill",
             distill_steps=given.distill_steps,
             distill_lr=given.distill_lr,

@@ -38,7 +38,7 @@ def test_every_row_is_measured_once_and_costs_what_it_says(tmp_path: Path) -> No
     result = Alternatives(options(output)).measure()
     assert json.loads(output.read_text(encoding="utf-8"))["rows"] == result["rows"]
     rows = {row["row"]: row for row in result["rows"]}
-    names = ["resolution", "ramp", "blocks-2", "DiffRate", "radial"]
+    names = ["resolution", "ramp", "blocks-auto", "blocks-2", "DiffRate", "radial"]
     measured = [[f"{name} {budget}" for name in names] for budget in ("40%", "95%")]
     assert list(rows) == ["dense", *measured[0], "distilled 40%", *measured[1]]
     assert rows["distilled 40%"]["distilled"]["steps"] == 2
