@@ -65,7 +65,9 @@ class AlternativeOptions(SubjectOptions):
         if self.distill_steps < 0 or not self.merge_blocks or min(self.merge_blocks) < 1:
             raise UsageError("--distill-steps must not be negative, and --merge-blocks has numbers from 1")
         if unknown := [name for name in self.rows if name not in ("ramp", "distilled") and not is_other(name)]:
-            raise UsageError(f"--rows {unknown[0]}: must be ramp, distilled, resolution, radial, DiffRate, {BLOCKS}auto or {BLOCKS}N")
+            raise UsageError(
+                f"--rows {unknown[0]}: must be ramp, distilled, resolution, radial, DiffRate, {BLOCKS}auto or {BLOCKS}N"
+            )
         if "distilled" in self.rows and not self.distill_steps:
             raise UsageError("--rows distilled goes with --distill-steps")
         self.of_tables().check()

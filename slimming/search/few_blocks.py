@@ -43,6 +43,10 @@ TRIALS = 8
 AUTO = 3
 #: They may diverge so much more than the ramp before the fit, which mends few deep merges better than many small ones.
 WORTH = 1.05
+#: A CPU's kernels for bfloat16 and 8 bits (oneDNN's) take the rows of a product in blocks of a size that divides their number,
+#: ``TILE`` at most. Of one image the rows are its tokens: with 137 of them, a prime, such a product takes a quarter longer than
+#: with 136. So the counts of ``auto`` that are above ``TILE`` are multiples of ``TILED``: these have a large divisor.
+TILE, TILED = 64, 4
 #: KL divergence, nats, that is next to nothing: in the tables of ``benchmarks.accuracy`` merging loses at most 65 points of
 #: top-1 a nat, which makes 0.13 points. Few blocks that diverge by less are taken, and no ramp is searched.
 NEGLIGIBLE = 0.002
@@ -112,24 +116,38 @@ def spread_evenly(sizes: CountSizes, blocks: int) -> Steps:
     return Steps(tuple(max(1, round((index + 1) * (free + 1) / (blocks + 1))) for index in range(blocks)))
 
 
-def steps_within(steps: Steps, sizes: CountSizes, cost: Cost, limit: float, multiple: int = 1) -> list[int] | None:
-    """Return the counts of ``steps`` that keep as much as ``limit`` allows; None where they cannot meet it."""
-    end = highest_end(sizes, SnappedCost(cost, sizes, multiple), limit, lambda end: steps.counts(sizes, end))
+def steps_within(steps: Steps, sizes: CountSizes, cost: Cost, limit: float, multiple: int | None = 1) -> list[int] | None:
+    """Return the counts of ``steps`` that keep as much as ``limit`` allows; None where they cannot meet it.
+
+    They are multiples of ``multiple``; with None those above ``TILE`` are multiples of ``TILED``.
+    """
+    least = multiple or 1
+    end = highest_end(sizes, SnappedCost(cost, sizes, least), limit, lambda end: steps.counts(sizes, end))
     if end is None:
         return None
-    return _filled(snapped(sizes, steps.counts(sizes, end), multiple, "down"), sizes, cost, limit, multiple)
+    counts = snapped(sizes, steps.counts(sizes, end), least, "down")
+    return _filled(counts if multiple else _tiled(counts, sizes), sizes, cost, limit, multiple)
 
 
-def _filled(counts: list[int], sizes: CountSizes, cost: Cost, limit: float, multiple: int) -> list[int]:
+def _tiled(counts: list[int], sizes: CountSizes) -> list[int]:
+    """``counts`` with those between ``TILE`` and all tokens rounded down to multiples of ``TILED``."""
+    inner = free_blocks(sizes) - (sizes.fixed_head is None)
+    rounded = [count if count <= TILE or count == sizes.tokens else count - count % TILED for count in counts[:inner]]
+    if sizes.fixed_head is not None or not rounded:
+        return rounded + counts[inner:]
+    return [*rounded, min(counts[-1], rounded[-1] - sizes.prefix)]
+
+
+def _filled(counts: list[int], sizes: CountSizes, cost: Cost, limit: float, multiple: int | None) -> list[int]:
     """What is left of the budget, spent on the first blocks of equal counts that it pays for, all of them alike."""
-    free, before = free_blocks(sizes) - (sizes.fixed_head is None), sizes.tokens
-    for count, blocks in [(count, len(list(run))) for count, run in groupby(counts[:free])]:
+    inner, before = free_blocks(sizes) - (sizes.fixed_head is None), sizes.tokens
+    for count, blocks in [(count, len(list(run))) for count, run in groupby(counts[:inner])]:
         start, raised = counts.index(count), count
-        while raised + multiple < before:
-            more = [*counts[:start], *[raised + multiple] * blocks, *counts[start + blocks :]]
+        while (higher := raised + (multiple or (TILED if raised >= TILE else 1))) < before:
+            more = [*counts[:start], *[higher] * blocks, *counts[start + blocks :]]
             if cost.of(more) > limit:
                 break
-            counts, raised = more, raised + multiple
+            counts, raised = more, higher
         before = raised
     return counts
 
@@ -151,9 +169,13 @@ class FewBlocks:
     limit: float
     multiple: int = 1
 
-    def counts(self, steps: Steps) -> list[int] | None:
-        """Return the counts of ``steps`` that keep as much as the limit allows; None where they cannot meet it."""
-        return steps_within(steps, self.evaluator, self.cost, self.limit, self.multiple)
+    def counts(self, steps: Steps, *, tiled: bool = False) -> list[int] | None:
+        """Return the counts of ``steps`` that keep as much as the limit allows; None where they cannot meet it.
+
+        ``tiled``: for a CPU's kernels, as ``TILE`` says, unless multiples of something else are asked for.
+        """
+        multiple = None if tiled and self.multiple == 1 else self.multiple
+        return steps_within(steps, self.evaluator, self.cost, self.limit, multiple)
 
     def climb(self, start: Steps, *, moves: bool = True) -> list[int]:
         """Return the best counts that ``TRIALS`` trials come to from ``start``; without ``moves`` its places stay.
@@ -217,7 +239,7 @@ class FewBlocks:
         counts: list[int] = []
         if free_blocks(evaluator) >= AUTO:
             with contextlib.suppress(BudgetUnreachable):
-                counts = self.counts(self._reachable(spread_evenly(evaluator, AUTO), moves=True)) or []
+                counts = self.counts(self._reachable(spread_evenly(evaluator, AUTO), moves=True), tiled=True) or []
                 few = evaluator.divergence(counts)
                 told = f"in {_named(places_of(counts, evaluator))}"
         if few <= NEGLIGIBLE:

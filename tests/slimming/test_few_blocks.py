@@ -15,13 +15,16 @@ from hypothesis import strategies as st
 from export.options import ExportOptions
 from patchslim.choices import Layout
 from patchslim.errors import BudgetUnreachable, UsageError
-from patchslim.macs import check_counts
+from patchslim.macs import Geometry, check_counts
 from slimming.run import SlimmingOptions
 from slimming.search.budget import Budget
+from slimming.search.costs import MacsCost
 from slimming.search.counts import counts_within
 from slimming.search.few_blocks import (
     AUTO,
     NEGLIGIBLE,
+    TILE,
+    TILED,
     TRIALS,
     WORTH,
     FewBlocks,
@@ -135,6 +138,39 @@ def test_auto_takes_three_blocks_unless_the_ramp_is_clearly_better(ramp: float, 
     if places == 11:
         assert choice.counts == profile_within(evaluator, macs(evaluator), search(evaluator).limit)
         assert choice.reason.startswith("in every block: ")
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(20, 600), st.integers(4, 12), st.floats(0.05, 0.9), st.sampled_from([1, 8]), st.booleans())
+def test_counts_of_auto_suit_the_blocks_of_a_cpus_kernels(
+    tokens: int, depth: int, removed: float, multiple: int, fixed: bool
+) -> None:
+    evaluator = Made(tokens, depth, 2, 2 if fixed else None)
+    few = search(evaluator, removed, multiple)
+    steps = spread_evenly(evaluator, AUTO)
+    plain, tiled = few.counts(steps), few.counts(steps, tiled=True)
+    assert (plain is None) == (tiled is None)
+    if plain is None or tiled is None:
+        return
+    check_counts(tiled, tokens, depth)
+    assert few.cost.of(evaluator.nested(tiled)) <= few.limit
+    inner = depth - 1
+    assert all(count == tokens or count <= TILE or count % TILED == 0 for count in tiled[:inner])
+    if multiple == 8:
+        assert tiled == plain  # as asked
+    first = next((count for count in tiled[:inner] if count < tokens), None)
+    if fixed and first is not None:  # the first merging block has no room to keep more
+        more = first + (multiple if multiple > 1 else TILED if first >= TILE else 1)
+        grown = [more if count == first else count for count in tiled[:inner]]
+        assert more >= tokens or few.cost.of([*grown, tiled[-1]]) > few.limit
+
+
+def test_a_prime_number_of_tokens_is_avoided() -> None:
+    cost = MacsCost(197, 12, Geometry(embed_dim=192, mlp_hidden_dim=768, patch_macs=28_901_376, head_macs=1_920), merged=True)
+    few = FewBlocks(Made(197, 12, 1), cost, 0.55 * cost.dense())
+    steps = spread_evenly(few.evaluator, AUTO)
+    assert few.counts(steps) == [197, 197, 137, 137, 137, 94, 94, 94, 65, 65, 65, 1]
+    assert few.counts(steps, tiled=True) == [197, 197, 140, 140, 140, 92, 92, 92, 64, 64, 64, 1]
 
 
 def test_where_few_blocks_cost_next_to_nothing_no_ramp_is_searched() -> None:
