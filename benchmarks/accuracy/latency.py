@@ -1,9 +1,10 @@
 """``python -m benchmarks.accuracy.latency``: accuracy at equal measured latency in ONNX Runtime, ours against ToMe and EViT.
 
-Ours is the ONNX file of the bundle that ``export.run`` makes. Every model is timed on a CPU, all of them in turn, in a new
-order each round. The baselines are exported as they stand and rewritten for ONNX Runtime (``baselines_onnx``), and the faster
-counts; of EViT's forms the best one counts. What a baseline's line reaches at our latency is read in its favour too: see
-``latency_report.at_latency``.
+Ours is the ONNX file of the bundle that ``export.run`` makes: of the default plan, ``blocks-auto``, unless ``--plans`` says
+otherwise. A distilled model (``--distilled``) has the times of the plan that has its counts. Every model is timed on a CPU, all
+of them in turn, in a new order each round. The baselines are exported as they stand and rewritten for ONNX Runtime
+(``baselines_onnx``), and the faster counts; of EViT's forms the best one counts. What a baseline's line reaches at our latency
+is read in its favour too: see ``latency_report.at_latency``.
 
     python -m benchmarks.accuracy.latency --name digits --work build/latency --prepare   # slow; the machine may be busy
     python -m benchmarks.accuracy.latency --name digits --work build/latency --output digits-latency.json
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import sys
 import tempfile
 import time
@@ -24,16 +26,21 @@ from typing import Annotated, Any
 
 import tyro
 
-from benchmarks.accuracy import tables
+from benchmarks.accuracy import alternatives, tables
 from benchmarks.accuracy.bench import Bench
 from benchmarks.accuracy.latency_exports import RowExporter
 from benchmarks.accuracy.latency_report import draw, markdown, read, summarised, write
-from benchmarks.accuracy.rows import DEFAULT, FITS, Case, SubjectOptions, TableOptions
+from benchmarks.accuracy.rows import BLOCKS, DEFAULT, FITS, Case, SubjectOptions, TableOptions, is_blocks
 from patchslim.arrays import Array
 from patchslim.choices import FitChoice, ScoreName
 from patchslim.cli import run_command
-from patchslim.errors import UsageError
+from patchslim.errors import InputRejected, UsageError
 from patchslim.progress import Progress
+
+#: The plan whose tokens go in every block.
+RAMP = "ramp"
+#: What a timed row says of its fastest export.
+TIMES = ("latency_ms", "latency_p25", "latency_p75", "wall_ms", "ratio_to_dense")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +53,12 @@ class EqualLatencyOptions(SubjectOptions):
     """Baselines with the last block as it is (False) or cut to the class token (True), as ours is."""
     seeds: tuple[int, ...] = (0,)
     """Each draws its own calibration images."""
+    plans: tuple[str, ...] = (f"{BLOCKS}auto",)
+    """Our plans: blocks-auto, the default; blocks-N; ramp, which cuts in every block."""
+    distilled: Path | None = None
+    """Results of benchmarks.accuracy.alternatives with distilled models of plans that are timed here."""
     score: ScoreName = DEFAULT.score
-    """The score of our plans; auto is the one that slimming.run takes."""
+    """The score of ramps; auto is the one that slimming.run takes."""
     fit: FitChoice = DEFAULT.fit
     """The fit of our plans."""
     batch: int = 8
@@ -55,7 +66,7 @@ class EqualLatencyOptions(SubjectOptions):
     rounds: int = 40
     """How often each model is timed: by its CPU time with one thread, by wall time with several."""
     tables: Path | None = None
-    """Results of benchmarks.accuracy.tables: baselines that are in them are not evaluated again."""
+    """Results of benchmarks.accuracy.tables: what is in them, of the same counts, is not evaluated again."""
     work: Path | None = None
     """A folder that keeps exported models and their accuracy, so that a second call only times them."""
     prepare: bool = False
@@ -75,6 +86,10 @@ class EqualLatencyOptions(SubjectOptions):
             raise UsageError("--batch, --threads and --rounds must be at least 1, and --seeds needs a value")
         if self.fit not in FITS:
             raise UsageError(f"--fit {self.fit}: the tables have {' and '.join(FITS)}")
+        if unknown := [name for name in self.plans if name != RAMP and not is_blocks(name)]:
+            raise UsageError(f"--plans {unknown[0]}: must be {RAMP}, {BLOCKS}auto or {BLOCKS}N, as {BLOCKS}3")
+        if not self.plans:
+            raise UsageError("--plans needs a value")
         if self.prepare and self.work is None:
             raise UsageError("--prepare needs --work, a folder for what it makes")
         self.of_tables().check()
@@ -92,8 +107,8 @@ class EqualLatencyOptions(SubjectOptions):
 def cases(options: EqualLatencyOptions) -> list[Case]:
     """Every model to export; ``dense`` with the last block cut is the exact saving that every baseline may have."""
     rows = [Case("dense")] + [Case("dense", head_only=True)] * (True in options.head_only)
-    for seed, budget in itertools.product(options.seeds, options.budgets):
-        rows.append(Case(options.score, budget, options.fit, "compact", seed))
+    for plan, seed, budget in itertools.product(options.plans, options.seeds, options.budgets):
+        rows.append(Case(options.score if plan == RAMP else plan, budget, options.fit, "compact", seed))
     for cut, budget in itertools.product(options.head_only, options.baseline_budgets):
         rows += [Case("ToMe", budget, head_only=cut), Case("EViT", budget, head_only=cut, form="best")]
     return rows
@@ -131,6 +146,7 @@ def measure_at_equal_latency(options: EqualLatencyOptions) -> dict[str, Any] | N
     options.check()
     bench = Bench(options.of_tables())
     command, options = options.command(), dataclasses.replace(options, score=bench.options.default_score)
+    distilled = distilled_rows(options.distilled, bench) if options.distilled else []
     with tempfile.TemporaryDirectory(prefix="patchslim-") as temporary:
         folder = options.work or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
@@ -140,6 +156,7 @@ def measure_at_equal_latency(options: EqualLatencyOptions) -> dict[str, Any] | N
         if options.prepare:
             return None
         add_times(rows, folder, bench, options)
+    rows += with_times_of(rows, distilled)
     import onnxruntime
 
     machine = tables.machine(options.of_tables()) | {"onnxruntime": onnxruntime.__version__}
@@ -176,7 +193,35 @@ def add_times(rows: list[dict[str, Any]], folder: Path, bench: Bench, options: E
         if "exports" in row:
             row["export"] = min(row["exports"], key=lambda name: float(row["exports"][name]["latency_ms"]))
             fastest = row["exports"][row["export"]]
-            row |= {name: fastest[name] for name in ("latency_ms", "latency_p25", "latency_p75", "wall_ms", "ratio_to_dense")}
+            row |= {name: fastest[name] for name in TIMES}
+
+
+def distilled_rows(path: Path, bench: Bench) -> list[dict[str, Any]]:
+    """The rows of distilled models that ``path`` holds; they may come from more calibration images than the plans here.
+
+    Raises ``InputRejected`` where they are of another model or of other held-out images.
+    """
+    found, described = alternatives.read(path), json.loads(json.dumps(tables.identity(bench.described())))
+    for part in ("model", "evaluation"):
+        if tables.identity(found)[part] != described[part]:
+            raise InputRejected(f"{path}: holds results of another {part}: take the same --weights, --data and --eval-images")
+    return [row for row in found["rows"] if "distilled" in row]
+
+
+def with_times_of(rows: list[dict[str, Any]], distilled: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each distilled model, with the times of the plan that has its counts, or ``refused`` where none is timed."""
+    timed = {tuple(row["counts"]): row for row in rows if row["fit"] and "latency_ms" in row}
+    found = []
+    for row in distilled:
+        told = f"distilled, {row['distilled']['steps']} steps"
+        own = {"method": told, "budget": row["budget"], "fit": "distill", "seed": None, "head_only": None}
+        if plan := timed.get(tuple(row["counts"])):
+            answers = {name: row[name] for name in ("macs", "counts", "reduction", "top1", "agreement")}
+            times = {name: plan[name] for name in TIMES}
+            found.append(own | answers | {"images": plan["images"], "times_of": plan["method"]} | times)
+        else:
+            found.append(own | {"refused": f"{told}, {row['budget']:.0%}: no plan of its counts is timed"})
+    return found
 
 
 def main(options: EqualLatencyOptions) -> int:

@@ -32,8 +32,8 @@ FLIPS = 0.05
 class RowExporter:
     """Makes the ONNX files of each case, of a fixed ``batch``, and its row, but for the times.
 
-    What ``folder`` has already is not made again. Baselines that ``known`` rows of the accuracy tables hold, by key, are not
-    evaluated again.
+    What ``folder`` has already is not made again. What ``known`` rows of the accuracy tables hold (by key, of equal counts)
+    is not evaluated again.
     """
 
     def __init__(self, bench: Bench, folder: Path, *, batch: int, known: dict[str, Row]) -> None:
@@ -70,7 +70,7 @@ class RowExporter:
         if case.head_only:
             module = cut = ToMeViT(self.bench.model, 0, head_only=True)
             macs, title = cut.macs(), "dense, last block cut"
-        row = {"macs": macs, **self.accuracy(module, title)} | ({"counts": cut.counts} if case.head_only else {})
+        row = {"macs": macs, **self.measured(module, title)} | ({"counts": cut.counts} if case.head_only else {})
         return row | {"exports": {"plain": self.export_module(module, module, f"{key}-plain")}}
 
     def slim(self, case: Case, key: str) -> dict[str, Any]:
@@ -87,8 +87,8 @@ class RowExporter:
             path.write_bytes((export_bundle(options).bundle / "model.onnx").read_bytes())
 
         path = self.export(make, module, f"{key}-plain")
-        row = {"macs": found.plan.macs(), "counts": found.plan.counts, **self.accuracy(module, case.title())}
-        return row | {"exports": {"plain": path}}
+        counts = found.plan.counts
+        return {"macs": found.plan.macs(), "counts": counts, **self.accuracy(module, case, counts), "exports": {"plain": path}}
 
     def baseline(self, case: Case, key: str) -> dict[str, Any]:
         """ToMe, or EViT in the form that is best on the held-out images, as it stands and rewritten for ONNX Runtime."""
@@ -98,18 +98,21 @@ class RowExporter:
         found = []
         for form in forms:
             module, row = self.bench.baseline(form)
-            measured = self.known.get(tables.key_of(form, self.described), Row())
-            if "top1" not in measured or measured["counts"] != row["counts"]:
-                measured = self.accuracy(module, form.title())
-            answers = {"top1": measured["top1"], "agreement": measured["agreement"]}
-            found.append((module, row | answers | {"form": form.form}))
+            found.append((module, row | self.accuracy(module, form, row["counts"]) | {"form": form.form}))
         module, row = max(found, key=lambda each: float(each[1]["top1"]))
         name = f"{key}-{row['form']}" if case.form else key
         exports = {"plain": self.export_module(module, module, f"{name}-plain")}
         exports["lean"] = self.export_module(lean(module), module, f"{name}-lean")
         return row | {"exports": exports}
 
-    def accuracy(self, module: nn.Module, title: str) -> Row:
+    def accuracy(self, module: nn.Module, case: Case, counts: list[int]) -> dict[str, Any]:
+        """Top-1 and agreement of a case: the known ones where they are of the same counts."""
+        known = self.known.get(tables.key_of(case, self.described), Row())
+        if "top1" not in known or known["counts"] != counts:
+            return self.measured(module, case.title())
+        return {"top1": known["top1"], "agreement": known["agreement"]}
+
+    def measured(self, module: nn.Module, title: str) -> dict[str, Any]:
         """Top-1 and agreement of the PyTorch module on the held-out images."""
         measured = self.bench.accuracy_of(module, title)
         return {"top1": measured["top1"], "agreement": measured["agreement"]}

@@ -48,7 +48,7 @@ def summarised(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ours = [row for row in rows if row["fit"] and "latency_ms" in row]
     for row, (title, line) in itertools.product(ours, lines_of(rows).items()):
         theirs = at_latency(line, row["latency_ms"])
-        entry = {name: row[name] for name in ("budget", "seed", "reduction", "latency_ms", "ratio_to_dense", "top1")}
+        entry = {name: row[name] for name in ("method", "budget", "seed", "reduction", "latency_ms", "ratio_to_dense", "top1")}
         entry |= {"rival": title, "reached": theirs is not None, "rival_top1": None if theirs is None else round(theirs, 6)}
         entry |= {"lead": None if theirs is None else round(100 * (row["top1"] - theirs), 4)}
         entries.append(entry | {"rival_fastest_ms": line[0]["latency_ms"], "rival_fastest_top1": line[0]["top1"]})
@@ -80,7 +80,7 @@ def read(path: Path) -> dict[str, Any]:
 def title_of(row: dict[str, Any]) -> str:
     """What a row of the table is called."""
     if row["fit"]:
-        return f"**ours: {row['method']}, {row['fit'].replace('none', 'no fit')}**"
+        return f"**ours: {row['method']}" + ("**" if row["fit"] == "distill" else f", {row['fit'].replace('none', 'no fit')}**")
     form = f" ({row['form']})" if row.get("form") else ""
     return str(row["method"]) + form + (", last block cut" if row["head_only"] else "")
 
@@ -101,14 +101,16 @@ def markdown(result: dict[str, Any]) -> str:
         quartiles = f"{row['latency_ms']:.2f} ({row['latency_p25']:.2f}–{row['latency_p75']:.2f})"
         share = f"{row['ratio_to_dense']:.3f} | {100 * row['top1']:.2f} | {row['agreement']:.1%}"
         lines.append(f"| {title_of(row)} | {row['reduction']:.1%} | {quartiles} | {share} |")
-    seeded = len({entry["seed"] for entry in result["summary"]}) > 1
+    seeded = len({entry["seed"] for entry in result["summary"]} - {None}) > 1
     lines += [
         "",
         "| ours at | ms | top-1 | baseline at that latency | its top-1 | our lead, points |",
         "|---|---|---|---|---|---|",
     ]
     for entry in result["summary"]:
-        ours = f"{entry['reduction']:.1%}" + (f", seed {entry['seed']}" if seeded else "")
+        ours = f"{entry['method']}, {entry['reduction']:.1%}" + (
+            f", seed {entry['seed']}" if seeded and entry["seed"] is not None else ""
+        )
         theirs = (
             f"{100 * entry['rival_top1']:.2f} | {entry['lead']:+.2f}"
             if entry["reached"]
@@ -130,7 +132,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     rows = [row for row in result["rows"] if "latency_ms" in row]
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in (row for row in rows if row["fit"]):
-        lines.setdefault(f"{title_of(row).strip('*')}, seed {row['seed']}", []).append(row)
+        seed = "" if row["seed"] is None else f", seed {row['seed']}"
+        lines.setdefault(title_of(row).strip("*") + seed, []).append(row)
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     for title, line in (lines | lines_of(rows)).items():
         line = sorted(line, key=lambda row: float(row["latency_ms"]))

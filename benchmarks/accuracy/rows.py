@@ -263,10 +263,11 @@ def cases(options: TableOptions) -> list[Case]:
 
 def is_other(method: str) -> bool:
     """Whether a row is one of ``OTHERS``, of any number of merging blocks."""
-    return method in OTHERS or _is_blocks(method)
+    return method in OTHERS or is_blocks(method)
 
 
-def _is_blocks(name: str) -> bool:
+def is_blocks(name: str) -> bool:
+    """Whether a row is named blocks-auto or blocks-N."""
     number = name.removeprefix(BLOCKS)
     return name.startswith(BLOCKS) and (number == "auto" or (number.isascii() and number.isdigit() and int(number) > 0))
 

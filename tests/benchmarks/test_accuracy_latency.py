@@ -83,7 +83,7 @@ def result(options: EqualLatencyOptions) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_every_model_is_exported_as_it_answers_and_timed(options: EqualLatencyOptions, result: dict[str, Any]) -> None:
-    assert [row["method"] for row in result["rows"]] == ["dense", "dense", "similarity", "ToMe", "EViT"]
+    assert [row["method"] for row in result["rows"]] == ["dense", "dense", "blocks-auto", "ToMe", "EViT"]
     for row in result["rows"]:
         assert set(row["exports"]) == ({"plain", "lean"} if row["method"] in ("ToMe", "EViT") else {"plain"})
         for export in row["exports"].values():
@@ -199,7 +199,7 @@ def test_show_prints_the_results_and_the_figure_is_the_same_each_time(
     assert main(EqualLatencyOptions(show=(options.output,), figure=tmp_path / "tiny.svg")) == 0
     shown = capsys.readouterr().out
     assert shown == markdown(result) + "\n" == markdown(json.loads(options.output.read_text())) + "\n"
-    assert "| **ours: similarity, closed-form** |" in shown
+    assert "| **ours: blocks-auto, closed-form** |" in shown
     assert shown.count("last block cut |") == 5
     draw(result, tmp_path / "again.svg")
     assert (tmp_path / "tiny.svg").read_bytes() == (tmp_path / "again.svg").read_bytes()
@@ -210,10 +210,52 @@ def test_other_files_and_impossible_options_are_refused(options: EqualLatencyOpt
     (tmp_path / "other.json").write_text('{"rows": []}')
     with pytest.raises(InputRejected, match="not a results file"):
         main(EqualLatencyOptions(show=(tmp_path / "other.json",)))
-    for wrong in ({"prepare": True}, {"budgets": (1.0,)}, {"rounds": 0}, {"fit": "sgd"}):
+    for wrong in (
+        {"prepare": True},
+        {"budgets": (1.0,)},
+        {"rounds": 0},
+        {"fit": "sgd"},
+        {"plans": ("DiffRate",)},
+        {"plans": ()},
+    ):
         with pytest.raises(UsageError):
             EqualLatencyOptions(**wrong).check()  # type: ignore[arg-type]
+
+
+def test_the_default_plan_is_timed_and_others_that_are_asked_for() -> None:
     assert len(cases(EqualLatencyOptions())) == 2 + 3 + 2 * 2 * 5
+    assert [case.method for case in cases(EqualLatencyOptions()) if case.fit] == ["blocks-auto"] * 3
+    asked = EqualLatencyOptions(plans=("ramp", "blocks-3"), score="similarity", budgets=(0.4,))
+    assert [(case.method, case.budget) for case in cases(asked) if case.fit] == [("similarity", 0.4), ("blocks-3", 0.4)]
+
+
+@pytest.mark.slow
+def test_a_distilled_model_has_the_times_of_the_plan_of_its_counts(
+    options: EqualLatencyOptions, result: dict[str, Any], tmp_path: Path
+) -> None:
+    plan = result["rows"][2]
+    row = {"row": "distilled 40%", "budget": 0.4, "distilled": {"steps": 7}, "agreement": 0.5}
+    row |= {"top1": 0.75, "counts": plan["counts"], "macs": plan["macs"], "reduction": plan["reduction"]}
+    other = row | {"row": "distilled 60%", "budget": 0.6, "counts": [2] * len(plan["counts"])}
+    described = {name: result[name] for name in ("model", "evaluation")} | {"calibration": {"images": 999}}
+    path = tmp_path / "alternatives.json"
+    path.write_text(json.dumps({**described, "rows": [{"row": "dense"}, row, other]}))
+    again = measure_at_equal_latency(dataclasses.replace(options, distilled=path, output=tmp_path / "again.json"))
+    assert again is not None
+    *rows, found, refused = again["rows"]
+    assert [each["method"] for each in rows] == [each["method"] for each in result["rows"]]
+    assert (found["method"], found["top1"], found["fit"]) == ("distilled, 7 steps", 0.75, "distill")
+    assert found["latency_ms"] == rows[2]["latency_ms"]
+    assert refused["refused"] == "distilled, 7 steps, 60%: no plan of its counts is timed"
+    assert [entry["method"] for entry in again["summary"]] == ["blocks-auto"] * 2 + ["distilled, 7 steps"] * 2
+    told = markdown(again)
+    assert "| **ours: distilled, 7 steps** |" in told
+    assert f"Not measured: {refused['refused']}." in told
+    described["model"] = described["model"] | {"weights_sha256": "0"}
+    path.write_text(json.dumps({**described, "rows": [row]}))
+    with pytest.raises(InputRejected, match="results of another model"):
+        measure_at_equal_latency(dataclasses.replace(options, distilled=path, output=tmp_path / "third.json"))
+    assert not (tmp_path / "third.json").exists()
 
 
 @pytest.mark.slow
