@@ -68,6 +68,12 @@ def test_a_fit_that_cannot_be_is_said_again(export_work: Path, capsys: pytest.Ca
         assert text.count("they cannot be refitted in closed form: --fit none") == 1
 
 
+def test_the_fit_that_auto_takes_is_said_with_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in said_by_two_runs(tiny(tmp_path / "work", fit="auto"), capsys):
+        assert text.count("--fit closed-form: 24 calibration images, and distilling wants 1,024") == 1
+        assert "--fit distill" not in text
+
+
 def test_a_stage_keeps_its_notes(tmp_path: Path) -> None:
     def build(part: Path) -> list[str]:
         (part / "file").write_bytes(b"made")
