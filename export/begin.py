@@ -9,6 +9,7 @@ from export.cache import StageCache
 from export.engines.base import ALL, QUANTISED
 from export.engines.build import choose_backend
 from export.engines.support import engines_here
+from export.engines.tensorrt_build import check_settings
 from export.latency.budget_stages import known_latency_table, needs_latency_table
 from export.options import ExportOptions
 from export.places import check_places
@@ -62,6 +63,8 @@ def _with_engines_here(options: ExportOptions) -> tuple[ExportOptions, dict[Engi
 def _request(options: ExportOptions, first: EngineName) -> EngineRequest:
     """What to build of one engine, beside the ``first`` of its bundle. Raises as ``choose_backend`` does, ``ParityFailed``."""
     backend = choose_backend(options.primary, options.targets, options.engine_precision)
+    if options.builder_settings is not None:
+        check_settings(backend, options.builder_settings)
     if options.engine_precision in QUANTISED:
         ensure_quantiser(options.primary, options.engine_precision)
     if options.require_executed and backend.ahead_of_time and target_for(cuda.local_target(), backend.targets) is None:

@@ -43,6 +43,10 @@ class BuildDoorOptions:
         tyro.conf.arg(metavar="portable|sm75|sm80|sm86|sm89|sm120|sm121"),
     ] = ()
     """GPU generations to build for. Default: the one of this machine; where it has none, those of the recipe."""
+    refit: bool = False
+    """Build an engine that can be given other weights, also where the recipe does not say so. Needs a GPU."""
+    strip_weights: bool = False
+    """Leave the weights out of the engine file, also where the recipe does not say so. Needs a GPU."""
     json: bool = False
     """Print build.json on stdout; logs stay on stderr."""
 
@@ -67,7 +71,8 @@ def run(options: BuildDoorOptions) -> int:
                 update(report.step, report.total)
             return True
 
-        built = build_recipe(RecipeBuild(options.recipe, options.output, backend, options.targets), progress)
+        asked = RecipeBuild(options.recipe, options.output, backend, options.targets, options.refit, options.strip_weights)
+        built = build_recipe(asked, progress)
     if built.doubt:
         print(f"build: {printable(built.doubt)}: not checked", file=sys.stderr)
     if options.json:

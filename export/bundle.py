@@ -127,6 +127,8 @@ def _write_recipe(contents: BundleContents, folder: Path) -> None:
             tf32=told.tf32,
             workspace_mib=None if told.workspace is None else told.workspace >> 20,
             optimization_level=told.optimization_level,
+            refit=told.refit,
+            strip_weights=told.strip_weights,
             compute_capabilities=[target for target in engine.targets if target != PORTABLE] if ahead_of_time else [],
         ),
         expected=ExpectedEngine(precision=precision, attentions=engine.attentions, fused_attentions=engine.fused_attentions),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from export.engines.base import BackendName, BuildOptions, BuildProgressCallback, BuildSettings, EngineResult
 from export.engines.onnx_info import OnnxFacts, read_onnx
-from export.engines.tensorrt_build import build, choose_backend
+from export.engines.tensorrt_build import build, check_settings, choose_backend
 from export.publication import check_place, publish_folder
 from patchslim import cuda
 from patchslim.device import device_versions, this_device
@@ -24,12 +24,17 @@ _MIB = 1 << 20
 
 @dataclass(frozen=True)
 class RecipeBuild:
-    """What to build, where to put it, and by what: None leaves backend and targets to this machine and the recipe."""
+    """What to build, where to put it, and by what: None leaves backend and targets to this machine and the recipe.
+
+    ``refit`` and ``strip_weights`` ask for them where the recipe does not.
+    """
 
     recipe: Path
     output: Path
     backend: BackendName | None = None
     targets: Sequence[str] = ()
+    refit: bool = False
+    strip_weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ def build_recipe(asked: RecipeBuild, progress: BuildProgressCallback = lambda re
 
     Raises ``InputRejected`` where the recipe is malformed, or its ONNX file is another one, leads out of its folder or is not
     what it says; ``UsageError`` where the output cannot be written, or holds anything but an earlier build; ``Unavailable``
-    where TensorRT and TensorRT-RTX are not here, or cannot build this; ``ParityFailed`` where the engine has fewer fused
+    where TensorRT and TensorRT-RTX are not here, or cannot build this here; ``ParityFailed`` where the engine has fewer fused
     attentions than the recipe expects: then nothing is published.
     """
     recipe, digest = read_recipe(asked.recipe)
@@ -82,9 +87,10 @@ def _built(onnx: Path, folder: Path, asked: RecipeBuild, recipe: BuildRecipe, pr
     """The engine in ``folder`` of the copy ``onnx``, as fused as the recipe expects."""
     expected = recipe.expected
     backend = choose_backend(_targets(asked, recipe), expected.precision, asked.backend)
+    settings = _builder_settings(asked, recipe)
+    check_settings(backend, settings)
     facts = read_onnx(onnx)
     _check_facts(facts, recipe, asked.recipe.parent / recipe.onnx.path)
-    settings = _builder_settings(recipe)
     profiles = [(one.min, one.opt, one.max) for one in recipe.profiles]
     options = BuildOptions(
         backend.targets, expected.precision, recipe.batch, progress, backend.name, settings, profiles=profiles
@@ -117,10 +123,15 @@ def _targets(asked: RecipeBuild, recipe: BuildRecipe) -> Sequence[str] | None:
     return [local] if local is not None else recipe.settings.compute_capabilities or None
 
 
-def _builder_settings(recipe: BuildRecipe) -> BuildSettings:
+def _builder_settings(asked: RecipeBuild, recipe: BuildRecipe) -> BuildSettings:
     settings = recipe.settings
-    workspace = None if settings.workspace_mib is None else settings.workspace_mib * _MIB
-    return BuildSettings(settings.tf32, workspace, settings.optimization_level)
+    return BuildSettings(
+        tf32=settings.tf32,
+        workspace=None if settings.workspace_mib is None else settings.workspace_mib * _MIB,
+        optimization_level=settings.optimization_level,
+        refit=settings.refit or asked.refit,
+        strip_weights=settings.strip_weights or asked.strip_weights,
+    )
 
 
 def _check_facts(facts: OnnxFacts, recipe: BuildRecipe, path: Path) -> None:
@@ -147,7 +158,7 @@ def _record(recipe: BuildRecipe, digest: str, result: EngineResult, folder: Path
     return BuildRecord(
         recipe_sha256=digest,
         onnx_sha256=recipe.onnx.sha256,
-        engine=result.record([file.name for file in result.files], "not executed"),
+        engine=result.record([file.name for file in result.files], "not executed", recipe.onnx.path),
         tools=device_versions(),
         device=this_device(),
         executed=result.executed,

@@ -113,7 +113,8 @@ def _open_engine(engine: EngineResult, work: Workspace) -> Runner:
         return OpenVinoRunner(first, dataclasses.replace(settings, cache=work.cache.root / OPENVINO_CACHE))
     from patchslim.tensorrt_runner import TrtRunner
 
-    return TrtRunner(first, engine.backend)
+    weights = None if engine.weights is None else work.cache.verified(engine.weights)
+    return TrtRunner(first, engine.backend, weights=weights)
 
 
 @dataclass(frozen=True)

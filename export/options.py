@@ -79,6 +79,11 @@ class EngineGroup:
     """Memory that a kernel of a TensorRT engine may use beside weights and activations. Default: what the GPU has."""
     optimization_level: int | None = None
     """Of TensorRT's builder: 0 builds fastest, 5 tries most. Default: 3."""
+    refit: bool = False
+    """Build a TensorRT engine that can be given the weights of another ONNX file of this graph. Needs a GPU."""
+    strip_weights: bool = False
+    """Leave the weights out of TensorRT's engine file: it is given them from the bundle's ONNX file when it is loaded. Needs
+    a GPU."""
     hint: PerformanceHint = "latency"
     """What OpenVINO is told: to give all cores to one batch (latency), or to run several at once (throughput)."""
     mixed: Literal["auto", "none"] = "auto"
@@ -168,6 +173,9 @@ class ExportOptions(OutputGroup, GateGroup, EngineGroup, PlanGroup, ModelOptions
         for option, value in (("--workspace", self.workspace), ("--optimization-level", self.optimization_level)):
             if value is not None and "trt" not in self.engines:
                 raise UsageError(f"{option} {value} needs --engine trt: it is TensorRT's builder that takes it")
+        for option, asked in (("--refit", self.refit), ("--strip-weights", self.strip_weights)):
+            if asked and "trt" not in self.engines:
+                raise UsageError(f"{option} needs --engine trt: only TensorRT's engines have weights of their own")
         for engine in self.engines:
             check_precision(engine, self.for_engine(engine).engine_precision)
             if self.precision == "auto" and engine != "openvino":
@@ -231,14 +239,13 @@ class ExportOptions(OutputGroup, GateGroup, EngineGroup, PlanGroup, ModelOptions
     @property
     def builder_settings(self) -> BuildSettings | None:
         """What TensorRT's builder is told; None for the defaults of the precision."""
-        if self.workspace is None and self.optimization_level is None:
-            return None
         settings = BuildSettings.default(self.engine_precision)
+        settings = dataclasses.replace(settings, refit=self.refit, strip_weights=self.strip_weights)
         if self.workspace is not None:
             settings = dataclasses.replace(settings, workspace=self.workspace << 20)
         if self.optimization_level is not None:
             settings = dataclasses.replace(settings, optimization_level=self.optimization_level)
-        return settings
+        return None if settings == BuildSettings.default(self.engine_precision) else settings
 
     @property
     def engines(self) -> tuple[EngineName, ...]:
@@ -256,7 +263,7 @@ class ExportOptions(OutputGroup, GateGroup, EngineGroup, PlanGroup, ModelOptions
         if engine != "trt":
             plain = EngineGroup()
             alone = dataclasses.replace(alone, target=plain.target, batch=plain.batch, require_fused_attention=False)
-            alone = dataclasses.replace(alone, workspace=None, optimization_level=None)
+            alone = dataclasses.replace(alone, workspace=None, optimization_level=None, refit=False, strip_weights=False)
         if engine != "openvino":
             alone = dataclasses.replace(alone, hint="latency")
         return alone if alone.may_be_quantised else dataclasses.replace(alone, keep_fp32=())

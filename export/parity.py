@@ -6,7 +6,7 @@ import math
 
 from export.engines.base import EngineResult
 from export.logits import BATCH_SIZES, Measured
-from export.stage_names import PRECISIONS, PYTORCH, PYTORCH_SLIM, StageNames
+from export.stage_names import PRECISIONS, PYTORCH, PYTORCH_SLIM, StageNames, onnx_file
 from export.stages import EngineRequest
 from patchslim.choices import Layout, Precision
 from patchslim.plan import SlimPlan
@@ -30,7 +30,11 @@ def parity_report(
         comparison=comparison(measured, request.names),
         macs=macs_of(plan, request.layout),
         rungs=judged,
-        engine=engine.record([f"engine/{file.name}" for file in engine.files], judged[-1].status),
+        engine=engine.record(
+            [f"engine/{file.name}" for file in engine.files],
+            judged[-1].status,
+            onnx_file(request.names.onnx(request.graph)),
+        ),
         evaluation=evaluation,
         passed=passed,
     )

@@ -266,7 +266,8 @@ def built_engine(onnx: Path, request: EngineRequest, work: Workspace) -> EngineR
 
     work.cache.make(folder, build)
     work.cache.verified(folder / "result.json")
-    return EngineResult.load(folder)
+    without_weights = request.settings is not None and request.settings.strip_weights
+    return dataclasses.replace(EngineResult.load(folder), weights=onnx if without_weights else None)
 
 
 def dense_kernels(dense: Path, plan: SlimPlan, request: EngineRequest, work: Workspace) -> dict[str, int]:

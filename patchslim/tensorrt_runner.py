@@ -18,6 +18,7 @@ from patchslim import cuda
 from patchslim.errors import InputRejected, Unavailable
 from patchslim.runner import BatchLimits, TensorInfo
 from patchslim.targets import target_for
+from patchslim.tensorrt_weights import give_weights, stripped_bytes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -68,17 +69,19 @@ def profiles_in_words(profiles: Sequence[tuple[int, int]]) -> str:
 class TrtRunner:
     """An engine on the first visible GPU, a ``Runner``: one input, images, and its first output, logits.
 
-    ``model`` is a file or the bytes of one, ``name`` what messages call it (default: the file). Raises ``InputRejected`` where
-    the file is missing, or is not an engine of this release of ``backend`` for this GPU; ``Unavailable`` where there is no GPU,
-    or ``backend`` is not installed.
+    ``model`` is a file or the bytes of one, ``name`` what messages call it (default: the file). ``weights`` is the ONNX file
+    that it was built from, or its bytes: an engine file without weights needs it, and one that was built with ``--refit`` takes
+    another of the same graph. Raises ``InputRejected`` where a file is missing, or is not an engine of this release of
+    ``backend`` for this GPU, or not of its weights; ``Unavailable`` where there is no GPU, or ``backend`` is not installed.
     """
 
-    def __init__(self, model: Path | bytes, backend: str, *, name: str = "") -> None:
+    def __init__(self, model: Path | bytes, backend: str, *, name: str = "", weights: Path | bytes | None = None) -> None:
         path = name or (str(model) if isinstance(model, Path) else "the engine")
         if importlib.util.find_spec(backend) is None:
             raise Unavailable(f"{path}: {backend} is not installed, so the engine cannot run")
-        if isinstance(model, Path) and not model.is_file():
-            raise InputRejected(f"{path}: no such file")
+        for file in (model, weights):
+            if isinstance(file, Path) and not file.is_file():
+                raise InputRejected(f"{file}: no such file")
         self._stream = cuda.Stream()  # first: without a GPU, TensorRT answers with None or not at all
         self._trt: Any = importlib.import_module(backend)
         self._logger = self._trt.Logger(self._trt.Logger.ERROR)
@@ -92,6 +95,13 @@ class TrtRunner:
         if self._engine is None:
             raise InputRejected(
                 f"{path}: not an engine that {backend} {self._trt.__version__} can load on {cuda.local_target()}"
+            )
+        if weights is not None:
+            give_weights(self._trt, self._logger, self._engine, weights, path)
+        elif lacking := stripped_bytes(self._trt, self._engine):
+            raise InputRejected(
+                f"{path}: the file is without its weights ({lacking} bytes)",
+                next_step="pass the ONNX file that it was built from",
             )
         self._context = self._engine.create_execution_context()
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from patchslim.choices import Precision
 from patchslim.errors import InputRejected
@@ -51,9 +51,21 @@ class BuildSettings(StrictRecord):
     optimization_level: Annotated[int, Field(ge=0, le=5)] = Field(
         description="0 builds fastest, 5 tries most; 3 is the default"
     )
+    refit: bool = Field(default=False, description="whether the engine can be given other weights; written where it is true")
+    strip_weights: bool = Field(
+        default=False,
+        description="whether the engine file is without weights, which it is given from the ONNX file when it is loaded; "
+        "written where it is true",
+    )
     compute_capabilities: list[_Target] = Field(
         max_length=32, description="what TensorRT-RTX builds for ahead of time; full TensorRT builds for the GPU it runs on"
     )
+
+    @model_serializer(mode="wrap")
+    def _write(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what is not asked for: so it was written, and is read, by every earlier release."""
+        written: dict[str, Any] = write(self)
+        return {name: value for name, value in written.items() if name not in ("refit", "strip_weights") or value}
 
 
 class ExpectedEngine(StrictRecord):
@@ -160,6 +172,8 @@ def trtexec_line(recipe: BuildRecipe) -> str:
     if settings.workspace_mib is not None:
         words.append(f"--memPoolSize=workspace:{settings.workspace_mib}")
     words.append(f"--builderOptimizationLevel={settings.optimization_level}")
+    words += ["--refit"] if settings.refit else []
+    words += ["--stripWeights"] if settings.strip_weights else []
     words += ["--profilingVerbosity=detailed", f"--exportLayerInfo={onnx.stem}.layers.json", "--skipInference"]
     return shlex.join(words)
 

@@ -20,7 +20,7 @@ from patchslim.packages import missing
 from patchslim.runner import BatchLimits, infer_in_batches
 from patchslim.targets import target_for
 from validate.bundle import load_manifest
-from validate.engine_runs import BACKENDS, ON_ONNX, EngineKey, Subject, why_not
+from validate.engine_runs import BACKENDS, ON_ONNX, EngineKey, OnnxWeights, Subject, why_not
 from validate.manifest import Manifest
 from validate.model import Model, open_model
 from validate.parity import stage_precision
@@ -146,7 +146,8 @@ def _engine_subjects(folder: Path, manifest: Manifest, engine: EngineRecord) -> 
     elif key == "ort":
         yield Subject(key, folder, _served(manifest), manifest.files)
     elif key is not None and target is not None and len(engine.files) == len(engine.targets):
-        yield Subject(key, folder, engine.files[engine.targets.index(target)], manifest.files)
+        path, weights = engine.files[engine.targets.index(target)], OnnxWeights.of_engine(engine, folder, manifest)
+        yield Subject(key, folder, path, manifest.files, weights=weights)
 
 
 def _providers(engine: EngineKey) -> list[str]:
@@ -175,6 +176,7 @@ def _opened(subject: Subject, provider: str, threads: int) -> BundleRunner:
                 "threads": threads,
                 "backend": BACKENDS[subject.engine],
                 "openvino": dataclasses.asdict(subject.openvino),
+                "weights": None if subject.weights is None else subject.weights.listed(),
             }
         )
     except BaseException:

@@ -23,6 +23,7 @@ from validate.engine_runs import (
     EngineKey,
     EngineRun,
     GoldenParity,
+    OnnxWeights,
     Subject,
     version_of,
     why_not,
@@ -57,6 +58,7 @@ class Running:
             threads=self.threads,
             backend=BACKENDS[subject.engine],
             openvino=self.choice.told(subject),
+            weights=subject.weights,
         )
 
     def place(self, subject: Subject) -> str:
@@ -190,13 +192,16 @@ def _subjects(trial: Trial, key: EngineKey, built: BuildRecord | None) -> Iterat
     elif built is not None and trial.how.choice.built is not None:
         file = None if local is None else built.engine_for(local)
         if file is not None and built.engine.backend == BACKENDS[key]:
-            subject = Subject(key, trial.how.choice.built, file.path, built.files, built.recipe_sha256)
+            weights = OnnxWeights.of_engine(built.engine, trial.folder, manifest)
+            subject = Subject(key, trial.how.choice.built, file.path, built.files, built.recipe_sha256, weights=weights)
             yield subject, Expected.of_engine(built.engine.precision, trial.golden)
     else:
         for engine in engines:
             if (target := target_for(local, engine.targets)) and len(engine.files) == len(engine.targets):
                 path = engine.files[engine.targets.index(target)]
-                yield Subject(key, trial.folder, path, manifest.files), Expected.of_engine(engine.precision, trial.golden)
+                weights = OnnxWeights.of_engine(engine, trial.folder, manifest)
+                subject = Subject(key, trial.folder, path, manifest.files, weights=weights)
+                yield subject, Expected.of_engine(engine.precision, trial.golden)
 
 
 def _checked(trial: Trial, subject: Subject, expected: Expected) -> Check:

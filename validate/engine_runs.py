@@ -10,13 +10,13 @@ from pydantic import Field, model_validator
 
 from patchslim import cuda
 from patchslim.choices import PerformanceHint
-from patchslim.errors import Unavailable
+from patchslim.errors import InputRejected, Unavailable
 from patchslim.openvino_settings import OpenVinoSettings
 from patchslim.packages import PACKAGES, install_command, missing
 from patchslim.records import StrictRecord
 from validate.fields import PlainPath, Status
-from validate.manifest import FileRecord
-from validate.parity_records import Rung
+from validate.manifest import FileRecord, Manifest
+from validate.parity_records import EngineRecord, Rung
 
 EngineKey = Literal["ort", "openvino", "trt", "rtx"]
 #: The module that runs each, which is also its name in manifests.
@@ -160,8 +160,37 @@ class EngineRun(StrictRecord):
 
 
 @dataclasses.dataclass(frozen=True)
+class OnnxWeights:
+    """The ONNX file that an engine is given its weights from: ``path`` in ``folder``, of whose ``files`` it is one."""
+
+    folder: Path
+    path: str
+    files: list[FileRecord]
+
+    @classmethod
+    def of_engine(cls, engine: EngineRecord, folder: Path, manifest: Manifest) -> OnnxWeights | None:
+        """What an ``engine`` of the bundle in ``folder`` needs, or one that was built of it; None: it has its own weights.
+
+        Raises ``InputRejected`` where the bundle has no such file.
+        """
+        if engine.weights_from is None:
+            return None
+        if engine.weights_from not in [record.path for record in manifest.onnx]:
+            raise InputRejected(f"{folder}: has no {engine.weights_from}, which the engine is to be given its weights from")
+        return cls(folder, engine.weights_from, manifest.files)
+
+    def listed(self) -> dict[str, object]:
+        """What ``open_model`` is told of it."""
+        files = [(file.path, file.size, file.sha256) for file in self.files]
+        return {"folder": str(self.folder.absolute()), "path": self.path, "files": files}
+
+
+@dataclasses.dataclass(frozen=True)
 class Subject:
-    """A file to run: in ``engine``, out of ``folder``, of whose ``files`` it is one."""
+    """A file to run: in ``engine``, out of ``folder``, of whose ``files`` it is one.
+
+    ``weights`` is what an engine file without weights is given them from; None: it has its own.
+    """
 
     engine: EngineKey
     folder: Path
@@ -169,6 +198,7 @@ class Subject:
     files: list[FileRecord]
     recipe_sha256: str | None = None
     openvino: OpenVinoSettings = dataclasses.field(default_factory=OpenVinoSettings)
+    weights: OnnxWeights | None = None
 
     @property
     def sha256(self) -> str:

@@ -22,6 +22,7 @@ from patchslim.errors import EXIT_UNAVAILABLE, InputRejected, Unavailable
 from patchslim.openvino_settings import OpenVinoSettings
 from patchslim.ort_runner import CPU
 from patchslim.runner import BatchLimits, TensorInfo
+from validate.engine_runs import OnnxWeights
 from validate.manifest import FileRecord
 from validate.worker import receive, send
 
@@ -58,8 +59,9 @@ class IsolatedRunner:
 
     Of a bundle it loads exactly the bytes that the ``manifest`` has the digests of; None: ``path`` is a file of no bundle, or
     is taken as it is. ``backend`` is the module that runs it: ``onnxruntime``, ``openvino`` (an ONNX file or an IR, by
-    those settings), and for an engine ``tensorrt`` or ``tensorrt_rtx``. Use it in a ``with`` block. Raises ``InputRejected``
-    where the file is not those, does not run, or takes more than ``limits``; ``Unavailable`` as ``OrtRunner`` does.
+    those settings), and for an engine ``tensorrt`` or ``tensorrt_rtx``, with the ``weights`` that its file lacks. Use it in a
+    ``with`` block. Raises ``InputRejected`` where the file is not those, does not run, or takes more than ``limits``;
+    ``Unavailable`` as ``OrtRunner`` does.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class IsolatedRunner:
         threads: int = 0,
         backend: str = "onnxruntime",
         openvino: OpenVinoSettings = _OPENVINO,
+        weights: OnnxWeights | None = None,
     ):
         self.name = str(folder / path)
         self._limits = limits
@@ -98,6 +101,7 @@ class IsolatedRunner:
             "memory": self._memory,
             "backend": backend,
             "openvino": dataclasses.asdict(openvino),
+            "weights": None if weights is None else weights.listed(),
         }
         self.renew()
         try:

@@ -144,6 +144,9 @@ class Manifest(Results):
                 raise ValueError(f"files: lacks {path}")
         if absent := [one.onnx for one in self.engines if one.onnx not in graphs]:
             raise ValueError(f"engines: {absent[0]} is no file of onnx")
+        needed = [one.weights_from for one in self.engines_by_stage.values() if one.weights_from is not None]
+        if absent := [path for path in needed if path not in graphs]:
+            raise ValueError(f"engine: weights_from: {absent[0]} is no file of onnx")
         if unrecorded := [name for name in names if name.casefold().endswith(".onnx") and name not in graphs]:
             raise ValueError(f"onnx: lacks {unrecorded[0]}")
         if all(record.max_error is None for record in self.onnx):

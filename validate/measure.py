@@ -18,7 +18,7 @@ from patchslim.runner import infer_in_batches
 from validate.attestation import DeviceImages
 from validate.built_engine import read_build
 from validate.engine_checks import Running
-from validate.engine_runs import BACKENDS, EngineRun, Subject
+from validate.engine_runs import BACKENDS, EngineRun, OnnxWeights, Subject
 from validate.images import batches, list_images
 from validate.manifest import Manifest
 from validate.parity import rung
@@ -80,9 +80,13 @@ def measure(
 def _subject(run: EngineRun, folder: Path, manifest: Manifest, how: Running) -> Subject:
     built = how.choice.built
     if run.recipe_sha256 is None or built is None:
-        settings = next((one.settings for one in manifest.engines_by_stage.values() if run.file in one.files), {})
-        return Subject(run.engine, folder, run.file, manifest.files, openvino=OpenVinoSettings.of_record(settings))
-    return Subject(run.engine, built, run.file, read_build(built).files, run.recipe_sha256)
+        own = next((one for one in manifest.engines_by_stage.values() if run.file in one.files), None)
+        settings = OpenVinoSettings.of_record({} if own is None else own.settings)
+        weights = None if own is None else OnnxWeights.of_engine(own, folder, manifest)
+        return Subject(run.engine, folder, run.file, manifest.files, openvino=settings, weights=weights)
+    record = read_build(built)
+    weights = OnnxWeights.of_engine(record.engine, folder, manifest)
+    return Subject(run.engine, built, run.file, record.files, run.recipe_sha256, weights=weights)
 
 
 def _stage(run: EngineRun, manifest: Manifest) -> str:

@@ -42,40 +42,53 @@ def open_model(task: Mapping[str, Any]) -> Model:
     """The model in its engine, from the bytes that were checked: in memory, or in a folder of its own with its weights.
 
     ``task`` has ``backend`` (a module), ``folder`` and ``path`` of the file, ``files`` (path, size and SHA-256 of all that may
-    be read; None: the file is taken as it is), ``private`` (a folder to copy weights to), ``provider``, ``threads`` and
-    ``openvino`` (its settings by name). Raises ``InputRejected`` where a file is another one or does not run, ``Unavailable``
-    where the engine is not here.
+    be read; None: the file is taken as it is), ``private`` (a folder to copy weights to), ``provider``, ``threads``,
+    ``openvino`` (its settings by name) and ``weights`` (``folder``, ``path`` and ``files`` of the ONNX file that an engine
+    without weights is given them from; None: it has its own). Raises ``InputRejected`` where a file is another one or does not
+    run, ``Unavailable`` where the engine is not here.
     """
-    from patchslim.files import copy_verified, read_verified
+    from patchslim.files import read_verified
 
     if task["backend"] in ("tensorrt", "tensorrt_rtx"):
         from patchslim.tensorrt_runner import TrtRunner
 
         path = Path(task["folder"]) / task["path"]
-        return TrtRunner(read_verified(path, *_listed(task, task["path"])), task["backend"], name=str(path))
+        engine = read_verified(path, *_listed(task, task["path"]))
+        weights = None if task["weights"] is None else _verified_onnx(task["weights"], Path(task["private"]))
+        return TrtRunner(engine, task["backend"], name=str(path), weights=weights)
     if task["path"].endswith(".xml"):
         return _opened_ir(task)
-    from validate.onnx_file import beside, check_onnx, check_onnx_bytes
+    path = Path(task["folder"]) / task["path"]
+    if task["files"] is None:
+        from validate.onnx_file import check_onnx
+
+        check_onnx(path)
+        return _loaded(path, str(path), task)
+    return _loaded(_verified_onnx(task, Path(task["private"])), str(path), task)
+
+
+def _verified_onnx(task: Mapping[str, Any], private: Path) -> Path | bytes:
+    """The ONNX file that ``folder``, ``path`` and ``files`` of ``task`` name, as it was checked.
+
+    Its bytes where they hold all its weights, else a copy in the folder ``private`` with its weights beside it.
+    """
+    from patchslim.files import copy_verified, read_verified
+    from validate.onnx_file import beside, check_onnx_bytes
 
     folder, name = Path(task["folder"]), task["path"]
-    if task["files"] is None:
-        check_onnx(folder / name)
-        return _loaded(folder / name, str(folder / name), task)
     files = {path: (size, sha256) for path, size, sha256 in task["files"]}
     inside = beside(name, files)
-    path = folder / name
-    data = read_verified(path, *files[name])
-    needed = check_onnx_bytes(data, path, set(inside))
-    model: Path | bytes = data
-    if needed:
-        private = Path(task["private"])
-        for location in needed:
-            to = private / location
-            to.parent.mkdir(parents=True, exist_ok=True)
-            copy_verified(folder / inside[location], *files[inside[location]], to)
-        model = private / f"{hashlib.sha256(data).hexdigest()}.onnx"
-        model.write_bytes(data)
-    return _loaded(model, str(path), task)
+    data = read_verified(folder / name, *files[name])
+    needed = check_onnx_bytes(data, folder / name, set(inside))
+    if not needed:
+        return data
+    for location in needed:
+        to = private / location
+        to.parent.mkdir(parents=True, exist_ok=True)
+        copy_verified(folder / inside[location], *files[inside[location]], to)
+    model = private / f"{hashlib.sha256(data).hexdigest()}.onnx"
+    model.write_bytes(data)
+    return model
 
 
 def _listed(task: Mapping[str, Any], path: str) -> tuple[int, str]:

@@ -178,7 +178,20 @@ class EngineRecord(StrictRecord):
     )
     files: list[PlainPath] = Field(default_factory=list, description="the engine's files in the bundle")
     settings: dict[str, JsonValue] = Field(default_factory=dict, description="what the engine was told, in its own words")
+    weights_from: PlainPath | None = Field(
+        default=None,
+        description="the ONNX file of the bundle that engine files without weights are given them from when they are loaded; "
+        "not written where they have their own",
+    )
     status: Status = Field(description="whether it ran the evaluation images here, and how that ended")
+
+    @model_serializer(mode="wrap")
+    def _write(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without ``weights_from`` where there is none: so it was written, and is read, by every earlier release."""
+        written: dict[str, Any] = write(self)
+        if self.weights_from is None:
+            written.pop("weights_from", None)
+        return written
 
 
 class PrecisionTrial(StrictRecord):

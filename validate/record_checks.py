@@ -37,11 +37,13 @@ def check_records(folder: Path, manifest: Manifest, say: Callable[[str], None]) 
         yield Check(name="plan", subject=files.PLAN, status="passed", detail=f"{manifest.tokens_per_block} tokens per block")
     except InputRejected as error:
         yield failed("plan", files.PLAN, error)
-    for name, backend in [(name, one.backend) for one in manifest.engines_by_stage.values() for name in one.files]:
+    for name, engine in [(name, one) for one in manifest.engines_by_stage.values() for name in one.files]:
         try:
             if name not in [record.path for record in manifest.onnx]:
-                check_engine(folder / name, backend)
-                detail = "not empty" if name.endswith(".bin") else f"the header is {backend}'s"
+                check_engine(folder / name, engine.backend)
+                detail = "not empty" if name.endswith(".bin") else f"the header is {engine.backend}'s"
+                if engine.weights_from is not None:
+                    detail += f"; without weights, which it is given from {engine.weights_from} when it is loaded"
                 yield Check(name="engine", subject=name, status="passed", detail=detail)
         except InputRejected as error:
             yield failed("engine", name, error)

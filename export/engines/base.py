@@ -168,11 +168,23 @@ class BuildSettings:
     tf32: bool = False  # whether float32 products may be rounded to TF32
     workspace: int | None = None  # bytes that a kernel may use beside weights and activations; None: what the GPU has
     optimization_level: int = 3  # 0 builds fastest, 5 tries most
+    refit: bool = False  # whether the engine can be given other weights afterwards
+    strip_weights: bool = False  # whether the file is without weights, which it is given when it is loaded
 
     @classmethod
     def default(cls, precision: Precision) -> BuildSettings:
         """What is built with unless a recipe says otherwise: an fp32 engine computes in float32, as it promises."""
         return cls(tf32=precision != "fp32")
+
+    @property
+    def flags(self) -> list[str]:
+        """TensorRT's ``BuilderFlag`` names of what is asked for beside the default.
+
+        Weights that were stripped come from the same ONNX file, and TensorRT may build as if they stayed so
+        (``REFIT_IDENTICAL``); with ``refit`` it may not.
+        """
+        refit = ["REFIT"] if self.refit else ["REFIT_IDENTICAL"] if self.strip_weights else []
+        return [*(["STRIP_PLAN"] if self.strip_weights else []), *refit]
 
 
 @dataclass(frozen=True)
@@ -210,7 +222,8 @@ class EngineResult:
     does not tell (ONNX Runtime, OpenVINO). ``kernels``, ``fused``, ``narrow`` (the share of the tensors between kernels that
     has no more bits than the precision) and ``seconds`` map each target to its own numbers, ``dense_kernels`` those targets
     that the dense model was built for. ``settings`` are what the engine is told, in its own words; ``quantised`` is the share
-    of the ONNX file's products that read what is quantised.
+    of the ONNX file's products that read what is quantised. ``weights`` is the ONNX file that engine files without weights are
+    given them from; None: they have their own.
     """
 
     backend: BackendName
@@ -230,6 +243,7 @@ class EngineResult:
     seconds: dict[str, float] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     quantised: float = 0.0
+    weights: Path | None = None
 
     @property
     def fused_attentions(self) -> int | None:
@@ -255,8 +269,8 @@ class EngineResult:
         parts.append(self.status + (f" ({self.reason})" if self.reason else ""))
         return ", ".join(parts)
 
-    def record(self, files: list[str], status: Status) -> EngineRecord:
-        """What a manifest or a build says of it; ``files`` are its files' places there."""
+    def record(self, files: list[str], status: Status, onnx: str) -> EngineRecord:
+        """What a manifest or a build says of it; ``files`` are its files' places there, ``onnx`` is that it was built from."""
         return EngineRecord(
             backend=self.backend,
             version=self.version,
@@ -267,14 +281,19 @@ class EngineResult:
             narrow_share=self.narrow_share,
             files=files,
             settings=self.settings,
+            weights_from=None if self.weights is None else onnx,
             status=status,
         )
 
     def save(self, folder: Path) -> None:
-        """Write the record to ``result.json`` in ``folder``, beside the files that lie there; raises ``OSError``."""
+        """Write the record to ``result.json`` in ``folder``, beside the files that lie there; raises ``OSError``.
+
+        Where its ``weights`` lie is not written: whoever loads it knows what it was built from.
+        """
         fields = asdict(self)
         fields["files"] = [file.name for file in self.files if file.parent == folder]
         fields["layers_file"] = self.layers_file.name if self.layers_file else None
+        fields["weights"] = None
         (folder / "result.json").write_text(json.dumps(fields), encoding="utf-8")
 
     @classmethod

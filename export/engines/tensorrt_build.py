@@ -22,6 +22,7 @@ from export.engines.base import (
     BuildOptions,
     BuildProgress,
     BuildProgressCallback,
+    BuildSettings,
     EngineResult,
     check_precision,
     default_targets,
@@ -78,12 +79,26 @@ def choose_backend(
     raise Unavailable(f"tensorrt is installed, but builds {here}; for RTX GPUs elsewhere: {install_command('rtx')}")
 
 
+def check_settings(backend: Backend, settings: BuildSettings) -> None:
+    """Raise ``Unavailable`` where ``backend`` cannot build with these ``settings`` on this machine."""
+    if settings.flags and cuda.local_target() is None:
+        asked = "--strip-weights" if settings.strip_weights else "--refit"
+        raise Unavailable(
+            f"{asked}: {_NAMES[backend.name]} needs a GPU to build an engine that can be refitted, and here is no CUDA driver "
+            "or no visible GPU",
+            next_step="leave the option out here, and give it to export.build with the bundle's recipe.json on the device",
+        )
+
+
 def build(onnx_path: Path, output_dir: Path, facts: OnnxFacts, options: BuildOptions) -> EngineResult:
     """Build one engine per target, each in its own process; see ``export.engines.build.build_engine``."""
     backend = choose_backend(options.targets, options.precision, options.backend)
+    settings = options.builder_settings
+    check_settings(backend, settings)
     built = build_files(onnx_path, output_dir, facts, backend, options)
     done, files = built.done, built.files
-    executed, reason = _try(dict(zip(backend.targets, files, strict=True)), backend, facts, options.batch)
+    weights = onnx_path if settings.strip_weights else None
+    executed, reason = _try(dict(zip(backend.targets, files, strict=True)), backend, facts, options.batch, weights)
     return EngineResult(
         backend=backend.name,
         version=built.version,
@@ -100,6 +115,8 @@ def build(onnx_path: Path, output_dir: Path, facts: OnnxFacts, options: BuildOpt
         narrow={target: outcome["narrow_share"] for target, outcome in done.items() if outcome.get("narrow_share") is not None},
         quantised=facts.quantised,
         seconds={target: round(outcome["seconds"], 2) for target, outcome in done.items()},
+        settings={"BuilderFlag": settings.flags} if settings.flags else {},
+        weights=weights,
     )
 
 
@@ -141,6 +158,7 @@ def build_files(onnx_path: Path, output_dir: Path, facts: OnnxFacts, backend: Ba
                 tf32=settings.tf32,
                 workspace=settings.workspace,
                 optimization_level=settings.optimization_level,
+                flags=settings.flags,
             )
             done[target] = _run_worker(request, work, target, options.progress)
             if (work / "layers.json").is_file():
@@ -218,7 +236,7 @@ def _end(worker: subprocess.Popen[str]) -> None:
                 pipe.close()
 
 
-def _try(engines: dict[str, Path], backend: Backend, facts: OnnxFacts, batch: Batch) -> tuple[bool, str]:
+def _try(engines: dict[str, Path], backend: Backend, facts: OnnxFacts, batch: Batch, weights: Path | None) -> tuple[bool, str]:
     """Run this machine's engine once on blank images; return whether it ran, and else the reason."""
     from patchslim.tensorrt_runner import TrtRunner, can_execute
 
@@ -230,7 +248,7 @@ def _try(engines: dict[str, Path], backend: Backend, facts: OnnxFacts, batch: Ba
     import numpy as np
 
     try:
-        runner = TrtRunner(engines[target], backend.name)
+        runner = TrtRunner(engines[target], backend.name, weights=weights)
         try:
             runner.infer(np.zeros((batch[0], *facts.image_shape), dtype=np.float32))
         finally:

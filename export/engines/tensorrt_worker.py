@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -38,8 +38,8 @@ class BuildRequest:
     ``backend`` is the Python module (``tensorrt``, ``tensorrt_rtx``); ``onnx``, ``engine`` and ``layers`` are paths;
     ``target`` is an architecture (``sm89``) or ``portable``, None for this machine's GPU; ``image_shape`` is (channels, height,
     width); ``profiles`` are each the smallest, usual and largest batch, none where the ONNX file's is fixed; ``attentions`` are
-    the names of its Softmax and Attention nodes. ``tf32``, ``workspace`` (bytes) and ``optimization_level`` are those of
-    ``export.engines.base.BuildSettings``.
+    the names of its Softmax and Attention nodes. ``tf32``, ``workspace`` (bytes), ``optimization_level`` and ``flags`` are
+    those of ``export.engines.base.BuildSettings``.
     """
 
     backend: str
@@ -55,6 +55,7 @@ class BuildRequest:
     tf32: bool = False
     workspace: int | None = None
     optimization_level: int = 3
+    flags: list[str] = field(default_factory=list)
 
     def write(self, path: Path) -> None:
         """Write the request as JSON."""
@@ -141,6 +142,10 @@ def _configure(trt: Any, builder: Any, network: Any, request: BuildRequest) -> A
     if request.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.workspace)
     config.builder_optimization_level = request.optimization_level
+    for name in request.flags:
+        if not hasattr(trt.BuilderFlag, name):
+            raise BuildFailed("unavailable", f"{request.backend} {trt.__version__} has no builder flag {name}")
+        config.set_flag(getattr(trt.BuilderFlag, name))
     if request.target not in (None, PORTABLE):  # with none set TensorRT-RTX builds one engine for several generations
         capability = getattr(getattr(trt, "ComputeCapability", None), str(request.target).upper(), None)
         if capability is None:

@@ -143,7 +143,8 @@ def _one_line(text: str) -> str:
 
 
 def _engines(manifest: Manifest) -> list[EngineFile]:
-    """The engines of full TensorRT: those of TensorRT-RTX are no files that Triton or nvinfer can load."""
-    files = [path for one in manifest.engines_by_stage.values() if one.backend == "tensorrt" for path in one.files]
+    """The engines of full TensorRT with weights in them: others are no files that Triton or nvinfer can load."""
+    able = [one for one in manifest.engines_by_stage.values() if one.backend == "tensorrt" and one.weights_from is None]
+    files = [path for one in able for path in one.files]
     found = [(path, _TARGET.search(path.rpartition("/")[2])) for path in files]
     return [EngineFile(path, f"{target[1]}.{target[2]}") for path, target in found if target is not None]

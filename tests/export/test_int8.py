@@ -188,6 +188,8 @@ def test_what_cannot_be_is_refused_before_anything_slow(tmp_path: Path, monkeypa
         ({"engine": "ort", "optimization_level": 5}, "--optimization-level 5 needs --engine trt"),
         ({"engine": "trt", "workspace": 0}, "--workspace 0: must be from 1 to 1048576 MiB"),
         ({"engine": "trt", "optimization_level": 6}, "--optimization-level 6: must be from 0 to 5"),
+        ({"engine": "ort", "refit": True}, "--refit needs --engine trt"),
+        ({"engine": "ort,openvino", "strip_weights": True}, "--strip-weights needs --engine trt"),
     ):
         with pytest.raises(UsageError, match=named):
             export_bundle(tiny(work, **changes))

@@ -41,6 +41,14 @@ def test_the_command_says_the_same_as_the_fields() -> None:
     )
     strict = recipe(precision="fp32", tf32=False, workspace_mib=512, optimization_level=5).trtexec
     assert " --noTF32 --memPoolSize=workspace:512 --builderOptimizationLevel=5 " in strict
+    assert " --builderOptimizationLevel=3 --refit --stripWeights " in recipe(refit=True, strip_weights=True).trtexec
+
+
+def test_what_earlier_releases_do_not_know_is_written_where_it_is_asked_for() -> None:
+    plain, stripped = (recipe(**asked).model_dump(mode="json")["settings"] for asked in ({}, {"strip_weights": True}))
+    assert not {"refit", "strip_weights"} & {*plain}
+    assert {name: stripped[name] for name in stripped if name not in plain} == {"strip_weights": True}
+    assert BuildSettings.model_validate(stripped).strip_weights
 
 
 def test_several_profiles_are_one_engine() -> None:

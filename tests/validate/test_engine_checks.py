@@ -14,13 +14,14 @@ import pytest
 from PIL import Image
 
 from patchslim import cuda
-from patchslim.errors import Unavailable, UsageError
+from patchslim.errors import InputRejected, Unavailable, UsageError
 from tests.helpers.bundles import PREPROCESSING, SIZE, make_bundle, only_for_onnxruntime, reseal, weight
 from validate import check_bundle, load_manifest
 from validate.engine_checks import Expected, Running, Trial, judged
-from validate.engine_runs import EngineChoice, EngineRun, Subject
+from validate.engine_runs import EngineChoice, EngineRun, OnnxWeights, Subject
 from validate.images import preprocess
 from validate.latency_sweep import point
+from validate.model import open_model
 from validate.options import ValidateOptions
 from validate.record_checks import read_golden
 from validate.run import run
@@ -101,13 +102,13 @@ def test_openvino_that_is_not_installed(good: Path, monkeypatch: pytest.MonkeyPa
     assert {one.engine for one in verdict.engines} == {"ort"}
 
 
-@no_gpu
-def test_an_engine_file_that_nothing_here_can_run_is_named(good: Path, tmp_path: Path) -> None:
-    bundle = Path(shutil.copytree(good, tmp_path / "bundle"))
+def with_engine_file(good: Path, bundle: Path, **stated_too: str) -> Path:
+    """A copy of ``good`` whose engine is a file for full TensorRT on an sm87, of which also ``stated_too`` is said."""
+    shutil.copytree(good, bundle)
     engine = b"ftrt" + bytes(60)
     (bundle / "engine").mkdir()
     (bundle / "engine" / "model.sm87.engine").write_bytes(engine)
-    record = {"backend": "tensorrt", "version": "10.3", "targets": ["sm87"], "files": ["engine/model.sm87.engine"]}
+    record = {"backend": "tensorrt", "version": "10.3", "targets": ["sm87"], "files": ["engine/model.sm87.engine"]} | stated_too
     for name in ("parity.json", "manifest.json"):
         stated = json.loads((bundle / name).read_text())
         stated["engine"].update(record)
@@ -116,10 +117,43 @@ def test_an_engine_file_that_nothing_here_can_run_is_named(good: Path, tmp_path:
             stated["files"] = sorted([*stated["files"], added], key=lambda one: one["path"])
         (bundle / name).write_text(json.dumps(stated))
     reseal(bundle)
+    return bundle
+
+
+@no_gpu
+def test_an_engine_file_that_nothing_here_can_run_is_named(good: Path, tmp_path: Path) -> None:
+    bundle = with_engine_file(good, tmp_path / "bundle")
     verdict = check_bundle(bundle, threads=1, engines=EngineChoice(None))
     found = next(check for check in verdict.checks if check.name == "golden parity, tensorrt")
     assert (verdict.exit_code, found.status, found.subject) == (0, "not executed", "engine/model.sm87.engine")
     assert "the engine for sm87 did not run here: tensorrt is not installed" in found.detail
+
+
+def test_an_engine_without_weights_says_where_they_come_from(good: Path, tmp_path: Path) -> None:
+    bundle = with_engine_file(good, tmp_path / "bundle", weights_from="model.onnx")
+    verdict = check_bundle(bundle, threads=1)
+    found = next(check for check in verdict.checks if check.name == "engine")
+    assert (verdict.exit_code, found.status) == (0, "passed")
+    assert found.detail == "the header is tensorrt's; without weights, which it is given from model.onnx when it is loaded"
+    with pytest.raises(InputRejected, match=r"weights_from: other\.onnx is no file of onnx"):
+        with_engine_file(good, tmp_path / "other", weights_from="other.onnx")
+
+
+def test_weights_are_those_of_the_bundle_or_none(good: Path, tmp_path: Path) -> None:
+    bundle = with_engine_file(good, tmp_path / "bundle", weights_from="model.onnx")
+    manifest = load_manifest(bundle)
+    weights = OnnxWeights.of_engine(manifest.engine, bundle, manifest)
+    assert weights == OnnxWeights(bundle, "model.onnx", manifest.files)
+    assert OnnxWeights.of_engine(manifest.engine.model_copy(update={"weights_from": None}), bundle, manifest) is None
+    built = manifest.engine.model_copy(update={"weights_from": "of-another.onnx"})
+    with pytest.raises(InputRejected, match=r"has no of-another\.onnx, which the engine is to be given its weights from"):
+        OnnxWeights.of_engine(built, bundle, manifest)
+    task = {**weights.listed(), "path": manifest.engine.files[0], "backend": "tensorrt", "private": str(tmp_path)}
+    with pytest.raises(Unavailable, match=r"tensorrt is not installed|no CUDA driver"):
+        open_model(task | {"weights": weights.listed()})
+    (bundle / "model.onnx").write_bytes((bundle / "model.onnx").read_bytes()[:-1] + b"x")
+    with pytest.raises(InputRejected, match=r"model\.onnx: .*SHA-256"):
+        open_model(task | {"weights": weights.listed()})
 
 
 @needs_openvino

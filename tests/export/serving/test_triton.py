@@ -56,6 +56,8 @@ def test_each_engine_is_named_by_its_compute_capability(bundle: Path) -> None:
     assert dict(parsed(text).cc_model_filenames) == {"8.9": names[0], "12.0": names[1]}
     text = rendered(bundle, engine=engines(*names, backend="tensorrt_rtx"))["triton/tensorrt/config.pbtxt"]
     assert dict(parsed(text).cc_model_filenames) == {}  # Triton cannot load these
+    without_weights = engines(*names).model_copy(update={"weights_from": "model.onnx"})
+    assert not parsed(rendered(bundle, engine=without_weights)["triton/tensorrt/config.pbtxt"]).cc_model_filenames
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:-1])
