@@ -68,7 +68,7 @@ class Quantised:
 class QuantisedGraphs:
     """The slim graph in 8 bits, with as many of its parts kept as asked for; each is a stage of its own.
 
-    The patch embedding always stays: it is the part that loses most, and costs little.
+    For TensorRT the patch embedding always stays.
     """
 
     def __init__(self, graphs: Quantised, by: QuantiserName, source: ExportSource, work: Workspace) -> None:
@@ -83,7 +83,7 @@ class QuantisedGraphs:
         }
 
     def with_kept(self, parts: Sequence[str]) -> Path:
-        """The graph whose ``parts`` beside the embedding are kept as they were."""
+        """The graph whose ``parts`` are kept as they were."""
         whole = self._whole()
         if not parts:
             return whole
@@ -117,11 +117,9 @@ class QuantisedGraphs:
 
             original = quantization.read(self._work.cache.verified(self.typed))
             quantised = quantization.read(self._work.cache.verified(whole))
-            parts = {
-                title: names
-                for title, names in quantization.parts_of(original, self._stream()).items()
-                if title != quantization.EMBEDDING
-            }
+            parts = quantization.parts_of(original, self._stream())
+            if self.by == "modelopt":
+                del parts[quantization.EMBEDDING]
             with self._work.reporter.stages("parts") as progress:
                 order = quantization.rank_parts(quantised, original, parts, answers, progress)
             (part / "order.json").write_text(json.dumps(order), encoding="utf-8")
@@ -138,7 +136,8 @@ class QuantisedGraphs:
 
             model = quantization.read(self._work.cache.verified(self.slim))
             keep = quantization.nodes_of(model, self.graphs.keep)
-            keep |= set(quantization.parts_of(model, self._stream())[quantization.EMBEDDING])
+            if self.by == "modelopt":
+                keep |= set(quantization.parts_of(model, self._stream())[quantization.EMBEDDING])
             quantise = self._by_nncf if self.by == "nncf" else self._by_modelopt
             quantization.write(quantise(model, keep), part / self.file)
 

@@ -68,7 +68,9 @@ def quantize(
 ) -> onnx.ModelProto:
     """``model`` in INT8 but for the nodes named in ``keep`` and what merges tokens, calibrated on ``images`` (n, c, h, w).
 
-    NNCF's scheme for Transformers: symmetric weights by channel, activations by tensor, SmoothQuant, Softmax as it is.
+    NNCF's scheme for Transformers: weights by channel, activations by tensor, SmoothQuant, Softmax as it is. All ranges are
+    symmetric: where those of activations are not (its preset MIXED), OpenVINO takes 1.03 to 1.05 times as long, and on one
+    model a patch embedding in INT8 diverged 20 times as much.
     Raises ``InputRejected`` for images that are not finite, and where NNCF cannot quantise the model.
     """
     if not np.isfinite(images).all():
@@ -93,7 +95,7 @@ def quantize(
                 source,
                 nncf.Dataset([image[None] for image in images], feed),
                 model_type=nncf.ModelType.TRANSFORMER,
-                preset=nncf.QuantizationPreset.MIXED,
+                preset=nncf.QuantizationPreset.PERFORMANCE,
                 subset_size=len(images),
                 ignored_scope=nncf.IgnoredScope(names=sorted({*keep, *ignored})),
                 # It triples the time, and no answer was better for it.

@@ -66,8 +66,8 @@ class ContenderMaker:
         yield self.onnx(PLAIN, TODAY, plain, macs)
         yield self.onnx("ONNX Runtime's transformer optimiser", TODAY, self.optimised(plain), macs)
         yield from self.torch("PyTorch", TODAY, model, macs, compiled=compiled)
-        yield self.onnx("timm export in ONNX Runtime, int8", TODAY, self.quantised(plain, plain), macs, multiplies="int8")
-        yield from self.openvino("timm export in OpenVINO", TODAY, plain, plain, macs)
+        yield self.onnx("timm export in ONNX Runtime, int8", TODAY, self.quantised(plain), macs, multiplies="int8")
+        yield from self.openvino("timm export in OpenVINO", TODAY, plain, macs)
         for budget in self.subject.slims:
             yield from self.lower_resolution(budget)
             yield from self.baselines(budget)
@@ -77,8 +77,8 @@ class ContenderMaker:
             file = self.cut(f"slim-{budget}", plan, dense)
             yield from self.torch(f"{name}, in PyTorch", OURS, slim_module(plan, fitted), plan.macs(), compiled=False)
             yield self.onnx(f"{name}, in ONNX Runtime", OURS, file, plan.macs())
-            yield self.onnx(f"{name}, in ONNX Runtime, int8", OURS, self.quantised(file, dense), plan.macs(), multiplies="int8")
-            yield from self.openvino(f"{name}, in OpenVINO", OURS, file, dense, plan.macs())
+            yield self.onnx(f"{name}, in ONNX Runtime, int8", OURS, self.quantised(file), plan.macs(), multiplies="int8")
+            yield from self.openvino(f"{name}, in OpenVINO", OURS, file, plan.macs())
 
     def lower_resolution(self, budget: float) -> Iterator[Contender]:
         """The dense model on smaller images, the largest that remove ``budget`` of its MACs; positions resampled by timm."""
@@ -94,9 +94,7 @@ class ContenderMaker:
         images = self._images(resized(self.subject.images, side), f"images-{side}")
         yield self.onnx(f"at {side} px in ONNX Runtime", SAME_MACS, file, macs, images=images)
         calibration = resized(self.subject.calibration, side)
-        yield from self.openvino(
-            f"at {side} px in OpenVINO", SAME_MACS, file, file, macs, images=images, calibration=calibration
-        )
+        yield from self.openvino(f"at {side} px in OpenVINO", SAME_MACS, file, macs, images=images, calibration=calibration)
 
     def baselines(self, budget: float) -> Iterator[Contender]:
         """ToMe and EViT at the MACs that ``budget`` leaves, the last block cut as ours is, where the budget can be met."""
@@ -114,7 +112,7 @@ class ContenderMaker:
             yield from self.torch(f"{title}, in PyTorch", SAME_MACS, baseline, macs, compiled=False)
             file = self.exported(f"{name}-{budget}", lean(baseline).eval())
             yield self.onnx(f"{title}, in ONNX Runtime", SAME_MACS, file, macs)
-            yield from self.openvino(f"{title}, in OpenVINO", SAME_MACS, file, None, macs)
+            yield from self.openvino(f"{title}, in OpenVINO", SAME_MACS, file, macs, quantised=False)
 
     def onnx(self, name: str, group: str, file: Path, macs: int, *, images: str = "", multiplies: str = "fp32") -> Contender:
         """``file`` in ONNX Runtime."""
@@ -125,20 +123,17 @@ class ContenderMaker:
         name: str,
         group: str,
         file: Path,
-        dense: Path | None,
         macs: int,
         *,
+        quantised: bool = True,
         images: str = "",
         calibration: Array | None = None,
     ) -> Iterator[Contender]:
-        """``file`` in OpenVINO, in each precision; in int8 where ``dense``, what it was cut from, says which its blocks are.
-
-        What chooses tokens at run time has no int8: it would choose others.
-        """
+        """``file`` in OpenVINO by precision; no int8 for what chooses tokens at run time: it would take others."""
         for multiplies, precision in OPENVINO.items():
-            if multiplies == "int8" and dense is None:
+            if multiplies == "int8" and not quantised:
                 continue
-            read = file if multiplies != "int8" or dense is None else self.quantised(file, dense, calibration)
+            read = self.quantised(file, calibration) if multiplies == "int8" else file
             more: dict[str, Any] = {"images": images, "precision": precision, "multiplies": multiplies}
             yield self._contender(f"{name}, {multiplies}", group, "openvino", self._fixed(read), macs, **more)
 
@@ -169,18 +164,12 @@ class ContenderMaker:
 
         return self._made(f"{name}.onnx", lambda part: save_model(slim(load_model(dense), plan, layout="split").model, part))
 
-    def quantised(self, file: Path, dense: Path, calibration: Array | None = None) -> Path:
-        """``file``, cut from ``dense``, as ``--precision int8`` makes it: all but the patch embedding."""
-        from export.bisect import stream_names
-        from export.quantization import EMBEDDING, parts_of, quantize, read, write
+    def quantised(self, file: Path, calibration: Array | None = None) -> Path:
+        """``file`` as ``--precision int8`` makes it."""
+        from export.quantization import quantize, read, write
 
         images = self.subject.calibration if calibration is None else calibration
-
-        def make(part: Path) -> None:
-            model = read(file)
-            write(quantize(model, images, parts_of(model, stream_names(dense))[EMBEDDING]), part)
-
-        return self._made(f"{file.stem}-int8.onnx", make)
+        return self._made(f"{file.stem}-int8.onnx", lambda part: write(quantize(read(file), images), part))
 
     def optimised(self, file: Path) -> Path:
         """``file`` after ONNX Runtime's own offline optimiser for transformers."""
