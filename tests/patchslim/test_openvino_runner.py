@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from patchslim.errors import InputRejected
-from patchslim.openvino_runner import OpenVinoRunner
+from patchslim.openvino_runner import MOST_COMPILED, OpenVinoModel, OpenVinoRunner, save_ir
 from patchslim.openvino_settings import OpenVinoSettings
 from patchslim.ort_runner import OrtRunner
 from tests.helpers.bundles import CLASSES, SIZE, weight, write_onnx
@@ -46,6 +46,36 @@ def test_a_fixed_batch_and_weights_beside_the_file(tmp_path: Path) -> None:
         assert runner.infer(np.zeros((4, 3, SIZE, SIZE))).shape == (4, CLASSES)
         with pytest.raises(InputRejected, match=r"model\.onnx: OpenVINO cannot run it on \(3, 3, 8, 8\)"):
             runner.infer(np.zeros((3, 3, SIZE, SIZE)))
+
+
+def test_it_is_compiled_for_a_few_numbers_of_images_and_then_for_any(tmp_path: Path) -> None:
+    write_onnx(tmp_path / "model.onnx", weight())
+    save_ir(tmp_path / "model.onnx", tmp_path / "model.xml")
+    settings = OpenVinoSettings(threads=1, cache=tmp_path / "cache")
+    images = RNG.standard_normal((9, 3, SIZE, SIZE)).astype(np.float32)
+    with OrtRunner(tmp_path / "model.onnx") as runner:
+        expected = runner.infer(images)
+    for _ in range(2):  # the second time from the cache
+        with OpenVinoRunner(tmp_path / "model.xml", settings) as runner:
+            for count in (9, 2, 1, 7, 3, 5, 9, 3):
+                np.testing.assert_allclose(runner.infer(images[:count]), expected[:count], atol=1e-5)
+        assert len(list(settings.cache.iterdir())) == MOST_COMPILED + 1  # 1, 9, 2, 7, and what takes 3 and 5
+    with pytest.raises(InputRejected, match="it is closed"):
+        runner.infer(images[:6])
+
+
+def test_a_model_that_no_other_batch_goes_through_is_compiled_as_it_is(tmp_path: Path) -> None:
+    """Two images are one row: OpenVINO cannot give it another number of them."""
+    rows = helper.make_node("Reshape", ["images", "shape"], ["logits"])
+    shape = numpy_helper.from_array(np.array([1, 2 * CLASSES]), "shape")
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, dims)
+        for name, dims in (("images", ["batch", 1, 1, CLASSES]), ("logits", [1, 2 * CLASSES]))
+    ]
+    graph = helper.make_graph([rows], "pair", ends[:1], ends[1:], [shape])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "pair.onnx")
+    with OpenVinoModel(tmp_path / "pair.onnx", ONE_THREAD) as model:
+        np.testing.assert_array_equal(model.run(np.ones((2, 1, 1, CLASSES), dtype=np.float32)), np.ones((1, 2 * CLASSES)))
 
 
 def test_by_the_hint_throughput_parts_of_a_batch_run_at_once(tmp_path: Path) -> None:
