@@ -15,6 +15,7 @@ from patchslim.device import device_versions, this_device
 from patchslim.errors import InputRejected, ParityFailed
 from patchslim.files import copy_verified
 from patchslim.records import save_record
+from patchslim.work_folder import tensorrt_cache
 from validate.build_recipe import BuildRecipe, onnx_of, read_recipe
 from validate.built_engine import BUILD, BuildRecord, read_build
 from validate.bundle import list_files, record_files
@@ -93,7 +94,14 @@ def _built(onnx: Path, folder: Path, asked: RecipeBuild, recipe: BuildRecipe, pr
     _check_facts(facts, recipe, asked.recipe.parent / recipe.onnx.path)
     profiles = [(one.min, one.opt, one.max) for one in recipe.profiles]
     options = BuildOptions(
-        backend.targets, expected.precision, recipe.batch, progress, backend.name, settings, profiles=profiles
+        backend.targets,
+        expected.precision,
+        recipe.batch,
+        progress,
+        backend.name,
+        settings,
+        profiles=profiles,
+        cache=tensorrt_cache(),
     )
     result = build(onnx, folder, facts, options)
     fused, least = result.fused_attentions, expected.fused_attentions

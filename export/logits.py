@@ -24,6 +24,7 @@ from patchslim.openvino_settings import OpenVinoSettings
 from patchslim.packages import missing
 from patchslim.plan import SlimPlan
 from patchslim.runner import infer_in_batches
+from patchslim.work_folder import TENSORRT_CACHE
 from validate.parity import logit_errors
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def _open_engine(engine: EngineResult, work: Workspace) -> Runner:
     from patchslim.tensorrt_runner import TrtRunner
 
     weights = None if engine.weights is None else work.cache.verified(engine.weights)
-    return TrtRunner(first, engine.backend, weights=weights)
+    return TrtRunner(first, engine.backend, weights=weights, cache=work.cache.root / TENSORRT_CACHE)
 
 
 @dataclass(frozen=True)

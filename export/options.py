@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from export.engines.base import (
 from patchslim.choices import EngineName, Layout, PerformanceHint, Precision
 from patchslim.environment import processes
 from patchslim.errors import UsageError
+from patchslim.work_folder import default_work
 from slimming.options import DEFAULT_MARGIN, ModelOptions
 from slimming.search.budget import LATENCY
 from validate.build_recipe import MAX_PROFILES
@@ -31,18 +31,6 @@ from validate.fields import GateRule
 
 #: Of a batch in a build recipe, and of a workspace in MiB.
 _LARGEST_BATCH, _MOST_WORKSPACE = 1 << 16, 1 << 20
-
-
-def default_work() -> Path:
-    """Where stages are cached: ``$PATCHSLIM_WORK``, else ``patchslim`` in the user's cache folder."""
-    if work := os.environ.get("PATCHSLIM_WORK"):
-        return Path(work)
-    if cache := os.environ.get("XDG_CACHE_HOME"):
-        return Path(cache) / "patchslim"
-    try:
-        return Path.home() / ".cache" / "patchslim"
-    except RuntimeError as error:
-        raise UsageError("this user has no home directory to keep stages in", next_step="pass --work FOLDER") from error
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from patchslim.errors import InputRejected
 from patchslim.latency_table import load_table
 from patchslim.plan import SlimPlan, load_plan
 from patchslim.progress import Reporter
+from patchslim.work_folder import TENSORRT_CACHE
 from slimming.session import search
 
 if TYPE_CHECKING:
@@ -261,6 +262,7 @@ def built_engine(onnx: Path, request: EngineRequest, work: Workspace) -> EngineR
                 settings=request.settings,
                 hint=request.hint,
                 progress=progress,
+                cache=work.cache.root / TENSORRT_CACHE,
             )
         result.save(part)
 

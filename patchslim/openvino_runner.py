@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -16,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 
 from patchslim.arrays import Array
-from patchslim.blob_cache import keep_blob, kept_blob
+from patchslim.blob_cache import keep_blob, kept_blob, warn_of_dropped
 from patchslim.errors import InputRejected, Unavailable
 from patchslim.files import digest
 from patchslim.openvino_settings import OpenVinoSettings
@@ -225,8 +224,10 @@ class _Source:
         """
         core, blob = _core(), self._blob(rows)
         if blob is not None and (kept := kept_blob(blob)) is not None:
-            with contextlib.suppress(RuntimeError):  # compiled by something that calls itself the same, and is not
+            try:
                 return core.import_model(kept, "CPU", self.settings.properties())
+            except RuntimeError:  # compiled by something that calls itself the same, and is not
+                warn_of_dropped(blob, "OpenVINO does not take it here")
         if self.most:
             _reshape(self.graph, rows)
         network = core.compile_model(self.graph, "CPU", self.settings.properties())

@@ -18,6 +18,7 @@ from patchslim import cuda
 from patchslim.errors import InputRejected, Unavailable
 from patchslim.runner import BatchLimits, TensorInfo
 from patchslim.targets import target_for
+from patchslim.tensorrt_caches import RuntimeCache, runtime_cache_file
 from patchslim.tensorrt_weights import give_weights, stripped_bytes
 
 if TYPE_CHECKING:
@@ -71,11 +72,20 @@ class TrtRunner:
 
     ``model`` is a file or the bytes of one, ``name`` what messages call it (default: the file). ``weights`` is the ONNX file
     that it was built from, or its bytes: an engine file without weights needs it, and one that was built with ``--refit`` takes
-    another of the same graph. Raises ``InputRejected`` where a file is missing, or is not an engine of this release of
-    ``backend`` for this GPU, or not of its weights; ``Unavailable`` where there is no GPU, or ``backend`` is not installed.
+    another of the same graph. ``cache`` is a folder in which what TensorRT-RTX compiles of the engine is kept. Raises
+    ``InputRejected`` where a file is missing, or is not an engine of this release of ``backend`` for this GPU, or not of its
+    weights; ``Unavailable`` where there is no GPU, or ``backend`` is not installed.
     """
 
-    def __init__(self, model: Path | bytes, backend: str, *, name: str = "", weights: Path | bytes | None = None) -> None:
+    def __init__(
+        self,
+        model: Path | bytes,
+        backend: str,
+        *,
+        name: str = "",
+        weights: Path | bytes | None = None,
+        cache: Path | None = None,
+    ) -> None:
         path = name or (str(model) if isinstance(model, Path) else "the engine")
         if importlib.util.find_spec(backend) is None:
             raise Unavailable(f"{path}: {backend} is not installed, so the engine cannot run")
@@ -103,7 +113,11 @@ class TrtRunner:
                 f"{path}: the file is without its weights ({lacking} bytes)",
                 next_step="pass the ONNX file that it was built from",
             )
-        self._context = self._engine.create_execution_context()
+        self._kernels: RuntimeCache | None = None
+        if cache is not None and hasattr(self._trt, "IRuntimeCache"):  # full TensorRT compiles all when it builds
+            self._kernels = RuntimeCache(self._engine, runtime_cache_file(cache, plan, self._trt.__version__))
+        self._context = self._kernels.context if self._kernels else self._engine.create_execution_context()
+        self._fresh = True
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         mode = self._trt.TensorIOMode
         inputs = [name for name in names if self._engine.get_tensor_mode(name) == mode.INPUT]
@@ -162,6 +176,9 @@ class TrtRunner:
             self._execute()
             for array, address in zip(results, addresses[1:], strict=True):
                 self._stream.download(array, address)
+            if self._kernels and self._fresh:  # most of what will be compiled; close keeps the rest
+                self._kernels.keep()
+                self._fresh = False
         finally:
             for address in addresses:
                 self._stream.free(address)
@@ -217,5 +234,7 @@ class TrtRunner:
         """Free the GPU's memory; the runner cannot be used afterwards."""
         for address in self._held:
             self._stream.free(address)
-        del self._context, self._engine, self._runtime
+        if self._kernels:
+            self._kernels.keep()
+        del self._context, self._kernels, self._engine, self._runtime
         self._stream.close()

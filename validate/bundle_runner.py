@@ -19,6 +19,7 @@ from patchslim.ort_runner import CPU
 from patchslim.packages import missing
 from patchslim.runner import BatchLimits, infer_in_batches
 from patchslim.targets import target_for
+from patchslim.work_folder import tensorrt_cache
 from validate.bundle import load_manifest
 from validate.engine_runs import BACKENDS, ON_ONNX, EngineKey, OnnxWeights, Subject, why_not
 from validate.manifest import Manifest
@@ -177,6 +178,7 @@ def _opened(subject: Subject, provider: str, threads: int) -> BundleRunner:
                 "backend": BACKENDS[subject.engine],
                 "openvino": dataclasses.asdict(subject.openvino),
                 "weights": None if subject.weights is None else subject.weights.listed(),
+                "cache": tensorrt_cache(),
             }
         )
     except BaseException:

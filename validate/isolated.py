@@ -102,6 +102,7 @@ class IsolatedRunner:
             "backend": backend,
             "openvino": dataclasses.asdict(openvino),
             "weights": None if weights is None else weights.listed(),
+            "cache": None,
         }
         self.renew()
         try:

@@ -43,9 +43,10 @@ def open_model(task: Mapping[str, Any]) -> Model:
 
     ``task`` has ``backend`` (a module), ``folder`` and ``path`` of the file, ``files`` (path, size and SHA-256 of all that may
     be read; None: the file is taken as it is), ``private`` (a folder to copy weights to), ``provider``, ``threads``,
-    ``openvino`` (its settings by name) and ``weights`` (``folder``, ``path`` and ``files`` of the ONNX file that an engine
-    without weights is given them from; None: it has its own). Raises ``InputRejected`` where a file is another one or does not
-    run, ``Unavailable`` where the engine is not here.
+    ``openvino`` (its settings by name), ``weights`` (``folder``, ``path`` and ``files`` of the ONNX file that an engine
+    without weights is given them from; None: it has its own) and ``cache`` (a folder for what TensorRT-RTX compiles; None: it
+    is not kept). Raises ``InputRejected`` where a file is another one or does not run, ``Unavailable`` where the engine is not
+    here.
     """
     from patchslim.files import read_verified
 
@@ -55,7 +56,7 @@ def open_model(task: Mapping[str, Any]) -> Model:
         path = Path(task["folder"]) / task["path"]
         engine = read_verified(path, *_listed(task, task["path"]))
         weights = None if task["weights"] is None else _verified_onnx(task["weights"], Path(task["private"]))
-        return TrtRunner(engine, task["backend"], name=str(path), weights=weights)
+        return TrtRunner(engine, task["backend"], name=str(path), weights=weights, cache=task["cache"])
     if task["path"].endswith(".xml"):
         return _opened_ir(task)
     path = Path(task["folder"]) / task["path"]

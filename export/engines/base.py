@@ -191,7 +191,8 @@ class BuildSettings:
 class BuildOptions:
     """How an engine is built: ``targets`` and ``backend`` None leave them to what is installed and visible here.
 
-    ``profiles`` are the optimisation profiles of a TensorRT engine where they are several, which ``batch`` is all of.
+    ``profiles`` are the optimisation profiles of a TensorRT engine where they are several, which ``batch`` is all of. ``cache``
+    is a folder in which what full TensorRT measures is kept for the next build.
     """
 
     targets: Sequence[str] | None
@@ -202,6 +203,7 @@ class BuildOptions:
     settings: BuildSettings | None = None  # None: those of the precision
     hint: PerformanceHint = "latency"  # of OpenVINO
     profiles: Sequence[Batch] = ()
+    cache: Path | None = None
 
     @property
     def every_profile(self) -> Sequence[Batch]:

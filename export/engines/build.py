@@ -58,6 +58,7 @@ def build_engine(
     settings: BuildSettings | None = None,
     hint: PerformanceHint = "latency",
     progress: BuildProgressCallback | None = None,
+    cache: Path | None = None,
 ) -> EngineResult:
     """Make ``onnx_path`` ready to run and say what was made.
 
@@ -66,7 +67,8 @@ def build_engine(
     none. ``precision`` must be what the ONNX file says, since engines are strongly typed, but for bf16 in OpenVINO, which makes
     that of float32. ``hint`` is what OpenVINO is told. ``targets`` None means this machine's GPU with full TensorRT,
     ``default_targets`` with TensorRT-RTX. An ONNX file with a fixed batch overrides ``batch``.
-    ``profiles`` are TensorRT's optimisation profiles where they are several, ``settings`` what its builder is told.
+    ``profiles`` are TensorRT's optimisation profiles where they are several, ``settings`` what its builder is told, ``cache``
+    is a folder in which what full TensorRT measures is kept.
 
     Raises ``UsageError`` for an unknown target, an impossible batch, or fp32 for sm75; ``InputRejected`` where the ONNX file
     cannot be used, or is of another precision; ``Unavailable`` where there is no backend here, or it cannot build this graph
@@ -84,7 +86,7 @@ def build_engine(
         )
     if facts.fixed_batch:
         batch = (facts.fixed_batch,) * 3
-    options = BuildOptions(targets, precision, batch, hint=hint, profiles=profiles, settings=settings)
+    options = BuildOptions(targets, precision, batch, hint=hint, profiles=profiles, settings=settings, cache=cache)
     if progress is not None:
         options = replace(options, progress=progress)
     return BUILDERS[kind].build(onnx_path, output_dir, facts, options)

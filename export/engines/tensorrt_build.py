@@ -30,10 +30,12 @@ from export.engines.base import (
 from export.engines.onnx_info import OnnxFacts
 from export.engines.tensorrt_worker import BuildRequest
 from patchslim import cuda
+from patchslim.blob_cache import keep_blob, kept_blob, warn_of_dropped
 from patchslim.choices import Precision
 from patchslim.errors import InputRejected, Unavailable, UsageError, did_you_mean
-from patchslim.packages import install_command, missing
+from patchslim.packages import PACKAGES, install_command, missing
 from patchslim.targets import target_for
+from patchslim.tensorrt_caches import timing_cache_file
 
 _GRACE = 5.0  # seconds that a cancelled build has to end by itself
 _NAMES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
@@ -140,6 +142,7 @@ def build_files(onnx_path: Path, output_dir: Path, facts: OnnxFacts, backend: Ba
     done: dict[str, dict[str, Any]] = {}
     layers: dict[str, Any] = {}
     settings = options.builder_settings
+    timing = _timing_cache(backend, options)
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".engines-") as staging:
         for target in backend.targets:
             work = Path(staging) / target
@@ -159,8 +162,9 @@ def build_files(onnx_path: Path, output_dir: Path, facts: OnnxFacts, backend: Ba
                 workspace=settings.workspace,
                 optimization_level=settings.optimization_level,
                 flags=settings.flags,
+                timing=None if timing is None else str(work / "timing"),
             )
-            done[target] = _run_worker(request, work, target, options.progress)
+            done[target] = _run_with_times(request, work, target, options.progress, timing)
             if (work / "layers.json").is_file():
                 layers[target] = json.loads((work / "layers.json").read_text())
         # Nothing reaches its final name before every target is built.
@@ -173,6 +177,29 @@ def build_files(onnx_path: Path, output_dir: Path, facts: OnnxFacts, backend: Ba
             part.write_text(json.dumps(layers, indent=1) + "\n")
             part.replace(layers_file)
     return Built(files, layers_file, done)
+
+
+def _timing_cache(backend: Backend, options: BuildOptions) -> Path | None:
+    """Where the times of kernels are kept: full TensorRT measures them on this GPU, TensorRT-RTX measures none."""
+    if options.cache is None or backend.name != "tensorrt":
+        return None
+    version = next((package.version for package in PACKAGES if package.module == backend.name), None)
+    return timing_cache_file(options.cache, backend.name, version or "unknown")
+
+
+def _run_with_times(
+    request: BuildRequest, work: Path, target: str, progress: BuildProgressCallback, timing: Path | None
+) -> dict[str, Any]:
+    """``_run_worker`` with the times that are kept in the file ``timing``, which those of this build are added to."""
+    if timing is None:
+        return _run_worker(request, work, target, progress)
+    known = kept_blob(timing)
+    (work / "timing").write_bytes(known or b"")
+    done = _run_worker(request, work, target, progress)
+    if known and not done["timing"]:
+        warn_of_dropped(timing, "TensorRT does not take it here")
+    keep_blob(timing, (work / "timing").read_bytes())
+    return done
 
 
 def _run_worker(request: BuildRequest, work: Path, target: str, progress: BuildProgressCallback) -> dict[str, Any]:

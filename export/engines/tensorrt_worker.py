@@ -27,6 +27,7 @@ from export.engines.tensorrt_layers import (
     parse_layers,
 )
 from patchslim.targets import PORTABLE
+from patchslim.tensorrt_caches import attach_timing_cache
 
 _STEP_INTERVAL = 0.05  # seconds, at least, between two reported steps: a ViT-Ti takes TensorRT about 1,500 steps
 
@@ -39,7 +40,8 @@ class BuildRequest:
     ``target`` is an architecture (``sm89``) or ``portable``, None for this machine's GPU; ``image_shape`` is (channels, height,
     width); ``profiles`` are each the smallest, usual and largest batch, none where the ONNX file's is fixed; ``attentions`` are
     the names of its Softmax and Attention nodes. ``tf32``, ``workspace`` (bytes), ``optimization_level`` and ``flags`` are
-    those of ``export.engines.base.BuildSettings``.
+    those of ``export.engines.base.BuildSettings``. ``timing`` is a file with the times of kernels that are known, and is
+    rewritten with those that became so; None: none are kept.
     """
 
     backend: str
@@ -56,6 +58,7 @@ class BuildRequest:
     workspace: int | None = None
     optimization_level: int = 3
     flags: list[str] = field(default_factory=list)
+    timing: str | None = None
 
     def write(self, path: Path) -> None:
         """Write the request as JSON."""
@@ -93,7 +96,8 @@ def main(request_path: str) -> int:
 def build(request: BuildRequest, reports: TextIO) -> dict[str, Any]:
     """Build the engine, and write it and its list of layers to the paths of ``request``.
 
-    Returns the fields of the ``done`` event: ``version`` of the backend, ``seconds`` of the build and, where the layers could
+    Returns the fields of the ``done`` event: ``version`` of the backend, ``seconds`` of the build, whether the known times of
+    kernels were taken (``timing``) and, where the layers could
     be read, ``kernels`` and ``fused_attentions`` (of several profiles the most and the fewest), and ``narrow_share``. Raises
     ``BuildFailed``.
     """
@@ -105,6 +109,8 @@ def build(request: BuildRequest, reports: TextIO) -> dict[str, Any]:
     builder = trt.Builder(logger)
     network = _parse(trt, logger, builder, request)
     config = _configure(trt, builder, network, request)
+    timing = None if request.timing is None else Path(request.timing)
+    taken = timing is not None and attach_timing_cache(config, timing.read_bytes(), logger.warnings)
     config.progress_monitor = _make_monitor(trt, reports)
     started = time.perf_counter()
     serialized = builder.build_serialized_network(network, config)
@@ -113,8 +119,10 @@ def build(request: BuildRequest, reports: TextIO) -> dict[str, Any]:
         raise BuildFailed("unavailable", " ".join(logger.errors) or "TensorRT built no engine and gave no reason")
     engine = bytes(serialized)
     Path(request.engine).write_bytes(engine)
+    if timing is not None:
+        timing.write_bytes(bytes(config.get_timing_cache().serialize()))
     layers = logger.layers or (_inspect(trt, logger, engine) if request.target is None else "")
-    return {"version": trt.__version__, "seconds": seconds, **_write_layers(request, layers)}
+    return {"version": trt.__version__, "seconds": seconds, "timing": taken, **_write_layers(request, layers)}
 
 
 def _parse(trt: Any, logger: Any, builder: Any, request: BuildRequest) -> Any:
@@ -184,18 +192,21 @@ def _write_layers(request: BuildRequest, message: str) -> dict[str, Any]:
 
 def _make_logger(trt: Any) -> Any:
     class Logger(trt.ILogger):  # type: ignore[misc]
-        """Stores the last list of layers and all errors, and prints warnings and errors to stderr."""
+        """Stores the last list of layers and all warnings and errors, and prints these to stderr."""
 
         def __init__(self) -> None:
             super().__init__()
             self.layers = ""
             self.errors: list[str] = []
+            self.warnings: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
             if message.startswith(LAYERS_PREFIX):
                 self.layers = message
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
                 self.errors.append(message)
+            if severity == trt.ILogger.WARNING:
+                self.warnings.append(message)
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR, trt.ILogger.WARNING):
                 print(message, file=sys.stderr, flush=True)
 

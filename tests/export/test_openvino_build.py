@@ -116,7 +116,9 @@ def test_without_openvino_its_engine_is_named_and_the_rest_passes(outcome: Outco
     assert 'openvino is not installed; install it: pip install ".[openvino]"' in found.detail
 
 
-def test_what_openvino_compiled_is_kept_and_damage_to_it_is_harmless(outcome: Outcome, tmp_path: Path) -> None:
+def test_what_openvino_compiled_is_kept_and_damage_to_it_is_harmless(
+    outcome: Outcome, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     precision = HINTS[outcome.engine.precision]
     xml = outcome.engine.files[0]
     images = np.random.default_rng(0).standard_normal((1, 3, 48, 48)).astype(np.float32)
@@ -138,8 +140,11 @@ def test_what_openvino_compiled_is_kept_and_damage_to_it_is_harmless(outcome: Ou
         blob.write_bytes(data)
         np.testing.assert_array_equal(answers(), first)
         assert blob.read_bytes() != data  # compiled anew
+        assert caplog.messages == [f"{blob}: is not used, since it is damaged; it is made anew"]
+        caplog.clear()
     keep_blob(blob, b"whole, and nothing that OpenVINO compiled")
     np.testing.assert_array_equal(answers(), first)
+    assert "since OpenVINO does not take it here" in caplog.messages[0]
 
 
 def test_what_was_compiled_of_another_model_or_for_another_setting_is_not_taken(outcome: Outcome, tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ import pytest
 import timm
 from rich.console import Console
 
-from export.options import ExportOptions, default_work
+from export.options import ExportOptions
 from patchslim.errors import InputRejected, UsageError
+from patchslim.work_folder import default_work
 from slimming.models.timm_names import timm_names
 from slimming.report.points import SweepPoint
 from slimming.report.tables import sweep_table

@@ -148,7 +148,13 @@ def test_weights_are_those_of_the_bundle_or_none(good: Path, tmp_path: Path) -> 
     built = manifest.engine.model_copy(update={"weights_from": "of-another.onnx"})
     with pytest.raises(InputRejected, match=r"has no of-another\.onnx, which the engine is to be given its weights from"):
         OnnxWeights.of_engine(built, bundle, manifest)
-    task = {**weights.listed(), "path": manifest.engine.files[0], "backend": "tensorrt", "private": str(tmp_path)}
+    task = {
+        **weights.listed(),
+        "path": manifest.engine.files[0],
+        "backend": "tensorrt",
+        "private": str(tmp_path),
+        "cache": None,
+    }
     with pytest.raises(Unavailable, match=r"tensorrt is not installed|no CUDA driver"):
         open_model(task | {"weights": weights.listed()})
     (bundle / "model.onnx").write_bytes((bundle / "model.onnx").read_bytes()[:-1] + b"x")
