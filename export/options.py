@@ -11,26 +11,23 @@ from typing import Annotated, Literal
 import tyro
 
 from export.engines.base import (
-    DEFAULT_BATCH,
     ENGINES,
     QUANTISED,
-    Batch,
     BuildSettings,
-    all_of,
     check_precision,
     parse_engines,
 )
+from export.engines.batches import DEFAULT_BATCH, Batch, all_of, batches_given, parse_batches
 from patchslim.choices import EngineName, Layout, PerformanceHint, Precision
 from patchslim.environment import processes
 from patchslim.errors import UsageError
 from patchslim.work_folder import default_work
 from slimming.options import DEFAULT_MARGIN, ModelOptions
 from slimming.search.budget import LATENCY
-from validate.build_recipe import MAX_PROFILES
 from validate.fields import GateRule
 
-#: Of a batch in a build recipe, and of a workspace in MiB.
-_LARGEST_BATCH, _MOST_WORKSPACE = 1 << 16, 1 << 20
+#: Of a workspace in a build recipe, in MiB.
+_MOST_WORKSPACE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -60,9 +57,10 @@ class EngineGroup:
     """Type of the engine's weights and activations. int8 is quantised on the calibration images by NNCF, for trt by ModelOpt;
     so is fp8, for trt alone (sm89, and from sm120 on). The rest is then bf16 in openvino, fp16 in trt. auto, the default of
     openvino: the fastest here that passes the gate. Default: fp16 for trt, fp32 for ort."""
-    batch: Annotated[str, tyro.conf.arg(metavar="MIN:USUAL:MAX,...")] = "1:8:32"
-    """Batch sizes that a TensorRT engine takes, the one that it is fastest at in the middle; one number for all three. Several
-    with commas are as many optimisation profiles of one engine, of which each batch runs in the narrowest that takes it."""
+    batch: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="MIN:USUAL:MAX,...")] = ()
+    """Batch sizes that a TensorRT engine takes, the one that it is fastest at in the middle; one number for all three. Several,
+    with commas or again, are as many optimisation profiles of one engine, of which each batch runs in the narrowest that takes
+    it. Default: 1:8:32."""
     workspace: Annotated[int | None, tyro.conf.arg(metavar="MIB")] = None
     """Memory that a kernel of a TensorRT engine may use beside weights and activations. Default: what the GPU has."""
     optimization_level: int | None = None
@@ -153,7 +151,7 @@ class ExportOptions(OutputGroup, GateGroup, EngineGroup, PlanGroup, ModelOptions
         if self.require_fused_attention and "trt" not in self.engines:
             raise UsageError("--require-fused-attention needs --engine trt: other engines do not say what they fused")
         if self.batch_profiles != (DEFAULT_BATCH,) and "trt" not in self.engines:
-            raise UsageError(f"--batch {self.batch} needs --engine trt: the others take any batch")
+            raise UsageError(f"--batch {batches_given(self.batch)} needs --engine trt: the others take any batch")
         if self.workspace is not None and not 1 <= self.workspace <= _MOST_WORKSPACE:
             raise UsageError(f"--workspace {self.workspace}: must be from 1 to {_MOST_WORKSPACE} MiB")
         if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
@@ -212,12 +210,7 @@ class ExportOptions(OutputGroup, GateGroup, EngineGroup, PlanGroup, ModelOptions
     @property
     def batch_profiles(self) -> tuple[Batch, ...]:
         """``--batch``: smallest, most usual and largest batch of each profile. Raises ``UsageError`` for what is none."""
-        profiles = tuple(_profile(self.batch, words) for words in self.batch.split(","))
-        if len(profiles) > MAX_PROFILES:
-            raise UsageError(f"--batch {self.batch}: at most {MAX_PROFILES} profiles")
-        if len(set(profiles)) != len(profiles):
-            raise UsageError(f"--batch {self.batch}: a profile is given twice")
-        return profiles
+        return parse_batches(self.batch)
 
     @property
     def batch_profile(self) -> Batch:
@@ -291,14 +284,3 @@ class ExportOptions(OutputGroup, GateGroup, EngineGroup, PlanGroup, ModelOptions
     def work_folder(self) -> Path:
         """``--work``, or its default."""
         return self.work or default_work()
-
-
-def _profile(given: str, words: str) -> Batch:
-    """One profile of ``--batch``. Raises ``UsageError`` for what is none."""
-    try:
-        smallest, usual, largest = (int(size) for size in (words.split(":") if ":" in words else [words] * 3))
-    except ValueError:
-        raise UsageError(f"--batch {given}: must be MIN:USUAL:MAX, as 1:8:32, or one number, several with commas") from None
-    if not 1 <= smallest <= usual <= largest <= _LARGEST_BATCH:
-        raise UsageError(f"--batch {given}: needs 1 <= MIN <= USUAL <= MAX <= {_LARGEST_BATCH}")
-    return smallest, usual, largest

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from export.cache import FactStore, StageCache
-from export.engines.base import DEFAULT_BATCH, ENGINES, QUANTISED, Backend, Batch, BuildProgress, BuildSettings, EngineResult
+from export.engines.base import ENGINES, QUANTISED, Backend, BuildProgress, BuildSettings, EngineResult
+from export.engines.batches import DEFAULT_BATCH, Batch
 from export.source import ExportSource, LazyModule, ModelFacts
 from export.stage_names import ALONE, StageNames
 from patchslim import cuda

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from export.engines.batches import Batch
 from patchslim.choices import EngineName, Layout, PerformanceHint, Precision
 from patchslim.errors import UsageError, did_you_mean
 from patchslim.targets import PORTABLE
@@ -120,18 +121,6 @@ def check_precision(engine: EngineName, precision: Precision, targets: Iterable[
         raise UsageError(
             f"{engine} has no {precision} matrix product for {named}: use --precision {able}, or leave {named} out of --target"
         )
-
-
-Batch = tuple[int, int, int]
-"""Smallest, most usual and largest batch of the optimisation profile."""
-
-DEFAULT_BATCH: Batch = (1, 8, 32)
-
-
-def all_of(profiles: Sequence[Batch]) -> Batch:
-    """What several optimisation profiles take together; the most usual batch is that of the one for the largest batches."""
-    widest = max(profiles, key=lambda profile: profile[2])
-    return min(profile[0] for profile in profiles), widest[1], widest[2]
 
 
 @dataclass(frozen=True)

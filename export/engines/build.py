@@ -8,15 +8,14 @@ from pathlib import Path
 
 from export.engines import onnx_runtime, openvino_build, tensorrt_build
 from export.engines.base import (
-    DEFAULT_BATCH,
     ENGINES,
     Backend,
-    Batch,
     BuildOptions,
     BuildProgressCallback,
     BuildSettings,
     EngineResult,
 )
+from export.engines.batches import DEFAULT_BATCH, Batch
 from export.engines.onnx_info import OnnxFacts, read_onnx
 from patchslim.choices import EngineName, PerformanceHint, Precision
 from patchslim.errors import InputRejected, UsageError

@@ -18,7 +18,6 @@ from export.engines.base import (
     TARGETS,
     Backend,
     BackendName,
-    Batch,
     BuildOptions,
     BuildProgress,
     BuildProgressCallback,
@@ -27,6 +26,7 @@ from export.engines.base import (
     check_precision,
     default_targets,
 )
+from export.engines.batches import Batch
 from export.engines.onnx_info import OnnxFacts
 from export.engines.tensorrt_worker import BuildRequest
 from patchslim import cuda

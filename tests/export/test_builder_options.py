@@ -10,6 +10,8 @@ import pytest
 from export import export_bundle
 from export.engine_from_recipe import RecipeBuild, build_recipe
 from export.engines.base import BuildSettings
+from export.options import ExportOptions
+from patchslim.cli import parse
 from tests.helpers.exports import DEPTH, read, tiny
 from tests.helpers.tensorrt_vit import AHEAD_OF_TIME
 from validate import check_bundle
@@ -20,6 +22,9 @@ def test_options_are_profiles_and_settings() -> None:
     options.check()
     assert (options.batch_profiles, options.batch_profile) == (((1, 1, 1), (2, 4, 8)), (1, 4, 8))
     assert options.builder_settings == BuildSettings(tf32=True, workspace=64 << 20, optimization_level=1)
+    apart = tiny(Path("work"), engine="trt", batch=("1", "2:4:8"))
+    assert apart.batch_profiles == options.batch_profiles
+    assert tiny(Path("work"), engine="trt").batch_profiles == ((1, 8, 32),)
     exact = tiny(Path("work"), engine="trt", precision="fp32", optimization_level=5)
     assert exact.builder_settings == BuildSettings(tf32=False, workspace=None, optimization_level=5)
     assert tiny(Path("work"), engine="trt").builder_settings is None
@@ -47,3 +52,17 @@ def test_a_device_builds_with_what_the_bundle_was_built_with(export_work: Path, 
     assert built.result.kernels == outcome.engine.kernels
     ours, theirs = outcome.engine.files[0], built.folder / built.record.engine.files[0]
     assert ours.read_bytes() == theirs.read_bytes()  # so it was told the same: builds are reproducible
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--batch", "1,1:8:32"],
+        ["--batch", "1", "--batch", "1:8:32"],
+        ["--batch=1", "--batch=1:8:32"],
+        ["--batch", "1:1:1,1:8:32"],
+    ],
+)
+def test_profiles_are_given_with_commas_or_again(arguments: list[str]) -> None:
+    parsed = parse(ExportOptions, ["--engine", "trt", *arguments], prog="export", description="")
+    assert parsed.batch_profiles == ((1, 1, 1), (1, 8, 32))
