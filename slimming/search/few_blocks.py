@@ -44,7 +44,7 @@ AUTO = 3
 #: They may diverge so much more than the ramp before the fit, which mends few deep merges better than many small ones.
 WORTH = 1.05
 #: A CPU's kernels for bfloat16 and 8 bits (oneDNN's) take the rows of a product in blocks of a size that divides their number,
-#: ``TILE`` at most. Of one image the rows are its tokens: with 137 of them, a prime, such a product takes a quarter longer than
+#: ``TILE`` at most. Of one image the rows are its tokens: with 137 of them, a prime, such a product takes a third longer than
 #: with 136. So the counts of ``auto`` that are above ``TILE`` are multiples of ``TILED``: these have a large divisor.
 TILE, TILED = 64, 4
 #: KL divergence, nats, that is next to nothing: in the tables of ``benchmarks.accuracy`` merging loses at most 65 points of
@@ -136,6 +136,16 @@ def _tiled(counts: list[int], sizes: CountSizes) -> list[int]:
     if sizes.fixed_head is not None or not rounded:
         return rounded + counts[inner:]
     return [*rounded, min(counts[-1], rounded[-1] - sizes.prefix)]
+
+
+def tiled_ramp(counts: list[int], sizes: CountSizes, cost: Cost, limit: float) -> list[int]:
+    """``counts`` of a ramp, rounded as ``TILE`` says; what that frees goes to the first blocks, a step each."""
+    counts = _tiled(counts, sizes)
+    for block, before in zip(range(free_blocks(sizes) - (sizes.fixed_head is None)), [sizes.tokens, *counts], strict=False):
+        more = [*counts[:block], counts[block] + TILED, *counts[block + 1 :]]
+        if TILE <= counts[block] <= before - TILED and cost.of(more) <= limit:
+            counts = more
+    return counts
 
 
 def _filled(counts: list[int], sizes: CountSizes, cost: Cost, limit: float, multiple: int | None) -> list[int]:
@@ -247,12 +257,13 @@ class FewBlocks:
         ramp = best_profile(evaluator, self.cost, self.limit, self.multiple)
         if ramp.divergence is None:
             return Choice(ramp.counts)
+        all_blocks = tiled_ramp(ramp.counts, evaluator, self.cost, self.limit) if self.multiple == 1 else ramp.counts
         if few <= WORTH * ramp.divergence:
             return Choice(
                 counts, f"{told}: KL {few:.4f} before the fit, and {ramp.divergence:.4f} with tokens going in every block"
             )
         return Choice(
-            ramp.counts, f"in every block: KL {ramp.divergence:.4f} before the fit" + (f"; {told} {few:.4f}" if told else "")
+            all_blocks, f"in every block: KL {ramp.divergence:.4f} before the fit" + (f"; {told} {few:.4f}" if told else "")
         )
 
 

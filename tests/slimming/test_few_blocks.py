@@ -33,6 +33,7 @@ from slimming.search.few_blocks import (
     parse_merge_blocks,
     places_of,
     spread_evenly,
+    tiled_ramp,
 )
 from slimming.search.profile import profile_within
 from slimming.search.request import PlanRequest
@@ -136,7 +137,8 @@ def test_auto_takes_three_blocks_unless_the_ramp_is_clearly_better(ramp: float, 
     assert choice.reason is not None
     assert f"KL {few if places == AUTO else ramp:.4f} before the fit" in choice.reason
     if places == 11:
-        assert choice.counts == profile_within(evaluator, macs(evaluator), search(evaluator).limit)
+        exact = profile_within(evaluator, macs(evaluator), search(evaluator).limit)
+        assert choice.counts == tiled_ramp(exact, evaluator, macs(evaluator), search(evaluator).limit)
         assert choice.reason.startswith("in every block: ")
 
 
@@ -163,6 +165,23 @@ def test_counts_of_auto_suit_the_blocks_of_a_cpus_kernels(
         more = first + (multiple if multiple > 1 else TILED if first >= TILE else 1)
         grown = [more if count == first else count for count in tiled[:inner]]
         assert more >= tokens or few.cost.of([*grown, tiled[-1]]) > few.limit
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(20, 600), st.integers(2, 12), st.floats(0.05, 0.9), st.booleans())
+def test_a_ramp_that_auto_takes_is_as_long_within_its_budget(tokens: int, depth: int, removed: float, fixed: bool) -> None:
+    evaluator = Made(tokens, depth, 2, 2 if fixed else None)
+    few = search(evaluator, removed)
+    try:
+        exact = profile_within(evaluator, few.cost, few.limit)
+    except BudgetUnreachable:
+        return
+    counts = tiled_ramp(exact, evaluator, few.cost, few.limit)
+    check_counts(counts, tokens, depth)
+    assert few.cost.of(evaluator.nested(counts)) <= few.limit
+    for count, old in zip(counts[: depth - 1], exact, strict=False):
+        assert count == old if old <= TILE or old == tokens else count % TILED == 0
+    assert all(abs(count - old) <= TILED for count, old in zip(counts, exact, strict=True))
 
 
 def test_a_prime_number_of_tokens_is_avoided() -> None:
