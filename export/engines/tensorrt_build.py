@@ -88,7 +88,8 @@ def check_settings(backend: Backend, settings: BuildSettings) -> None:
         raise Unavailable(
             f"{asked}: {_NAMES[backend.name]} needs a GPU to build an engine that can be refitted, and here is no CUDA driver "
             "or no visible GPU",
-            next_step="leave the option out here, and give it to export.build with the bundle's recipe.json on the device",
+            next_step="run this on a machine with the engine's GPU, or leave it out here and give it to export.build there, "
+            "with the bundle's recipe.json",
         )
 
 

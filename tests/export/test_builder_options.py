@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,10 +14,16 @@ from export import export_bundle
 from export.engine_from_recipe import RecipeBuild, build_recipe
 from export.engines.base import BuildSettings
 from export.options import ExportOptions
+from patchslim import cuda
 from patchslim.cli import parse
+from patchslim.records import save_record
 from tests.helpers.exports import DEPTH, read, tiny
 from tests.helpers.tensorrt_vit import AHEAD_OF_TIME
 from validate import check_bundle
+from validate.build_recipe import BuildRecipe, trtexec_line
+from validate.build_recipe import BuildSettings as RecipeSettings
+from validate.built_engine import read_build
+from validate.recipe_run import build_engine
 
 
 def test_options_are_profiles_and_settings() -> None:
@@ -50,8 +59,26 @@ def test_a_device_builds_with_what_the_bundle_was_built_with(export_work: Path, 
     assert check_bundle(outcome.bundle).passed
     built = build_recipe(RecipeBuild(outcome.bundle / "recipe.json", tmp_path / "engine"))
     assert built.result.kernels == outcome.engine.kernels
-    ours, theirs = outcome.engine.files[0], built.folder / built.record.engine.files[0]
-    assert ours.read_bytes() == theirs.read_bytes()  # so it was told the same: builds are reproducible
+    ours = outcome.engine.files[0].read_bytes()
+    assert (built.folder / built.record.engine.files[0]).read_bytes() == ours  # so it was told the same: builds are repeatable
+    if cuda.local_target() is not None:
+        return  # another target is built for
+    build_engine(outcome.bundle, tmp_path / "by-validate", "rtx")  # what validate.run --build does first
+    record = read_build(tmp_path / "by-validate")
+    assert (tmp_path / "by-validate" / record.engine.files[0]).read_bytes() == ours
+    assert record.kernels == outcome.engine.kernels
+    plain = json.loads((outcome.bundle / "recipe.json").read_text())
+    fields = {**BuildRecipe.model_validate(plain).__dict__, "settings": defaults(plain)}
+    draft = BuildRecipe.model_construct(None, **fields)
+    save_record(tmp_path / "recipe.json", draft.model_copy(update={"trtexec": trtexec_line(draft)}))
+    shutil.copy(outcome.bundle / plain["onnx"]["path"], tmp_path)
+    other = build_recipe(RecipeBuild(tmp_path / "recipe.json", tmp_path / "by-default"))
+    assert (other.folder / other.record.engine.files[0]).read_bytes() != ours  # what it was told does matter
+
+
+def defaults(recipe: dict[str, Any]) -> RecipeSettings:
+    """The settings of ``recipe`` but for what a builder is told by default."""
+    return RecipeSettings.model_validate(recipe["settings"] | {"workspace_mib": None, "optimization_level": 3})
 
 
 @pytest.mark.parametrize(

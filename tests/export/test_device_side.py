@@ -13,8 +13,10 @@ from patchslim import cuda
 from patchslim.errors import Unavailable
 from patchslim.files import digest
 from patchslim.packages import install_command
+from tests.helpers.attacks.bundle_recipes import in_bundle
 from tests.helpers.bundles import make_bundle
 from tests.helpers.tensorrt_vit import AHEAD_OF_TIME
+from validate.build_recipe import parse_recipe, trtexec_line
 from validate.built_engine import read_build
 from validate.options import ValidateOptions
 from validate.run import run
@@ -56,6 +58,20 @@ def test_a_build_that_this_machine_cannot_make(tmp_path: Path) -> None:
     with pytest.raises(Unavailable, match="--build: ") as refused:
         run(ValidateOptions(bundle, build=True, engine=("trt",), threads=1))
     assert install_command("trt") in str(refused.value) or "nothing on a machine without a GPU" in str(refused.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle"]
+
+
+@no_gpu
+@AHEAD_OF_TIME[0]
+def test_what_a_recipe_asks_of_the_builder_is_asked_of_it(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle")
+    recipe = parse_recipe((bundle / "recipe.json").read_bytes(), bundle / "recipe.json")
+    asking = recipe.model_copy(update={"settings": recipe.settings.model_copy(update={"strip_weights": True})})
+    told = {"settings": asking.settings.model_dump(mode="json"), "trtexec": trtexec_line(asking)}
+    in_bundle(bundle, lambda record: record.update(told))
+    with pytest.raises(Unavailable, match="--build: --strip-weights: TensorRT-RTX needs a GPU to build an engine") as refused:
+        run(ValidateOptions(bundle, build=True, threads=1))
+    assert refused.value.next_step.startswith("run this on a machine with the engine's GPU")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle"]
 
 
