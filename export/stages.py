@@ -24,7 +24,7 @@ from export.stage_names import ALONE, StageNames
 from patchslim import cuda
 from patchslim.arrays import Array
 from patchslim.choices import EngineName, Layout, PerformanceHint, Precision
-from patchslim.errors import InputRejected
+from patchslim.errors import InputRejected, Unavailable
 from patchslim.latency_table import load_table
 from patchslim.plan import SlimPlan, load_plan
 from patchslim.progress import Reporter
@@ -276,14 +276,19 @@ def built_engine(onnx: Path, request: EngineRequest, work: Workspace) -> EngineR
 def dense_kernels(dense: Path, plan: SlimPlan, request: EngineRequest, work: Workspace) -> dict[str, int]:
     """How many kernels the dense model has in an engine for the first target, by that target; ``plan`` cuts nothing.
 
-    Empty where the engine does not tell, or quantises, which would take a calibration of its own.
+    Empty where the engine does not tell, or quantises, which would take a calibration of its own, or where the dense model
+    alone cannot be built, which is said: it is for comparison, and the bundle does not need it.
     """
     if request.engine != "trt" or request.graph not in ("fp32", "fp16", "bf16"):
         return {}
     graph = slim_onnx(dense, plan, request, work)[request.names.onnx(request.graph)]
     backend = dataclasses.replace(request.backend, targets=request.backend.targets[:1])
     work.reporter.say("building the dense model as well, to compare its kernels")
-    return built_engine(graph, dataclasses.replace(request, backend=backend), work).kernels
+    try:
+        return built_engine(graph, dataclasses.replace(request, backend=backend), work).kernels
+    except (InputRejected, Unavailable) as error:
+        work.reporter.say(f"warning: the dense model was not built, so its kernels are not known: {error}")
+        return {}
 
 
 def kept_patches(plan: SlimPlan, layout: Layout, image: Array, model: ModelFacts, work: Workspace) -> Path:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import timm
 import torch
 
 from export import export_bundle
+from export.engines.base import EngineResult
 from export.pipeline import GateFailed, missed_by
 from export.summary import as_json
-from patchslim.errors import UsageError
+from patchslim.choices import EngineName
+from patchslim.errors import Unavailable, UsageError
 from tests.helpers.exports import ARGUMENTS, DEPTH, MODEL, read, tiny
 
 if TYPE_CHECKING:
@@ -36,6 +38,31 @@ def test_the_dense_model_is_built_beside_the_slim_one(trt_export: Outcome) -> No
     assert f"{engine.kernels['sm89']} kernels ({engine.dense_kernels['sm89']} dense)" in engine.summary()
     page = (trt_export.bundle / "report.html").read_text()
     assert f"<td>{engine.kernels['sm89']}</td><td>{engine.dense_kernels['sm89']}</td>" in page
+
+
+@pytest.mark.slow
+def test_a_dense_model_that_cannot_be_built_fails_nothing(
+    export_work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    from export.engines import build
+
+    calls, real = list[Path](), build.build_engine
+
+    def once(kind: EngineName, onnx: Path, *places: Path, **options: Any) -> EngineResult:
+        calls.append(onnx)
+        if len(calls) > 1:
+            raise Unavailable(f"{onnx.name}: TensorRT-RTX did not build it for sm86: out of memory")
+        return real(kind, onnx, *places, **options)
+
+    monkeypatch.setattr(build, "build_engine", once)
+    outcome = export_bundle(tiny(export_work, "dense-fails", engine="trt", target=("sm86",)))
+    assert len({*calls}) == 2
+    said = capsys.readouterr().err
+    assert "warning: the dense model was not built, so its kernels are not known: model.fp16.onnx: TensorRT-RTX did not" in said
+    assert (outcome.engine.kernels.keys(), outcome.engine.dense_kernels) == ({"sm86"}, {})
+    assert as_json(outcome)["engine"]["dense_kernels"] == {}
+    assert (outcome.bundle / "manifest.json").is_file()
 
 
 def test_attentions_that_are_not_fused_fail_where_that_is_asked_for(export_work: Path) -> None:
