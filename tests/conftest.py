@@ -91,3 +91,12 @@ def trt_export(export_work: Path) -> Outcome:
     from tests.helpers.exports import tiny
 
     return export_bundle(tiny(export_work, "tiny-trt", engine="trt", target=("sm89",)))
+
+
+@pytest.fixture(scope="session")
+def several_export(export_work: Path) -> Outcome:
+    pytest.importorskip("openvino")
+    from export import export_bundle
+    from tests.helpers.exports import tiny
+
+    return export_bundle(tiny(export_work, "several", engine="ort,openvino", precision="fp32"))

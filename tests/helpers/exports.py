@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from export.options import ExportOptions
 
@@ -74,3 +77,11 @@ def change_plan(source: Path, target: Path, kept: list[list[int]]) -> Path:
     plan = read(source) | {"kept": kept, "merged_into": None, "weights": None}
     target.write_text(json.dumps(plan), encoding="utf-8")
     return target
+
+
+def without(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Let it look as if packages were not installed."""
+    there = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in names else there(name))
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, None)
