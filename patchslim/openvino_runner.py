@@ -264,8 +264,23 @@ def _most_compiled(graph: Any) -> int:
         _reshape(graph, 1)
     except RuntimeError:  # it is as it was then
         return 0
+    if any(_has_as_many_queries_as_heads(op) for op in graph.get_ops()):
+        _reshape(graph, None)
+        return 0
     weights = sum(op.get_byte_size() for op in graph.get_ops() if op.get_type_name() == "Constant")
     return int(min(MOST_COMPILED, max(1, MOST_BYTES // max(1, weights))))
+
+
+def _has_as_many_queries_as_heads(op: Any) -> bool:
+    """Whether ``op`` is of an attention that OpenVINO (2026.4, CPU) answers wrongly where its shape is known.
+
+    Attention weights (b, heads, queries, tokens), or their products, with as many queries as heads: it fuses the transpose
+    behind them with the two axes confused, or not at all. With a free batch it is right.
+    """
+    if op.get_type_name() not in ("Softmax", "ScaledDotProductAttention"):
+        return False
+    shape = op.get_output_partial_shape(0)
+    return bool(shape.is_static and len(shape) == 4 and shape[1] == shape[2])
 
 
 def _reshape(graph: Any, rows: int | None) -> None:

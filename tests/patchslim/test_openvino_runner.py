@@ -135,6 +135,51 @@ def test_a_key_bias_of_one_row_is_computed_in_float32(tmp_path: Path) -> None:
         np.testing.assert_allclose(runner.infer(images), reference.infer(images), atol=1e-4)
 
 
+def attention(heads: int, queries: int, tokens: int, width: int) -> onnx.ModelProto:
+    """Self-attention of the first ``queries`` of ``tokens`` tokens, of their packed qkv (b, tokens, 3 heads width)."""
+    shapes = {"apart": [0, tokens, 3, heads, width], "flat": [0, queries, heads * width]}
+    numbers = {name: [value] for value, name in enumerate(("zero", "one", "two", "three"))}
+    nodes = [
+        helper.make_node("Reshape", ["packed", "apart"], ["qkv"]),
+        helper.make_node("Transpose", ["qkv"], ["parts"], perm=[2, 0, 3, 1, 4]),
+        *(
+            helper.make_node("Slice", ["parts", start, end, "zero"], [f"{name}1"])
+            for name, start, end in (("q", "zero", "one"), ("k", "one", "two"), ("v", "two", "three"))
+        ),
+        *(helper.make_node("Squeeze", [f"{name}1", "zero"], [name]) for name in "qkv"),
+        helper.make_node("Slice", ["q", "zero", "most", "two"], ["queries"]),
+        helper.make_node("Transpose", ["k"], ["keys"], perm=[0, 1, 3, 2]),
+        helper.make_node("MatMul", ["queries", "keys"], ["logits"]),
+        helper.make_node("Softmax", ["logits"], ["weights"], axis=-1),
+        helper.make_node("MatMul", ["weights", "v"], ["mixed"]),
+        helper.make_node("Transpose", ["mixed"], ["turned"], perm=[0, 2, 1, 3]),
+        helper.make_node("Reshape", ["turned", "flat"], ["out"]),
+    ]
+    constants = {**shapes, **numbers, "most": [queries]}
+    graph = helper.make_graph(
+        nodes,
+        "attention",
+        [helper.make_tensor_value_info("packed", TensorProto.FLOAT, ["batch", tokens, 3 * heads * width])],
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, ["batch", queries, heads * width])],
+        [numpy_helper.from_array(np.array(value, dtype=np.int64), name) for name, value in constants.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+@pytest.mark.parametrize(("heads", "queries"), [(3, 3), (3, 4), (12, 12), (1, 1)])
+def test_as_many_queries_as_heads_are_answered_rightly(heads: int, queries: int, tmp_path: Path) -> None:
+    path, tokens, width = tmp_path / "attention.onnx", 20, 16
+    onnx.save(attention(heads, queries, tokens, width), path)
+    packed = RNG.standard_normal((8, tokens, 3 * heads * width)).astype(np.float32)
+    q, k, v = packed.reshape(8, tokens, 3, heads, width).transpose(2, 0, 3, 1, 4)
+    logits = q[:, :, :queries] @ k.swapaxes(2, 3)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    mixed = weights / weights.sum(-1, keepdims=True) @ v
+    with OpenVinoModel(path, ONE_THREAD) as model:
+        answers = model.run(packed)
+    np.testing.assert_allclose(answers, mixed.swapaxes(1, 2).reshape(8, queries, -1), atol=1e-4)
+
+
 def test_what_is_no_classifier_is_refused(tmp_path: Path) -> None:
     (tmp_path / "none.onnx").write_bytes(b"not onnx")
     with pytest.raises(InputRejected, match=r"none\.onnx: OpenVINO cannot load it: .*[Uu]nable to read the model"):
