@@ -24,6 +24,7 @@ from patchslim.errors import UsageError
 from patchslim.work_folder import default_work
 from slimming.options import DEFAULT_MARGIN, ModelOptions
 from slimming.search.budget import LATENCY
+from slimming.search.request import PlanRequest
 from validate.fields import GateRule
 
 #: Of a workspace in a build recipe, in MiB.
@@ -256,8 +257,17 @@ class ExportOptions(OutputGroup, GateGroup, EngineGroup, PlanGroup, ModelOptions
 
     @property
     def search_layout(self) -> Layout:
-        """The layout of the search: packed where an engine's is, which saves less, so that a budget is kept in every one."""
+        """The layout of the search: packed where an engine's is, whose kernels are fewest where tokens go by its default."""
         return "packed" if any(ENGINES[engine].layout == "packed" for engine in self.engines) else "split"
+
+    @property
+    def other_layouts(self) -> tuple[Layout, ...]:
+        """The layouts of engines that are not that of the search; a budget of MACs is kept in them too."""
+        return tuple({ENGINES[engine].layout: None for engine in self.engines if ENGINES[engine].layout != self.search_layout})
+
+    def request(self, layout: Layout = "split") -> PlanRequest:
+        """Return what is asked of the plan, searched in ``layout``, and to be laid as suits every engine."""
+        return dataclasses.replace(super().request(layout), also=self.other_layouts)
 
     @property
     def engine_precision(self) -> Precision:

@@ -130,6 +130,7 @@ def plan_folder(options: ExportOptions, source: ExportSource, table: Path | None
     distilled = dataclasses.asdict(options.request().distillation) if options.fit in ("distill", "auto") else None
     fit = (options.score, options.fit, options.summary, *([] if distilled is None else [distilled]))
     where = [] if options.merge_blocks is None else [options.merge_blocks]
+    also = [options.other_layouts] if options.other_layouts else []
     finetune = (dataclasses.asdict(options.recipe), source.training_key()) if options.finetune_epochs else None
     return work.cache.path(
         "plan",
@@ -137,7 +138,7 @@ def plan_folder(options: ExportOptions, source: ExportSource, table: Path | None
         images=source.calibration_fingerprint,
         described=source.calibration.describe(),
         budget=dataclasses.asdict(options.budget),
-        form=(options.mode, options.search_layout, options.seed, source.model.device, *fit, *where),
+        form=(options.mode, options.search_layout, options.seed, source.model.device, *fit, *where, *also),
         latency=None if table is None else work.facts.digest(table),
         finetune=finetune,
     )

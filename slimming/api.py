@@ -224,7 +224,8 @@ class PlanFinder:
 
     def _macs_cost(self, request: PlanRequest) -> Cost:
         reader = self.reader
-        return MacsCost(reader.tokens, len(reader.blocks), reader.geometry(), request.mode, request.layout, request.merges)
+        tokens, depth = reader.tokens, len(reader.blocks)
+        return MacsCost(tokens, depth, reader.geometry(), request.mode, request.layout, request.merges, request.also)
 
     def close(self) -> None:
         """Release the features, and what was spilled of them to disk."""

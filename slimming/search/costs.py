@@ -28,7 +28,10 @@ class Cost(Protocol):
 
 @dataclass(frozen=True)
 class MacsCost:
-    """Multiply-accumulates of one image, by ``macs_of``; ``merged``: every block but the last merges what it drops."""
+    """Multiply-accumulates of one image, by ``macs_of``; ``merged``: every block but the last merges what it drops.
+
+    ``also`` are other layouts that the plan will be laid in: it costs what it does in the one where that is most.
+    """
 
     tokens: int
     depth: int
@@ -36,6 +39,7 @@ class MacsCost:
     mode: Mode = "compact"
     layout: Layout = "split"
     merged: bool = False
+    also: tuple[Layout, ...] = ()
 
     @property
     def unit(self) -> str:
@@ -46,7 +50,8 @@ class MacsCost:
         """Return the MACs when block l outputs ``counts[l]`` tokens. Raises ``ValueError`` for counts that no plan can have."""
         check_counts(counts, self.tokens, self.depth)
         merging = range(self.depth - 1) if self.merged else ()
-        return float(macs_of(list(counts), self.tokens, self.geometry, self.mode, self.layout, merging=merging))
+        layouts = (self.layout, *self.also)
+        return float(max(macs_of([*counts], self.tokens, self.geometry, self.mode, one, merging=merging) for one in layouts))
 
     def dense(self) -> float:
         """Return the MACs of the dense model."""

@@ -34,6 +34,7 @@ class PlanRequest:
     summary: bool = False
     distillation: Distillation = Distillation()  # noqa: RUF009 - frozen
     merge_blocks: MergeBlocks | None = None  # where tokens go; None: as is fast in the layout
+    also: tuple[Layout, ...] = ()  # other layouts in which a budget of MACs is to be kept
 
     def check(self) -> None:
         """Raise ``UsageError`` for values that no search could use, and for those that contradict each other on any model."""

@@ -49,7 +49,10 @@ def test_each_engine_has_the_options_that_are_for_it(tmp_path: Path) -> None:
     assert [one.engine_precision for one in (ort, openvino, trt)] == ["fp32", "fp32", "fp16"]
     assert [one.keep_fp32 for one in (ort, openvino, trt)] == [(), ("x",), ()]
     assert [one.require_fused_attention for one in (ort, openvino, trt)] == [False, False, True]
-    assert (options.layout, options.search_layout) == ("split", "packed")
+    assert (options.layout, options.search_layout, options.other_layouts) == ("split", "packed", ("split",))
+    assert options.request(options.search_layout).also == ("split",)
+    assert not tiny(tmp_path, engine="ort,openvino").other_layouts
+    assert not tiny(tmp_path, engine="trt").other_layouts
     assert tiny(tmp_path, engine="ort,openvino").search_layout == "split"
 
 
