@@ -56,10 +56,19 @@ def engine_faults(trt: Any, runtime: Any, plan: bytes) -> str:
     return ", ".join(named)
 
 
-def narrowest_profile(profiles: Sequence[tuple[int, int]], batch: int) -> int | None:
-    """The number of the optimisation profile, fewest and most images each, that takes ``batch`` with the fewest others."""
+def narrowest_profile(profiles: Sequence[tuple[int, int]], batch: int, name: str) -> int:
+    """The number of the optimisation profile, fewest and most images each, that takes ``batch`` with the fewest others.
+
+    ``name`` is what messages call the engine. Raises ``InputRejected`` where none takes so many.
+    """
     able = [(most - fewest, number) for number, (fewest, most) in enumerate(profiles) if fewest <= batch <= most]
-    return min(able)[1] if able else None
+    if not able:
+        takes = profiles_in_words(profiles)
+        raise InputRejected(
+            f"{name}: {batch} images fit none of the engine's optimisation profiles: {takes}",
+            next_step="give it as many at once, or build it with another --batch",
+        )
+    return min(able)[1]
 
 
 def profiles_in_words(profiles: Sequence[tuple[int, int]]) -> str:
@@ -143,10 +152,7 @@ class TrtRunner:
 
     def _choose_profile(self, batch: int) -> None:
         """Take the narrowest profile for ``batch`` images. Raises ``InputRejected`` where none takes so many."""
-        chosen = narrowest_profile(self.profiles, batch)
-        if chosen is None:
-            takes = profiles_in_words(self.profiles)
-            raise InputRejected(f"{self.name}: {batch} images fit none of the engine's optimisation profiles: {takes}")
+        chosen = narrowest_profile(self.profiles, batch, self.name)
         if chosen != self._chosen:
             if not self._context.set_optimization_profile_async(chosen, self._stream.handle):
                 raise Unavailable(f"{self.name}: the engine's optimisation profile {chosen} cannot be taken on the GPU")

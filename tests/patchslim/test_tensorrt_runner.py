@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from patchslim.errors import InputRejected
 from patchslim.tensorrt_runner import engine_faults, narrowest_profile, profiles_in_words
 
 
@@ -16,7 +17,13 @@ from patchslim.tensorrt_runner import engine_faults, narrowest_profile, profiles
     ("batch", "number"), [(1, 0), (2, 1), (4, 1), (5, 2), (8, 2), (32, 2), (33, None), (40, 3), (41, None), (0, None)]
 )
 def test_the_narrowest_profile_that_takes_a_batch_is_chosen(batch: int, number: int | None) -> None:
-    assert narrowest_profile([(1, 1), (1, 4), (1, 32), (40, 40)], batch) == number
+    profiles = [(1, 1), (1, 4), (1, 32), (40, 40)]
+    if number is not None:
+        assert narrowest_profile(profiles, batch, "model.engine") == number
+        return
+    takes = "1, 1 to 4, 1 to 32, 40 images: give it as many at once"
+    with pytest.raises(InputRejected, match=f"model.engine: {batch} images fit none of the engine's .* profiles: {takes}"):
+        narrowest_profile(profiles, batch, "model.engine")
 
 
 def test_profiles_are_said_in_words() -> None:
