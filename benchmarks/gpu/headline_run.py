@@ -38,6 +38,8 @@ class HeadlineOptions(GpuSubject):
     """Steps of distillation."""
     distill_batch: int = 128
     """Images per step of distillation."""
+    distill_lr: float = 3e-4
+    """Peak learning rate of distillation."""
     finetune_batch: int = 256
     """Images per step of fine-tuning."""
     finetune_lr: float = 3e-4
@@ -51,8 +53,8 @@ class HeadlineOptions(GpuSubject):
 
     def check(self) -> None:
         """Raise ``UsageError`` for values that no run could use."""
-        if min(self.minutes, self.finetune_lr) <= 0:
-            raise UsageError("--minutes and --finetune-lr must be above 0")
+        if min(self.minutes, self.distill_lr, self.finetune_lr) <= 0:
+            raise UsageError("--minutes, --distill-lr and --finetune-lr must be above 0")
         if min(self.distill_steps, self.distill_batch, self.finetune_batch, self.distilled_images) < 1:
             raise UsageError("--distill-steps, --distill-batch, --distilled-images and --finetune-batch: at least 1")
         self.of_tables().check()
@@ -141,6 +143,7 @@ class Headline:
             "finetune_lr": options.finetune_lr,
             "distill_steps": options.distill_steps,
             "distill_batch": options.distill_batch,
+            "distill_lr": options.distill_lr,
             "distilled_images": options.distilled_images,
             "training_images": len(self.images),
             "searched_on": self.searched_on,

@@ -24,7 +24,7 @@ def distilled(run: Headline, students: dict[str, Student]) -> None:
     recipe = Recipe(
         epochs=options.distill_steps * options.distill_batch / min(options.distilled_images, len(run.images)),
         batch_size=options.distill_batch,
-        lr=3e-4,
+        lr=options.distill_lr,
         distill=1.0,
         label_smoothing=0.0,
         features=Distillation.features,

@@ -26,6 +26,7 @@ from benchmarks.training.train_cifar10 import CLASSES, MEAN, STD
 from patchslim.errors import BudgetUnreachable, InputRejected, UsageError
 from patchslim.macs import macs_of
 from slimming.models.reader import reader_of
+from slimming.search.distillation import Distillation
 from slimming.search.few_blocks import AUTO
 
 IMAGES = torch.arange(8 * 3 * 16 * 16, dtype=torch.int64).remainder(251).to(torch.uint8).reshape(8, 3, 16, 16)
@@ -65,7 +66,8 @@ def test_every_row_is_measured_and_a_second_call_goes_on(tmp_path: Path) -> None
     assert min(slim["reduction"], ramp["reduction"], rows["ToMe-40.0%"]["reduction"]) >= 0.4
     assert len(set(slim["counts"][:-1])) <= 1 + AUTO  # dense and the cuts; the last block has the head's token
     assert {row["kind"] for row in rows.values()} == {"original", "training-free", "distilled", "fine-tuned"}
-    assert rows["slim-40.0%-distilled"]["recipe"]["distill"] == 1
+    recipe = rows["slim-40.0%-distilled"]["recipe"]
+    assert (recipe["distill"], recipe["lr"], recipe["features"]) == (1, options.distill_lr, Distillation.features)
     tuned = [row for name, row in rows.items() if name.endswith("-finetuned")]
     assert len({row["recipe"]["epochs"] for row in tuned}) == 1
     assert len(tuned) == 4
@@ -163,7 +165,9 @@ def test_the_headline_is_trained_first() -> None:
     assert order_of(dict.fromkeys(names))[:3] == ["dense", "slim-46.2%", "slim-60.0%"]  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("wrong", [{"minutes": 0}, {"finetune_lr": 0}, {"distill_steps": 0}, {"budgets": (1.0,)}])
+@pytest.mark.parametrize(
+    "wrong", [{"minutes": 0}, {"finetune_lr": 0}, {"distill_lr": 0}, {"distill_steps": 0}, {"budgets": (1.0,)}]
+)
 def test_options_that_mean_nothing_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         HeadlineOptions(**wrong).check()
