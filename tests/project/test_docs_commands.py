@@ -149,7 +149,7 @@ _ELSEWHERE = {
     "--model-arg img_size=32 patch_size=4 embed_dim=128 depth=8 num_heads=4 "
     "--weights benchmarks/accuracy/cifar10_vit.safetensors --data cifar10-test.tar "
     "--calibration-data cifar10-train.tar --eval-images 5000 --calibration-images 4096 --budgets 0.45 "
-    "--distill-steps 800 --distill-lr 0.0003 --distill-precision bf16 --rows ramp distilled "
+    "--distill-steps 3200 --distill-lr 0.0005 --distill-precision bf16 --rows blocks-auto distilled "
     "--output benchmarks/results/cifar10-distilled.json": (
         "tests/benchmarks/test_alternatives.py::test_some_rows_alone_are_those_of_a_whole_run"
     ),
