@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,7 +16,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from patchslim.errors import InputRejected
-from patchslim.openvino_runner import MOST_COMPILED, OpenVinoModel, OpenVinoRunner, save_ir
+from patchslim.openvino_compiler import MOST_COMPILED, GraphCompiler
+from patchslim.openvino_runner import OpenVinoModel, OpenVinoRunner, save_ir
 from patchslim.openvino_settings import OpenVinoSettings
 from patchslim.ort_runner import OrtRunner
 from tests.helpers.bundles import CLASSES, SIZE, weight, write_onnx
@@ -94,6 +98,52 @@ def test_by_the_hint_throughput_parts_of_a_batch_run_at_once(tmp_path: Path) -> 
         assert fixed.infer(images[:4]).shape == (4, CLASSES)
 
 
+def test_threads_may_share_a_runner(tmp_path: Path) -> None:
+    """Without turns a graph is given one shape and compiled in another, and an answer is read when it is overwritten."""
+    size = 64
+    rng = np.random.default_rng(1)
+    filters = numpy_helper.from_array(rng.standard_normal((32, 3, 3, 3)).astype(np.float32), "filters")
+    nodes = [
+        helper.make_node("Conv", ["images", "filters"], ["maps"], pads=[1] * 4),
+        helper.make_node("Relu", ["maps"], ["positive"]),
+        helper.make_node("GlobalAveragePool", ["positive"], ["means"]),
+        helper.make_node("Flatten", ["means"], ["logits"]),
+    ]
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, dims)
+        for name, dims in (("images", ["batch", 3, size, size]), ("logits", ["batch", 32]))
+    ]
+    graph = helper.make_graph(nodes, "shared", ends[:1], ends[1:], [filters])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "shared.onnx")
+    asked = [rng.standard_normal((count, 3, size, size)).astype(np.float32) for count in (2, 2, 3, 3, 4, 5)] * 20
+    with OrtRunner(tmp_path / "shared.onnx") as reference:
+        expected = [reference.infer(images) for images in asked]
+    with OpenVinoRunner(tmp_path / "shared.onnx", ONE_THREAD) as runner, ThreadPoolExecutor(6) as threads:
+        for answers, right in zip(threads.map(runner.infer, asked), expected, strict=True):
+            np.testing.assert_allclose(answers, right, atol=1e-4)
+
+
+def test_as_many_run_at_once_for_any_number_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenVINO finds fewer best where each takes more memory, which needs more cores than a test has: so it is told here."""
+    write_onnx(tmp_path / "model.onnx", weight())
+    compiled, best = GraphCompiler.compiled, iter((4, 1))
+
+    def told(compiler: GraphCompiler, rows: int | None) -> Any:
+        network, many = compiled(compiler, rows), next(best)
+        answers = {"OPTIMAL_NUMBER_OF_INFER_REQUESTS": many}
+        return SimpleNamespace(
+            get_property=lambda name: answers.get(name) or network.get_property(name),
+            create_infer_request=network.create_infer_request,
+        )
+
+    monkeypatch.setattr(GraphCompiler, "compiled", told)
+    images = RNG.standard_normal((8, 3, SIZE, SIZE)).astype(np.float32)
+    with OrtRunner(tmp_path / "model.onnx") as reference:
+        expected = reference.infer(images)
+    with OpenVinoRunner(tmp_path / "model.onnx", OpenVinoSettings(hint="throughput", threads=1)) as runner:
+        np.testing.assert_allclose(runner.infer(images), expected, atol=1e-5)
+
+
 def biased_attention(tokens: int, width: int) -> onnx.ModelProto:
     """One attention whose key bias is a constant of one row, as merged tokens have it; logits are the mean of its output."""
     rng = np.random.default_rng(3)
@@ -135,7 +185,7 @@ def test_a_key_bias_of_one_row_is_computed_in_float32(tmp_path: Path) -> None:
         np.testing.assert_allclose(runner.infer(images), reference.infer(images), atol=1e-4)
 
 
-def attention(heads: int, queries: int, tokens: int, width: int) -> onnx.ModelProto:
+def attention(heads: int, queries: int, tokens: int, width: int, batch: int | str = "batch") -> onnx.ModelProto:
     """Self-attention of the first ``queries`` of ``tokens`` tokens, of their packed qkv (b, tokens, 3 heads width)."""
     shapes = {"apart": [0, tokens, 3, heads, width], "flat": [0, queries, heads * width]}
     numbers = {name: [value] for value, name in enumerate(("zero", "one", "two", "three"))}
@@ -159,17 +209,18 @@ def attention(heads: int, queries: int, tokens: int, width: int) -> onnx.ModelPr
     graph = helper.make_graph(
         nodes,
         "attention",
-        [helper.make_tensor_value_info("packed", TensorProto.FLOAT, ["batch", tokens, 3 * heads * width])],
-        [helper.make_tensor_value_info("out", TensorProto.FLOAT, ["batch", queries, heads * width])],
+        [helper.make_tensor_value_info("packed", TensorProto.FLOAT, [batch, tokens, 3 * heads * width])],
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, [batch, queries, heads * width])],
         [numpy_helper.from_array(np.array(value, dtype=np.int64), name) for name, value in constants.items()],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
+@pytest.mark.parametrize("batch", ["batch", 8])
 @pytest.mark.parametrize(("heads", "queries"), [(3, 3), (3, 4), (12, 12), (1, 1)])
-def test_as_many_queries_as_heads_are_answered_rightly(heads: int, queries: int, tmp_path: Path) -> None:
+def test_as_many_queries_as_heads_are_answered_rightly(heads: int, queries: int, batch: int | str, tmp_path: Path) -> None:
     path, tokens, width = tmp_path / "attention.onnx", 20, 16
-    onnx.save(attention(heads, queries, tokens, width), path)
+    onnx.save(attention(heads, queries, tokens, width, batch), path)
     packed = RNG.standard_normal((8, tokens, 3 * heads * width)).astype(np.float32)
     q, k, v = packed.reshape(8, tokens, 3, heads, width).transpose(2, 0, 3, 1, 4)
     logits = q[:, :, :queries] @ k.swapaxes(2, 3)
@@ -195,7 +246,7 @@ def test_what_is_no_classifier_is_refused(tmp_path: Path) -> None:
 
 
 def test_signals_are_survived_when_models_end_in_the_order_in_which_they_began(tmp_path: Path) -> None:
-    """With a ``Core`` each the process dies of the signal: see ``patchslim.openvino_runner``."""
+    """With a ``Core`` each the process dies of the signal: see ``patchslim.openvino_compiler``."""
     write_onnx(tmp_path / "model.onnx", weight())
     code = (
         "import gc, os, pathlib, signal, sys\n"
