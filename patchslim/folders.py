@@ -60,21 +60,20 @@ def temporary_folder(prefix: str, suffix: str, above: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def temporary_file(path: Path) -> Iterator[Path]:
-    """An empty new file ``.NAME.<process>.part`` beside ``path``, removed when the block ends unless it was renamed.
+    """An empty new file ``.NAME.<number>.part`` beside ``path``, removed when the block ends unless it was renamed.
 
     Removes those that killed processes left beside it. Raises ``OSError``.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part, handle = _part_of(path), None
     sweep(rf"\.{re.escape(path.name)}\.[0-9]+\.part", path.parent)
-    handle = None
     try:  # as above
         while True:
-            os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _NO_FOLLOW, 0o666))
+            os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, 0o666))
             handle = _lock(part, PATIENCE_S)
             if part.exists():  # else another process took it for a leftover before it was locked
                 break
             _close(handle)
-            handle = None
+            handle, part = None, _part_of(path)
         yield part
     finally:
         try:
@@ -84,6 +83,11 @@ def temporary_file(path: Path) -> Iterator[Path]:
             raise
         finally:
             _close(handle)
+
+
+def _part_of(path: Path) -> Path:
+    """A name of its own for each file that is to be ``path``: threads write at once, and processes of two containers as one."""
+    return path.with_name(f".{path.name}.{secrets.randbits(63)}.part")
 
 
 def _close(handle: int | None) -> None:

@@ -177,6 +177,11 @@ def save_ir(onnx: Path, xml: Path) -> None:
     openvino_module().save_model(graph, str(xml), compress_to_fp16=False)
 
 
+def openvino_version() -> str:
+    """The installed OpenVINO's version; raises ``Unavailable`` without one."""
+    return str(openvino_module().__version__).partition("-")[0]
+
+
 def _described(tensor: Any) -> TensorInfo:
     shape = tuple(axis.get_length() if axis.is_static else "batch" for axis in tensor.get_partial_shape())
     kind = tensor.get_element_type().to_dtype().name

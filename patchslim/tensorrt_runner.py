@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,6 +128,7 @@ class TrtRunner:
             self._kernels = RuntimeCache(self._engine, runtime_cache_file(cache, plan, self._trt.__version__))
         self._context = self._kernels.context if self._kernels else self._engine.create_execution_context()
         self._fresh = True
+        self._turn = threading.Lock()  # the context holds the shape and addresses of one run
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         mode = self._trt.TensorIOMode
         inputs = [name for name in names if self._engine.get_tensor_mode(name) == mode.INPUT]
@@ -174,9 +176,13 @@ class TrtRunner:
     def infer(self, images: NDArray[Any]) -> NDArray[np.float32]:
         """Return logits (b, classes) float32 for ``images`` (b, channels, height, width), cast to the engine's type.
 
-        Raises ``InputRejected`` where the shape lies outside the engine's optimisation profile, ``Unavailable`` where the GPU
-        fails.
+        Threads take turns. Raises ``InputRejected`` where the shape lies outside the engine's optimisation profile,
+        ``Unavailable`` where the GPU fails.
         """
+        with self._turn:
+            return self._inferred(images)
+
+    def _inferred(self, images: NDArray[Any]) -> NDArray[np.float32]:
         results, addresses = self._bound(images)
         try:
             self._execute()

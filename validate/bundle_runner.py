@@ -33,7 +33,7 @@ _BATCH = 8
 
 
 class BundleRunner:
-    """A bundle's model, ready to run: a ``Runner``. Use it in a ``with`` block to give its memory back at the end.
+    """A bundle's model, ready to run: a ``Runner``, which threads may share. A ``with`` block gives its memory back at its end.
 
     ``engine`` is what it runs in, ``path`` the file of the bundle, ``image_shape`` (channels, height, width) what it takes.
     """
