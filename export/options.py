@@ -74,8 +74,8 @@ class EngineGroup:
     hint: PerformanceHint = "latency"
     """What OpenVINO is told: to give all cores to one batch (latency), or to run several at once (throughput)."""
     mixed: Literal["auto", "none"] = "auto"
-    """Where int8 or fp8 fails the gate: keep as few blocks as need be in higher precision, those that lose most first, and say
-    which; or keep none, and fail."""
+    """Where int8 or fp8 fails the gate: keep as few blocks as need be, or the patch embedding, in higher precision, those that
+    lose most first, and say which; or keep none, and fail."""
     keep_fp32: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="PATTERN")] = ()
     """Nodes that int8 or fp8 leaves as they are: a regular expression that is found in their names. May be given again."""
 

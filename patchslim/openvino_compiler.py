@@ -89,7 +89,10 @@ def openvino_core() -> Any:
     end. Where they end in the order in which they began, the thread is left with one that is freed, and dies at its next
     signal: that of a child that ends, say.
     """
-    return openvino_module().Core()
+    core = openvino_module().Core()
+    # Files are read when a graph is: it is compiled for other numbers of rows later, when they may be others.
+    core.set_property({"ENABLE_MMAP": False})
+    return core
 
 
 def openvino_module() -> Any:

@@ -68,6 +68,19 @@ def test_it_is_compiled_for_a_few_numbers_of_images_and_then_for_any(tmp_path: P
         runner.infer(images[:6])
 
 
+def test_what_its_files_become_changes_no_answer(tmp_path: Path) -> None:
+    """It is compiled for another number of images later; a model that lies in its place by then is not that."""
+    write_onnx(tmp_path / "model.onnx", weight())
+    save_ir(tmp_path / "model.onnx", tmp_path / "model.xml")
+    images = RNG.standard_normal((3, 3, SIZE, SIZE)).astype(np.float32)
+    with OrtRunner(tmp_path / "model.onnx") as reference:
+        expected = reference.infer(images)
+    with OpenVinoRunner(tmp_path / "model.xml", ONE_THREAD) as runner:
+        weights = tmp_path / "model.bin"
+        weights.write_bytes(bytes(weights.stat().st_size))
+        np.testing.assert_allclose(runner.infer(images), expected, atol=1e-5)
+
+
 def test_a_model_that_no_other_batch_goes_through_is_compiled_as_it_is(tmp_path: Path) -> None:
     """Two images are one row: OpenVINO cannot give it another number of them."""
     rows = helper.make_node("Reshape", ["images", "shape"], ["logits"])
