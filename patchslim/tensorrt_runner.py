@@ -72,6 +72,13 @@ def narrowest_profile(profiles: Sequence[tuple[int, int]], batch: int, name: str
     return min(able)[1]
 
 
+def filled_batch(profiles: Sequence[tuple[int, int]], batch: int) -> int:
+    """How many images to run ``batch`` images as: as many, or where they fall between two profiles, the fewest of the next."""
+    if batch < min((fewest for fewest, _ in profiles), default=0):
+        return batch
+    return min((max(batch, fewest) for fewest, most in profiles if batch <= most), default=batch)
+
+
 def profiles_in_words(profiles: Sequence[tuple[int, int]]) -> str:
     """What optimisation profiles take: "1, 8 to 32 images"."""
     return ", ".join(str(fewest) if fewest == most else f"{fewest} to {most}" for fewest, most in profiles) + " images"
@@ -176,11 +183,11 @@ class TrtRunner:
     def infer(self, images: NDArray[Any]) -> NDArray[np.float32]:
         """Return logits (b, classes) float32 for ``images`` (b, channels, height, width), cast to the engine's type.
 
-        Threads take turns. Raises ``InputRejected`` where the shape lies outside the engine's optimisation profile,
-        ``Unavailable`` where the GPU fails.
+        A batch between two optimisation profiles is filled up by repeating its last image. Threads take turns. Raises
+        ``InputRejected`` where the shape lies outside the engine's optimisation profiles, ``Unavailable`` where the GPU fails.
         """
         with self._turn:
-            return self._inferred(images)
+            return self._inferred(images)[: len(images)]
 
     def _inferred(self, images: NDArray[Any]) -> NDArray[np.float32]:
         results, addresses = self._bound(images)
@@ -215,8 +222,13 @@ class TrtRunner:
         return seconds
 
     def _bound(self, values: NDArray[Any]) -> tuple[list[NDArray[Any]], list[int]]:
-        """Arrays for the outputs of a run on ``values``, and where its input and these are on the GPU, in this order."""
-        source = np.ascontiguousarray(values, dtype=self.dtype)
+        """Arrays for the outputs of a run on ``values``, and where its input and these are on the GPU, in this order.
+
+        Of a batch between two optimisation profiles these are for as many images as it is filled up to.
+        """
+        more = filled_batch(self.profiles, len(values)) - len(values)
+        filled = np.concatenate([values, np.repeat(values[-1:], more, axis=0)]) if more else values
+        source = np.ascontiguousarray(filled, dtype=self.dtype)
         if self.profiles:
             self._choose_profile(len(source))
         if not self._context.set_input_shape(self.input_name, source.shape):

@@ -90,7 +90,8 @@ def _prepared(runner: Model, batch: int, task: dict[str, Any], *, wall: bool) ->
 
     fewest, most = runner.batch_limits
     if batch < fewest or (most is not None and batch > most):
-        raise InputRejected(f"{runner.name}: has the fixed batch size {fewest}, not {batch}")
+        takes = f"has the fixed batch size {fewest}" if fewest == most else f"takes batches from {fewest} to {most or 'any'}"
+        raise InputRejected(f"{runner.name}: {takes}, not {batch}")
     values = np.random.default_rng(0).standard_normal((batch, *runner.image_shape)).astype(runner.dtype)
     if (on_gpu := getattr(runner, "timed", None)) is not None:
         gpu_seconds: Callable[[], float] = on_gpu(values)
