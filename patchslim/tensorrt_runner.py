@@ -226,6 +226,8 @@ class TrtRunner:
 
         Of a batch between two optimisation profiles these are for as many images as it is filled up to.
         """
+        if self._engine is None:
+            raise InputRejected(f"{self.name}: it is closed")
         more = filled_batch(self.profiles, len(values)) - len(values)
         filled = np.concatenate([values, np.repeat(values[-1:], more, axis=0)]) if more else values
         source = np.ascontiguousarray(filled, dtype=self.dtype)
@@ -255,10 +257,13 @@ class TrtRunner:
             raise Unavailable(f"{self.name}: the engine failed on the GPU")
 
     def close(self) -> None:
-        """Free the GPU's memory; the runner cannot be used afterwards."""
-        for address in self._held:
-            self._stream.free(address)
-        if self._kernels:
-            self._kernels.keep()
-        del self._context, self._kernels, self._engine, self._runtime
-        self._stream.close()
+        """Free the GPU's memory; the runner cannot be run afterwards."""
+        with self._turn:
+            if self._engine is None:
+                return
+            for address in self._held:
+                self._stream.free(address)
+            if self._kernels:
+                self._kernels.keep()
+            self._context = self._kernels = self._engine = self._runtime = None  # in this order
+            self._stream.close()

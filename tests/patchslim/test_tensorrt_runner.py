@@ -59,7 +59,9 @@ def on_no_gpu(profiles: list[tuple[int, int]]) -> tuple[TrtRunner, list[tuple[in
         download=download,
         wait=lambda: None,
         free=lambda address: None,
+        close=lambda: ran.append(()),
     )
+    runner._held = []
     runner._turn, runner._kernels, runner._chosen, runner._outputs = threading.Lock(), None, 0, ["logits"]
     runner.name, runner.input_name, runner.profiles, runner.dtype = "a.engine", "images", profiles, np.dtype(np.float32)
     return runner, ran
@@ -73,6 +75,15 @@ def test_what_is_filled_up_is_not_answered() -> None:
     assert ran == [(1, 3, 2, 2), (8, 3, 2, 2), (9, 3, 2, 2)]
     with pytest.raises(InputRejected, match=r"a\.engine: 33 images fit none"):
         runner.infer(np.zeros((33, 3, 2, 2)))
+
+
+def test_a_closed_runner_says_so_and_may_be_closed_again() -> None:
+    runner, ran = on_no_gpu([(1, 32)])
+    runner.close()
+    runner.close()
+    assert ran == [()]  # the stream was closed once
+    with pytest.raises(InputRejected, match=r"a\.engine: it is closed"):
+        runner.infer(np.zeros((1, 3, 2, 2)))
 
 
 def test_profiles_are_said_in_words() -> None:
