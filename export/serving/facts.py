@@ -38,7 +38,8 @@ class ServingFacts:
     ``name`` is fit for a folder, a URL and a configuration, ``dns_name`` for Kubernetes. ``onnx`` is the file that engines are
     built from, ``runnable`` the one that ONNX Runtime and OpenVINO run, mostly the same; ``ir`` is what OpenVINO runs in its
     place, "" where the bundle has none. ``max_error`` and ``min_agreement`` are what the one that serves must keep on the
-    golden images. ``install`` is how a device gets what checks and builds.
+    golden images. ``without_weights``: the bundle's recipe builds engine files that a server cannot load. ``install`` is how a
+    device gets what checks and builds.
     """
 
     name: str
@@ -59,6 +60,7 @@ class ServingFacts:
     precision: str
     engines: list[EngineFile]
     rtx: bool
+    without_weights: bool
     ir: str
     preprocessing: Preprocessing
     install: str
@@ -98,6 +100,7 @@ def serving_facts(manifest: Manifest) -> ServingFacts:
         engines=_engines(manifest),
         ir=ir,
         rtx=any(one.backend == "tensorrt_rtx" for one in engines.values()),
+        without_weights=any(one.weights_from is not None for one in engines.values()),
         preprocessing=manifest.preprocessing,
         install=wheel_command("edge", _one_line(manifest.tools.get("patchslim", "VERSION"))),
     )

@@ -57,7 +57,13 @@ def test_each_engine_is_named_by_its_compute_capability(bundle: Path) -> None:
     text = rendered(bundle, engine=engines(*names, backend="tensorrt_rtx"))["triton/tensorrt/config.pbtxt"]
     assert dict(parsed(text).cc_model_filenames) == {}  # Triton cannot load these
     without_weights = engines(*names).model_copy(update={"weights_from": "model.onnx"})
-    assert not parsed(rendered(bundle, engine=without_weights)["triton/tensorrt/config.pbtxt"]).cc_model_filenames
+    files = rendered(bundle, engine=without_weights)
+    assert not parsed(files["triton/tensorrt/config.pbtxt"]).cc_model_filenames
+    assert "`tensorrt`: not for this bundle" in files["README.md"]  # what its recipe builds is of no use either
+    assert "export.build" not in files["README.md"]
+    plain = rendered(bundle, engine=engines(*names))["README.md"]
+    assert "\n- `tensorrt`: the engines in `engine/`" in plain
+    assert "not for this bundle" not in plain
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:-1])
