@@ -33,7 +33,7 @@ def few_block_counts(model: Any, name: str, reduction: float) -> list[int]:
     Raises ``BudgetUnreachable``.
     """
     sizes, cost, limit = _asked(model, name, reduction)
-    return _reached(steps_within(spread_evenly(sizes, AUTO), sizes, cost, limit), name, reduction)
+    return _reached(steps_within(spread_evenly(sizes, AUTO), sizes, cost, limit, multiple=None), name, reduction)
 
 
 def ramp_counts(model: Any, name: str, reduction: float) -> list[int]:
