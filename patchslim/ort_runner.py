@@ -46,8 +46,10 @@ class OrtModel:
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> list[Array]:
         """Return the named ``outputs`` (None: all) for ``feeds``, arrays of the inputs' own types by name.
 
-        Raises ``InputRejected`` where ONNX Runtime cannot run the model on them.
+        Raises ``InputRejected`` where ONNX Runtime cannot run the model on them, or it is closed.
         """
+        if self._session is None:
+            raise InputRejected(f"{self.name}: it is closed")
         try:
             return list(self._session.run(None if outputs is None else list(outputs), dict(feeds)))
         except Exception as error:  # ONNX Runtime's exceptions share no base of their own

@@ -152,6 +152,14 @@ def test_a_bound_run_does_the_work(path: Path) -> None:
         model.bound(images(4)[:, :, :4])()
 
 
+def test_a_closed_model_says_so(path: Path) -> None:
+    with OrtRunner(path) as runner:
+        assert runner.infer(images(2)).shape == (2, CLASSES)
+    with pytest.raises(InputRejected, match="it is closed"):
+        runner.infer(images(2))
+    runner.close()
+
+
 def test_the_ground_needs_no_onnxruntime_until_a_model_is_opened(path: Path) -> None:
     code = (
         "import sys\n"
