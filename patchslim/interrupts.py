@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -16,6 +17,10 @@ _interrupted = False
 _quiet = False  # since an interrupt, to the end of the process or the next command: what libraries make of one is no news
 _logging_before: int | None = None  # the level up to which logging was disabled before that
 _report: Callable[[Any], object] = sys.unraisablehook
+#: An interrupt that comes while a module is imported waits for its end: an exception in the C++ of one (torch's) aborts the
+#: process. It looks again after so many seconds, so often at most.
+_AGAIN, _MOST = 0.02, 500
+_waits = 0
 
 
 def end_when_interrupted() -> None:
@@ -28,9 +33,13 @@ def end_when_interrupted() -> None:
 
 
 def raise_when_interrupted() -> None:
-    """Raise ``KeyboardInterrupt`` on Ctrl-C or SIGTERM: for the time in which there may be something to clean up."""
+    """Raise ``KeyboardInterrupt`` on Ctrl-C or SIGTERM: for the time in which there may be something to clean up.
+
+    While a module is imported it is raised behind that.
+    """
     global _interrupted, _quiet, _report
     _interrupted = _quiet = False
+    _wait_no_more()
     if sys.unraisablehook is not _report_unraisable:
         _report, sys.unraisablehook = sys.unraisablehook, _report_unraisable
     for number in SIGNALS:
@@ -41,6 +50,7 @@ def ignore_interrupts() -> None:
     """Take no notice of Ctrl-C or SIGTERM, and forget earlier ones: for the time in which all is done and the process ends."""
     global _interrupted
     _interrupted = False
+    _wait_no_more()
     _log_again()
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -60,11 +70,32 @@ def raise_if_interrupted() -> None:
         raise KeyboardInterrupt
 
 
-def _raise(signum: int, frame: object) -> None:
-    global _interrupted, _quiet
+def _raise(signum: int, frame: FrameType | None) -> None:
+    global _interrupted, _quiet, _waits
     _interrupted = _quiet = True
     _stop_logging()
+    if _importing(frame) and _waits < _MOST and hasattr(signal, "setitimer"):
+        _waits += 1
+        signal.signal(signal.SIGALRM, _raise)
+        signal.setitimer(signal.ITIMER_REAL, _AGAIN)
+        return
+    _wait_no_more()
     raise KeyboardInterrupt
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _wait_no_more() -> None:
+    global _waits
+    if _waits:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    _waits = 0
 
 
 def _stop_logging() -> None:
