@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from patchslim.choices import Fit
 from patchslim.errors import InputRejected
+from patchslim.folders import sweep, temporary_folder, temporary_form
 from patchslim.plan import FittedWeights, SlimPlan, load_plan
 from patchslim.records import atomic_path
 from slimming.models.checkpoint import read_checkpoint
@@ -33,9 +34,14 @@ def save_fitted(
     if fit != "none" or finetune is not None:
         state = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
         digest = state_digest(state)
-        weights = path.with_name(f"{_plain(path.stem)}-{digest[:8]}.safetensors")
-        with atomic_path(weights) as part:
-            save_file(state, part)
+        weights, prefix = path.with_name(f"{_plain(path.stem)}-{digest[:8]}.safetensors"), f".{_plain(path.stem)}.weights."
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(temporary_form(re.escape(prefix), ".part"), path.parent)
+        # In a folder, since safetensors has a temporary file of its own, which a killed process leaves as well.
+        with temporary_folder(prefix, ".part", path.parent) as folder:
+            with atomic_path(folder / weights.name) as part:
+                save_file(state, part)
+            (folder / weights.name).replace(weights)
         record = FittedWeights(file=weights.name, sha256=digest, fit=fit, finetune=finetune)
         plan = plan.model_copy(update={"weights": record})
     plan.save(path)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,8 @@ from patchslim.errors import InputRejected
 from patchslim.plan import load_plan
 from slimming.fitting.fitted_weights import load_fitted, save_fitted
 from tests.helpers.bundles import plan
+
+ROOT = Path(__file__).parents[2]
 
 
 def model(seed: int) -> nn.Module:
@@ -44,6 +49,26 @@ def test_a_write_that_fails_leaves_the_plan_before_and_its_weights(tmp_path: Pat
     with pytest.raises(UnicodeEncodeError):  # after the weights, before the plan
         save_fitted(plan().model_copy(update={"model": "\ud800"}), model(2), path, "closed-form")
     assert torch.equal(load_fitted(load_plan(path), path, model(3)).weight, model(1).weight)  # type: ignore[arg-type]
+
+
+def test_what_a_killed_run_left_of_other_weights_goes_at_the_next(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys, pathlib, torch, safetensors.torch\n"
+        "from slimming.fitting.fitted_weights import save_fitted\n"
+        "from tests.helpers.bundles import plan\n"
+        "def killed(state, path):\n"
+        "    pathlib.Path(path).with_name('.tmpEb1n75').touch()  # as safetensors does\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "safetensors.torch.save_file = killed\n"
+        "save_fitted(plan(), torch.nn.Linear(3, 2), pathlib.Path(sys.argv[1]), 'closed-form')\n"
+    )
+    path = tmp_path / "plan.json"
+    done = subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert len(names(tmp_path)) == 1
+    made = save_fitted(plan(), model(1), path, "closed-form")
+    assert made.weights is not None
+    assert names(tmp_path) == [made.weights.file, "plan.json"]
 
 
 @pytest.mark.parametrize("name", ["a plan [1].json", "plän.json", ".json", "plan.of.mine", "p" * 200 + ".json"])
