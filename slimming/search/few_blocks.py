@@ -47,6 +47,8 @@ WORTH = 1.05
 #: ``TILE`` at most. Of one image the rows are its tokens: with 137 of them, a prime, such a product takes a third longer than
 #: with 136. So the counts of ``auto`` that are above ``TILE`` are multiples of ``TILED``: these have a large divisor.
 TILE, TILED = 64, 4
+#: Share of the dense cost that such rounding may leave unused; where it would leave more, counts are exact.
+WASTE = 0.005
 #: KL divergence, nats, that is next to nothing: in the tables of ``benchmarks.accuracy`` merging loses at most 65 points of
 #: top-1 a nat, which makes 0.13 points. Few blocks that diverge by less are taken, and no ramp is searched.
 NEGLIGIBLE = 0.002
@@ -184,8 +186,15 @@ class FewBlocks:
 
         ``tiled``: for a CPU's kernels, as ``TILE`` says, unless multiples of something else are asked for.
         """
-        multiple = None if tiled and self.multiple == 1 else self.multiple
-        return steps_within(steps, self.evaluator, self.cost, self.limit, multiple)
+        exact = steps_within(steps, self.evaluator, self.cost, self.limit, self.multiple)
+        if exact is None or not tiled or self.multiple > 1:
+            return exact
+        return self._rounded(steps_within(steps, self.evaluator, self.cost, self.limit, None), exact)
+
+    def _rounded(self, counts: list[int] | None, exact: list[int]) -> list[int]:
+        """``counts``, which ``exact`` was rounded to, unless they leave too much of the budget."""
+        least = min(self.cost.of(exact), self.limit - WASTE * self.cost.dense())
+        return exact if counts is None or self.cost.of(counts) < least else counts
 
     def climb(self, start: Steps, *, moves: bool = True) -> list[int]:
         """Return the best counts that ``TRIALS`` trials come to from ``start``; without ``moves`` its places stay.
@@ -257,7 +266,9 @@ class FewBlocks:
         ramp = best_profile(evaluator, self.cost, self.limit, self.multiple)
         if ramp.divergence is None:
             return Choice(ramp.counts)
-        all_blocks = tiled_ramp(ramp.counts, evaluator, self.cost, self.limit) if self.multiple == 1 else ramp.counts
+        all_blocks = ramp.counts
+        if self.multiple == 1:
+            all_blocks = self._rounded(tiled_ramp(all_blocks, evaluator, self.cost, self.limit), all_blocks)
         if few <= WORTH * ramp.divergence:
             return Choice(
                 counts, f"{told}: KL {few:.4f} before the fit, and {ramp.divergence:.4f} with tokens going in every block"

@@ -26,6 +26,7 @@ from slimming.search.few_blocks import (
     TILE,
     TILED,
     TRIALS,
+    WASTE,
     WORTH,
     FewBlocks,
     MergeBlocks,
@@ -156,13 +157,15 @@ def test_counts_of_auto_suit_the_blocks_of_a_cpus_kernels(
         return
     check_counts(tiled, tokens, depth)
     assert few.cost.of(evaluator.nested(tiled)) <= few.limit
+    assert few.cost.of(tiled) >= min(few.cost.of(plain), few.limit - WASTE * few.cost.dense())
+    if tiled == plain:
+        return
     inner = depth - 1
+    assert multiple == 1  # else they are as asked
     assert all(count == tokens or count <= TILE or count % TILED == 0 for count in tiled[:inner])
-    if multiple == 8:
-        assert tiled == plain  # as asked
     first = next((count for count in tiled[:inner] if count < tokens), None)
     if fixed and first is not None:  # the first merging block has no room to keep more
-        more = first + (multiple if multiple > 1 else TILED if first >= TILE else 1)
+        more = first + (TILED if first >= TILE else 1)
         grown = [more if count == first else count for count in tiled[:inner]]
         assert more >= tokens or few.cost.of([*grown, tiled[-1]]) > few.limit
 
